@@ -1,0 +1,161 @@
+// Copyright (c) the torchrl_vecnorm authors.
+//
+// This source code is licensed under the MIT license found in the
+// LICENSE file in the root directory of this source tree.
+
+// The element types that values and states come in, without torch's own headers.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+namespace vecnorm {
+
+enum class Dtype : int8_t {
+  kFloat32,
+  kFloat64,
+  kFloat16,
+  kBFloat16,
+  kInt8,
+  kInt16,
+  kInt32,
+  kInt64,
+  kUInt8,
+  kBool,
+};
+
+inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+
+inline float float_of(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
+struct BFloat16 {
+  uint16_t bits;
+
+  operator float() const { return float_of(static_cast<uint32_t>(bits) << 16); }
+
+  static BFloat16 round(float x) {
+    const uint32_t u = bits_of(x);
+    // Round to nearest even; a NaN stays one.
+    const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    const uint32_t quiet = (u >> 16) | 0x40u;
+    return {static_cast<uint16_t>(x != x ? quiet : rounded)};
+  }
+};
+
+// Both directions without branches, so that compilers can vectorise the loops around
+// them; the scaling by powers of two is the one in Giesen's "half to float done quic".
+struct Float16 {
+  uint16_t bits;
+
+  operator float() const {
+    const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16;
+    const uint32_t rest = static_cast<uint32_t>(bits & 0x7fffu) << 13;
+    const float scaled = float_of(rest) * float_of(0x77800000u);  // 2^112
+    // Exponent 31 is inf or NaN: after the scaling it is 2^16 and more.
+    const uint32_t special = scaled >= 65536.f ? 0x7f800000u : 0u;
+    return float_of(bits_of(scaled) | special | sign);
+  }
+
+  static Float16 round(float x) {
+    const uint32_t u = bits_of(x);
+    const uint32_t sign = (u >> 16) & 0x8000u;
+    const uint32_t magnitude = u & 0x7fffffffu;
+    // Normal results: rebias the exponent and round to nearest even.
+    const uint32_t odd = (magnitude >> 13) & 1u;
+    const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + odd) >> 13;
+    // Subnormal results: adding 0.5 lets the FPU do the shift and the rounding.
+    const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u;
+    uint32_t h = magnitude < 0x38800000u ? subnormal : normal;
+    h = magnitude >= 0x47800000u ? 0x7c00u : h;  // 65536 and more, inf
+    h = magnitude > 0x7f800000u ? 0x7e00u : h;   // NaN
+    return {static_cast<uint16_t>(h | sign)};
+  }
+};
+
+// The arithmetic that holds every value of T.
+template <typename T>
+struct Compute {
+  using type = float;
+};
+template <>
+struct Compute<double> {
+  using type = double;
+};
+template <>
+struct Compute<int32_t> {
+  using type = double;
+};
+template <>
+struct Compute<int64_t> {
+  using type = double;
+};
+
+template <typename C, typename T>
+inline C load(T x) {
+  if constexpr (std::is_same_v<T, Float16> || std::is_same_v<T, BFloat16>) {
+    return static_cast<C>(static_cast<float>(x));
+  } else {
+    return static_cast<C>(x);
+  }
+}
+
+template <typename T, typename C>
+inline T store(C x) {
+  if constexpr (std::is_same_v<T, Float16> || std::is_same_v<T, BFloat16>) {
+    return T::round(static_cast<float>(x));
+  } else {
+    return static_cast<T>(x);
+  }
+}
+
+template <typename T>
+struct Type {
+  using type = T;
+};
+
+// Calls f(Type<T>{}) for the T that `dtype` names.
+template <typename F>
+inline void dispatch_float(Dtype dtype, F&& f) {
+  switch (dtype) {
+    case Dtype::kFloat64:
+      return f(Type<double>{});
+    case Dtype::kFloat16:
+      return f(Type<Float16>{});
+    case Dtype::kBFloat16:
+      return f(Type<BFloat16>{});
+    default:
+      return f(Type<float>{});
+  }
+}
+
+template <typename F>
+inline void dispatch_any(Dtype dtype, F&& f) {
+  switch (dtype) {
+    case Dtype::kInt8:
+      return f(Type<int8_t>{});
+    case Dtype::kInt16:
+      return f(Type<int16_t>{});
+    case Dtype::kInt32:
+      return f(Type<int32_t>{});
+    case Dtype::kInt64:
+      return f(Type<int64_t>{});
+    case Dtype::kUInt8:
+      return f(Type<uint8_t>{});
+    case Dtype::kBool:
+      return f(Type<bool>{});
+    default:
+      return dispatch_float(dtype, f);
+  }
+}
+
+}  // namespace vecnorm

@@ -1,0 +1,186 @@
+// Copyright (c) the torchrl_vecnorm authors.
+//
+// This source code is licensed under the MIT license found in the
+// LICENSE file in the root directory of this source tree.
+
+// The arithmetic of the running normaliser, one feature at a time.
+//
+// A call goes through four steps, and this header is all of their arithmetic:
+//
+//   reduce     every value of a feature is taken relative to a shift (the running
+//              mean, or the first sample) and added to n, Σd and Σd², d = x - shift
+//   combine    partial results of one feature are added, in a fixed order
+//   fold       old moments are multiplied by `keep`, the batch's by `weight`
+//   statistic  moments -> loc, scale; Affine -> (x - loc) / scale
+//
+// The shift is what makes float accumulation safe: with mean/std = 1e5 the squares
+// of raw float32 values have no digit left for the variance, the squares of
+// deviations have nearly all of them. Shifted sums of one feature always share the
+// same shift, so that combining them is plain addition (the shifted-data form of
+// Chan, Golub & LeVeque, "Algorithms for Computing the Sample Variance", 1983).
+//
+// No torch header is included here: plain C++ compilers and nvcc alone read it.
+
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#if defined(__CUDACC__) || defined(__HIPCC__)
+#define VECNORM_HD __host__ __device__ __forceinline__
+#else
+#define VECNORM_HD inline
+#endif
+
+namespace vecnorm {
+
+// What one batch, or a part of it, says about one feature.
+struct Partial {
+  double n = 0;   // values used
+  double d1 = 0;  // Σ (x - shift)
+  double d2 = 0;  // Σ (x - shift)²
+};
+
+// The running moments of one feature. `count` is the number of samples (shared by
+// the features of a key), `finite` the number of values that were used.
+struct Moments {
+  double sum = 0;
+  double ssq = 0;
+  double count = 0;
+  double finite = 0;
+};
+
+// A decay once a call is {decay, 1}; other schedules are other numbers.
+struct Weights {
+  double keep;    // multiplies the old moments
+  double weight;  // what a new sample weighs
+};
+
+struct Statistic {
+  double loc;
+  double scale;
+};
+
+// A value is left out when it, or its square, is not a finite double. The squares
+// of finite float32, float16, bfloat16 and integer values always are.
+VECNORM_HD bool usable(double x) {
+  const double square = x * x;
+  return square <= std::numeric_limits<double>::max();  // false for NaN too
+}
+
+VECNORM_HD Partial reduce(Partial p, double x, double shift) {
+  if (usable(x)) {
+    const double d = x - shift;
+    p.n += 1;
+    p.d1 += d;
+    p.d2 += d * d;
+  }
+  return p;
+}
+
+VECNORM_HD Partial combine(Partial a, Partial b) {
+  return {a.n + b.n, a.d1 + b.d1, a.d2 + b.d2};
+}
+
+// Whether float sums over n values can be trusted, or the values have to be summed
+// again in double. They cannot when a value was not finite, when a square over- or
+// underflowed, nor when the shift lies so far from the values (|mean d| > 8 standard
+// deviations) that the variance is a small difference of large sums.
+VECNORM_HD bool trustworthy(double n, double d1, double d2) {
+  if (d1 == 0 && d2 == 0) {
+    return true;
+  }
+  return d2 <= std::numeric_limits<float>::max() && d2 >= 1e-30 * n &&
+         65. * d1 * d1 <= 64. * n * d2;
+}
+
+// Moments around zero of a batch that was summed around `shift`.
+VECNORM_HD Moments unshift(Partial p, double shift, double samples) {
+  Moments m;
+  m.sum = p.d1 + p.n * shift;
+  m.ssq = p.d2 + shift * (2 * p.d1 + p.n * shift);
+  m.count = samples;
+  m.finite = p.n;
+  return m;
+}
+
+// A state without a counter of finite values cannot leave a value out: it is taken
+// to have been at the running mean, or at the batch's mean when there is none yet.
+VECNORM_HD Moments impute(Moments batch, Moments state) {
+  const double missing = batch.count - batch.finite;
+  if (missing > 0) {
+    double at = 0;
+    if (state.count > 0) {
+      at = state.sum / state.count;
+    } else if (batch.finite > 0) {
+      at = batch.sum / batch.finite;
+    }
+    batch.sum += missing * at;
+    batch.ssq += missing * at * at;
+    batch.finite = batch.count;
+  }
+  return batch;
+}
+
+// An empty batch changes nothing: it does not even decay.
+VECNORM_HD Moments fold(Moments state, Moments batch, Weights w) {
+  if (!(batch.count > 0)) {
+    return state;
+  }
+  state.sum = w.keep * state.sum + w.weight * batch.sum;
+  state.ssq = w.keep * state.ssq + w.weight * batch.ssq;
+  state.count = w.keep * state.count + w.weight * batch.count;
+  state.finite = w.keep * state.finite + w.weight * batch.finite;
+  return state;
+}
+
+// loc and scale of a feature; identity while nothing was seen.
+VECNORM_HD Statistic statistic(Moments m, double eps) {
+  if (!(m.finite > 0)) {
+    return {0., 1.};
+  }
+  const double loc = m.sum / m.finite;
+  const double var = m.ssq / m.finite - loc * loc;
+  // Written so that a NaN stays one: fmax would hide it.
+  const double std = std::sqrt(var < 0 ? 0. : var);
+  return {loc, std < eps ? eps : std};
+}
+
+// y = (x - loc) / scale in the arithmetic of T. loc is split into a part that T can
+// hold and the rest: a mean rounded to float costs 4e-3 at mean/std = 1e5.
+template <typename T>
+struct Affine {
+  T hi;
+  T inv;
+  T rest;
+
+  VECNORM_HD static Affine of(Statistic s) {
+    const double largest = std::numeric_limits<T>::max();
+    const double reciprocal = 1. / s.scale;
+    const T hi = static_cast<T>(s.loc);
+    // Clamped, so that a constant feature under a tiny eps gives 0 and not 0 * inf.
+    const T inv = static_cast<T>(reciprocal > largest ? largest : reciprocal);
+    const double rest = (static_cast<double>(hi) - s.loc) * reciprocal;
+    return {hi, inv, static_cast<T>(rest)};
+  }
+
+  VECNORM_HD T operator()(T x) const { return (x - hi) * inv + rest; }
+};
+
+// x = y * scale + loc, the inverse of the above.
+template <typename T>
+struct InverseAffine {
+  T scale;
+  T hi;
+  T lo;
+
+  VECNORM_HD static InverseAffine of(Statistic s) {
+    const T hi = static_cast<T>(s.loc);
+    const double lo = s.loc - static_cast<double>(hi);
+    return {static_cast<T>(s.scale), hi, static_cast<T>(lo)};
+  }
+
+  VECNORM_HD T operator()(T y) const { return (y * scale + lo) + hi; }
+};
+
+}  // namespace vecnorm

@@ -1,0 +1,32 @@
+// Copyright (c) the torchrl_vecnorm authors.
+//
+// This source code is licensed under the MIT license found in the
+// LICENSE file in the root directory of this source tree.
+
+// The operators as typed dispatcher calls, for the Python binding. Their schemas and
+// semantics are in ops.cpp.
+
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+namespace vecnorm {
+
+void update(at::TensorList x, at::TensorList sum, at::TensorList ssq,
+            at::TensorList count, at::TensorList finite, at::TensorList y,
+            at::TensorList mask, double keep, double weight, double eps);
+
+void normalize(at::TensorList x, at::TensorList sum, at::TensorList ssq,
+               at::TensorList count, at::TensorList finite, at::TensorList y,
+               double eps);
+
+void denormalize(at::TensorList y, at::TensorList sum, at::TensorList ssq,
+                 at::TensorList count, at::TensorList finite, at::TensorList x,
+                 double eps);
+
+void merge(at::TensorList sum, at::TensorList ssq, at::TensorList count,
+           at::TensorList finite, at::TensorList other_sum, at::TensorList other_ssq,
+           at::TensorList other_count, at::TensorList other_finite, double keep,
+           double weight);
+
+}  // namespace vecnorm

@@ -1,0 +1,40 @@
+"""The compiled module. Lists hold one tensor for each key; see csrc/ops.cpp."""
+
+from torch import Tensor
+
+def update(
+    x: list[Tensor],
+    sum: list[Tensor],
+    ssq: list[Tensor],
+    count: list[Tensor],
+    finite: list[Tensor],
+    mask: list[Tensor],
+    keep: float,
+    weight: float,
+    eps: float,
+    out: list[Tensor] | None = None,
+) -> list[Tensor]:
+    """Folds x into the state and returns it normalised with the result."""
+
+def normalize(
+    x: list[Tensor],
+    sum: list[Tensor],
+    ssq: list[Tensor],
+    count: list[Tensor],
+    finite: list[Tensor],
+    eps: float,
+    out: list[Tensor] | None = None,
+) -> list[Tensor]:
+    """Returns x normalised with the state as it is."""
+
+def mutex_size() -> int:
+    """Bytes of the uint8 tensor that a mutex lives in."""
+
+def mutex_init(mutex: Tensor) -> None:
+    """Makes a mutex in a zeroed uint8 tensor in shared memory."""
+
+def mutex_acquire(mutex: Tensor, timeout: float) -> bool:
+    """Waits for at most ``timeout`` seconds; False when the time ran out."""
+
+def mutex_release(mutex: Tensor) -> None:
+    """Gives the mutex back; only for the thread that holds it."""

@@ -1,0 +1,12 @@
+# Copyright (c) the torchrl_vecnorm authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""TorchRL's VecNorm transform as one fused, compiled operator."""
+
+from torchrl_vecnorm import functional
+from torchrl_vecnorm.moments import Moments
+from torchrl_vecnorm.vecnorm import VecNorm
+
+__all__ = ["Moments", "VecNorm", "functional"]
+__version__ = "0.1.0"

@@ -1,0 +1,179 @@
+# Copyright (c) the torchrl_vecnorm authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""What the operators are to torch.compile and to devices without a kernel of ours.
+
+Their schemas, checks, gradients and CPU kernels are compiled (``csrc/ops.cpp``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from torchrl_vecnorm import oracle
+from torchrl_vecnorm._load import _C
+from torchrl_vecnorm.moments import Moments
+
+Tensors = Sequence[Tensor]
+
+
+# ------------------------------------------------------------------ fake tensors
+
+
+def _mutates(*args) -> None:
+    """Outputs are allocated by the caller, so there is nothing to describe."""
+
+
+for _name in ("update", "normalize", "denormalize", "merge"):
+    torch.library.register_fake(f"torchrl_vecnorm::{_name}", _mutates)
+
+
+# --------------------------------------------------- any other device: plain torch
+
+
+def _states(
+    sum: Tensors, ssq: Tensors, count: Tensors, finite: Tensors
+) -> list[Moments]:
+    finite = finite or [torch.empty(0)] * len(sum)
+    return [
+        Moments(*leaves, f if f.numel() else None)
+        for *leaves, f in zip(sum, ssq, count, finite, strict=True)
+    ]
+
+
+def _store(states: list[Moments], new: list[Moments]) -> None:
+    for old, now in zip(states, new, strict=True):
+        for leaf, value in zip(old, now, strict=True):
+            if leaf is not None:
+                leaf.copy_(value)
+
+
+def _update(
+    x: Tensors,
+    sum: Tensors,
+    ssq: Tensors,
+    count: Tensors,
+    finite: Tensors,
+    y: Tensors,
+    mask: Tensors,
+    keep: float,
+    weight: float,
+    eps: float,
+) -> None:
+    states = _states(sum, ssq, count, finite)
+    masks = [m if m.numel() else None for m in mask] or [None] * len(x)
+    results = [
+        oracle.update(value, state, keep=keep, weight=weight, eps=eps, mask=m)
+        for value, state, m in zip(x, states, masks, strict=True)
+    ]
+    # Only now, so that an error in one key leaves all states as they were.
+    _store(states, [state for _, state in results])
+    for out, (value, _) in zip(y, results, strict=False):
+        out.copy_(value)
+
+
+def _normalize(
+    x: Tensors,
+    sum: Tensors,
+    ssq: Tensors,
+    count: Tensors,
+    finite: Tensors,
+    y: Tensors,
+    eps: float,
+) -> None:
+    for value, state, out in zip(x, _states(sum, ssq, count, finite), y, strict=True):
+        out.copy_(oracle.normalize(value, state, eps))
+
+
+def _denormalize(
+    y: Tensors,
+    sum: Tensors,
+    ssq: Tensors,
+    count: Tensors,
+    finite: Tensors,
+    x: Tensors,
+    eps: float,
+) -> None:
+    for value, state, out in zip(y, _states(sum, ssq, count, finite), x, strict=True):
+        out.copy_(oracle.denormalize(value, state, eps))
+
+
+def _merge(
+    sum: Tensors,
+    ssq: Tensors,
+    count: Tensors,
+    finite: Tensors,
+    other_sum: Tensors,
+    other_ssq: Tensors,
+    other_count: Tensors,
+    other_finite: Tensors,
+    keep: float,
+    weight: float,
+) -> None:
+    states = _states(sum, ssq, count, finite)
+    others = _states(other_sum, other_ssq, other_count, other_finite)
+    new = [oracle.fold(s, o, keep, weight) for s, o in zip(states, others, strict=True)]
+    _store(states, new)
+
+
+_library = torch.library.Library("torchrl_vecnorm", "IMPL")
+_library.impl("update", _update, "CompositeExplicitAutograd")
+_library.impl("normalize", _normalize, "CompositeExplicitAutograd")
+_library.impl("denormalize", _denormalize, "CompositeExplicitAutograd")
+_library.impl("merge", _merge, "CompositeExplicitAutograd")
+
+
+# ------------------------------------------- one call for eager and compiled code
+
+
+def outputs_like(x: Tensors) -> list[Tensor]:
+    """Uninitialised outputs: in the dtype of x, or the default dtype for integers."""
+    default = torch.get_default_dtype()
+    return [
+        torch.empty_like(v, dtype=v.dtype if v.is_floating_point() else default)
+        for v in x
+    ]
+
+
+def update(
+    x: list[Tensor],
+    sum: list[Tensor],
+    ssq: list[Tensor],
+    count: list[Tensor],
+    finite: list[Tensor],
+    mask: list[Tensor],
+    keep: float,
+    weight: float,
+    eps: float,
+    out: list[Tensor] | None = None,
+) -> list[Tensor]:
+    """Folds x into the state and returns it normalised with the result."""
+    # Dynamo cannot trace pybind11; in eager mode it is the faster door.
+    if torch.compiler.is_compiling():
+        y = outputs_like(x) if out is None else out
+        torch.ops.torchrl_vecnorm.update(
+            x, sum, ssq, count, finite, y, mask, keep, weight, eps
+        )
+        return y
+    return _C.update(x, sum, ssq, count, finite, mask, keep, weight, eps, out)
+
+
+def normalize(
+    x: list[Tensor],
+    sum: list[Tensor],
+    ssq: list[Tensor],
+    count: list[Tensor],
+    finite: list[Tensor],
+    eps: float,
+    out: list[Tensor] | None = None,
+) -> list[Tensor]:
+    """Returns x normalised with the state as it is."""
+    if torch.compiler.is_compiling():
+        y = outputs_like(x) if out is None else out
+        torch.ops.torchrl_vecnorm.normalize(x, sum, ssq, count, finite, y, eps)
+        return y
+    return _C.normalize(x, sum, ssq, count, finite, eps, out)

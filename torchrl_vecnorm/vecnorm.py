@@ -1,0 +1,949 @@
+# Copyright (c) the torchrl_vecnorm authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""The transform."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing.context
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from copy import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.utils import NestedKey
+from torch import Tensor
+from torch import multiprocessing as mp
+from torchrl.data.tensor_specs import TensorSpec
+from torchrl.envs import VecNorm as _TorchRLVecNorm
+from torchrl.envs.transforms import Compose, ObservationNorm, Transform
+
+from torchrl_vecnorm import _ops, functional, sharing, specs
+from torchrl_vecnorm.moments import Moments
+from torchrl_vecnorm.names import StateNames, as_path
+
+if TYPE_CHECKING:
+    from torchrl.envs import EnvBase
+
+
+@dataclass
+class _Key:
+    """One in_key, and where its things are."""
+
+    in_key: NestedKey
+    out_key: NestedKey
+    names: StateNames
+    shape: torch.Size | None  # of the features, where the user gave it
+
+
+@dataclass
+class _Entry:
+    """One key of one call."""
+
+    key: _Key
+    value: Tensor
+    state: Moments | None  # None: nothing was seen, and nothing is learned now
+    mask: Tensor | None  # bool [samples]: which samples count
+    is_new: bool = False  # the state is not in the tensordict of the statistics yet
+
+
+class VecNorm(Transform):
+    """Moving average normalization layer for torchrl environments.
+
+    VecNorm keeps track of the summary statistics of a dataset to standardize it
+    on-the-fly: it is ``torchrl.envs.transforms.VecNorm`` with one compiled operator
+    for all keys of a call. If the transform is in 'eval' mode, the running statistics
+    are not updated.
+
+    Each call computes, with ``N`` the number of samples::
+
+        sum   <- decay * sum   + Σ x
+        ssq   <- decay * ssq   + Σ x²
+        count <- decay * count + N
+        loc   =  sum / count
+        scale =  max(sqrt(max(ssq / count - loc², 0)), eps)
+        y     =  (x - loc) / scale
+
+    The statistics are float64. Values that are NaN or infinite are left out of them
+    and counted, see :attr:`nonfinite`. Values keep their dtype; integers and bools come
+    out in the default dtype.
+
+    If multiple processes are running a similar environment, one can pass a
+    TensorDictBase instance that is placed in shared memory: if so, every time the
+    normalization layer is queried it will update the values for all processes that
+    share the same reference. See :meth:`build_td_for_shared_vecnorm`.
+
+    To use VecNorm at inference time and avoid updating the values with the new
+    observations, one should substitute this layer by :meth:`to_observation_norm`, which
+    does not follow this transform, or by :meth:`frozen_copy`, which does.
+
+    Args:
+        in_keys (sequence of NestedKey, optional): keys to be updated.
+            Default: ``["observation", "reward"]``.
+        out_keys (sequence of NestedKey, optional): destination keys. Defaults to
+            ``in_keys``.
+        shared_td (TensorDictBase, optional): a shared tensordict containing the entries
+            ``<key>_sum``, ``<key>_ssq`` and ``<key>_count`` of each key, updated in
+            place and in its own dtype.
+        lock (mp.Lock, optional): a lock to prevent race conditions between processes.
+            Defaults to a lock of its own.
+        decay (number, optional): decay rate of the moving average, in (0, 1], applied
+            once a call. 1 never forgets. Default: 0.9999.
+        eps (number, optional): lower bound of the running standard deviation, in the
+            units of the values. Default: 1e-4.
+        shapes (list of torch.Size, optional): the shape of the features of each in_key:
+            the trailing dimensions of the entry, all others being samples. If not
+            given, the features are all dimensions that do not belong to the
+            tensordict's batch size.
+        new_api (bool, optional): if ``True``, an instance of
+            :class:`torchrl.envs.VecNormV2` is returned.
+
+    Raises:
+        ValueError: ``decay`` is not in (0, 1], ``eps`` is not positive, ``shapes`` or
+            ``out_keys`` do not match ``in_keys`` in length, a key is given twice or is
+            the name of another's statistics.
+        RuntimeError: ``shared_td`` is neither in shared memory nor a memmap.
+        KeyError: ``shared_td`` lacks the entries of a key.
+
+    Placing a transform in an environment or a replay buffer, which TorchRL does with a
+    call of ``eval()``, does not stop the updates; ``transform.eval()``, ``env.eval()``
+    and :meth:`freeze` do.
+
+    Examples:
+        >>> from torchrl.envs import GymEnv, TransformedEnv
+        >>> t = VecNorm(decay=0.9)
+        >>> env = GymEnv("Pendulum-v1")
+        >>> env = TransformedEnv(env, t)
+        >>> tds = []
+        >>> for _ in range(1000):
+        ...     td = env.rand_step()
+        ...     if td.get("done"):
+        ...         _ = env.reset()
+        ...     tds += [td]
+        >>> tds = torch.stack(tds, 0)
+        >>> print((abs(tds.get(("next", "observation")).mean(0)) < 0.2).all())
+        tensor(True)
+        >>> print((abs(tds.get(("next", "observation")).std(0) - 1) < 0.2).all())
+        tensor(True)
+
+    """
+
+    # The separator of flattened nested keys in a state_dict: keys may contain points.
+    SEP = _TorchRLVecNorm.SEP
+
+    def __new__(cls, *args, new_api: bool | None = None, **kwargs):
+        if new_api:
+            from torchrl.envs import VecNormV2
+
+            return VecNormV2(*args, **kwargs)
+        return super().__new__(cls)
+
+    def __init__(
+        self,
+        in_keys: Sequence[NestedKey] | None = None,
+        out_keys: Sequence[NestedKey] | None = None,
+        shared_td: TensorDictBase | None = None,
+        lock: mp.Lock = None,
+        decay: float = 0.9999,
+        eps: float = 1e-4,
+        shapes: list[torch.Size] | None = None,
+        new_api: bool | None = None,
+    ) -> None:
+        if in_keys is None:
+            in_keys = ["observation", "reward"]
+        if out_keys is None:
+            out_keys = copy(in_keys)
+        super().__init__(in_keys=in_keys, out_keys=out_keys)
+        _check_number("decay", decay, 0 < decay <= 1, "in (0, 1]")
+        _check_number("eps", eps, 0 < eps < math.inf, "positive and finite")
+        self.decay = decay
+        self.eps = eps
+        self.shapes = shapes
+        self.frozen = False
+        self._keys = _resolve_keys(self.in_keys, self.out_keys, shapes)
+        self._td = shared_td
+        if shared_td is not None:
+            _check_shared_td(shared_td, self._keys)
+        self.lock = mp.Lock() if lock is None else lock
+        # The dtype of the normalised values of each in_key, once one was seen.
+        self._dtypes: dict[NestedKey, torch.dtype] = {}
+        self._warned = False
+
+    # ------------------------------------------------------------ switching updates
+
+    def freeze(self) -> VecNorm:
+        """Freezes the VecNorm, avoiding the stats to be updated when called.
+
+        See :meth:`unfreeze`.
+        """
+        self.frozen = True
+        return self
+
+    def unfreeze(self) -> VecNorm:
+        """Unfreezes the VecNorm.
+
+        See :meth:`freeze`.
+        """
+        self.frozen = False
+        return self
+
+    def frozen_copy(self) -> VecNorm:
+        """Returns a copy that follows the statistics but does not update them.
+
+        Raises:
+            RuntimeError: no data was seen yet.
+        """
+        if self._td is None:
+            raise RuntimeError(
+                "Make sure the VecNorm has been initialized before creating a frozen copy."
+            )
+        clone = self.clone()
+        clone._td = self._td.copy()
+        return clone.freeze()
+
+    def train(self, mode: bool = True) -> VecNorm:
+        """Sets training mode (statistics are updated) or eval mode (they are not).
+
+        TorchRL calls ``eval()`` on every transform that it puts into an environment or
+        a replay buffer. That is not the user's wish, and is ignored.
+        """
+        if not mode and _called_by_torchrl():
+            return self
+        return super().train(mode)
+
+    # -------------------------------------------------------------------- the call
+
+    def _call(self, next_tensordict: TensorDictBase) -> TensorDictBase:
+        return self._normalize_td(next_tensordict, self._missing_tolerance)
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Reads the input tensordict, and for the selected keys, applies the transform.
+
+        Args:
+            tensordict: entries ``in_keys``, each ``[*samples, *features]``.
+
+        Returns:
+            The same tensordict, with the normalised values in ``out_keys``.
+
+        Raises:
+            KeyError: an in_key is missing.
+            ValueError: the features of a value have another shape than ``shapes`` or
+                the statistics.
+            TypeError: a value is complex or sparse.
+
+        After an error, the statistics of all keys are what they were.
+        """
+        return self._call(tensordict)
+
+    def _step(
+        self, tensordict: TensorDictBase, next_tensordict: TensorDictBase
+    ) -> TensorDictBase:
+        # In a partial step, environments that stood still have nothing to say.
+        return self._normalize_td(
+            next_tensordict, self._missing_tolerance, tensordict, "_step"
+        )
+
+    def _reset(
+        self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase
+    ) -> TensorDictBase:
+        # Rewards and the like are not there at a reset; and of a batch of environments
+        # only those that are being reset count.
+        return self._normalize_td(tensordict_reset, True, tensordict, "_reset")
+
+    def _normalize_td(
+        self,
+        td: TensorDictBase,
+        tolerant: bool,
+        masks_td: TensorDictBase | None = None,
+        mask_name: str = "",
+    ) -> TensorDictBase:
+        """Normalises the in_keys of ``td`` into its out_keys.
+
+        ``masks_td`` may have entries ``mask_name`` that say which samples count.
+        """
+        values = []
+        for key in self._keys:
+            value = _get(td, key.in_key)
+            if value is not None:
+                values.append((key, value))
+            elif not tolerant:
+                raise KeyError(
+                    f"VecNorm: key {key.in_key!r} is not in the tensordict, which has "
+                    f"{sorted(map(str, td.keys(True, True)))}"
+                )
+        if not values:
+            return td
+        updating = self.training and not self.frozen
+        with self._locked():
+            entries = [
+                self._entry(key, value, td, updating, masks_td, mask_name)
+                for key, value in values
+            ]
+            normalized = self._compute(entries, updating)
+        for entry, y in zip(entries, normalized, strict=True):
+            in_key = entry.key.in_key
+            if self._dtypes.get(in_key) is not y.dtype:
+                self._dtypes[in_key] = y.dtype
+            _set(td, entry.key.out_key, y)
+        return td
+
+    def _locked(self):
+        # A lock means nothing inside a compiled graph.
+        if torch.compiler.is_compiling():
+            return nullcontext()
+        return sharing.StateLock(self.lock, self._mutex())
+
+    def _mutex(self) -> Tensor | None:
+        return None if self._td is None else _get(self._td, sharing.MUTEX)
+
+    def _entry(
+        self,
+        key: _Key,
+        value: Tensor,
+        td: TensorDictBase,
+        updating: bool,
+        masks_td: TensorDictBase | None,
+        mask_name: str,
+    ) -> _Entry:
+        """Checks a value and finds its state."""
+        _check_value(key, value)
+        state = self._state(key)
+        features = _features(key, value, td.batch_dims, state)
+        samples = value.shape[: value.ndim - len(features)]
+        mask = None
+        if masks_td is not None:
+            mask = _find_mask(masks_td, key.in_key, mask_name, samples)
+        is_new = state is None and updating and samples.numel() > 0
+        if is_new:
+            state = Moments.zeros(features, device=value.device)
+        elif state is None:
+            self._warn_identity()
+        elif state.sum.device != value.device and not sharing.is_shared(self._td):
+            # A private state follows the values.
+            self._td = self._td.to(value.device)
+            state = self._state(key)
+        return _Entry(key, value, state, mask, is_new)
+
+    def _state(self, key: _Key) -> Moments | None:
+        if self._td is None:
+            return None
+        total = _get(self._td, key.names.sum)
+        if total is None:
+            return None
+        return Moments(
+            total,
+            _get(self._td, key.names.ssq),
+            _get(self._td, key.names.count),
+            _get(self._td, key.names.finite),
+        )
+
+    def _compute(self, entries: list[_Entry], updating: bool) -> list[Tensor]:
+        """One call of the operator for all keys that have a state."""
+        known = [e for e in entries if e.state is not None]
+        if any(e.state.sum.device != e.value.device for e in known):
+            results = iter(self._compute_staged(known, updating))
+        else:
+            results = iter(self._compute_here(known, updating))
+        self._keep_new(known)
+        return [
+            next(results) if e.state is not None else _identity(e.value)
+            for e in entries
+        ]
+
+    def _compute_here(self, known: list[_Entry], updating: bool) -> list[Tensor]:
+        if not known:
+            return []
+        values = [e.value for e in known]
+        columns = functional.columns([e.state for e in known])
+        if not updating:
+            return _ops.normalize(values, *columns, float(self.eps))
+        masks = []
+        if any(e.mask is not None for e in known):
+            masks = functional.mask_column([e.mask for e in known], values)
+        return _ops.update(
+            values, *columns, masks, float(self.decay), 1.0, float(self.eps)
+        )
+
+    def _compute_staged(self, known: list[_Entry], updating: bool) -> list[Tensor]:
+        """Shared statistics stay where they are; the values may be elsewhere.
+
+        The batch is reduced on its own device, its moments travel, and so do the
+        statistics that it is normalised with.
+        """
+        states = [e.state for e in known]
+        if updating:
+            batch = []
+            for e in known:
+                moments = functional.moments(e.value, e.state.sum.ndim, mask=e.mask)
+                batch.append(moments.to(e.state.sum.device))
+            functional.merge_(states, batch, decay=self.decay)
+        values = [e.value for e in known]
+        states = [s.to(v.device) for s, v in zip(states, values, strict=True)]
+        return functional.normalize(values, states, eps=self.eps)
+
+    def _keep_new(self, known: list[_Entry]) -> None:
+        for e in known:
+            if e.is_new:
+                if self._td is None:
+                    self._td = TensorDict({}, batch_size=[])
+                for name, leaf in zip(e.key.names, e.state, strict=True):
+                    self._td.set(name, leaf)
+
+    def _warn_identity(self) -> None:
+        if not self._warned and (self.frozen or not self.training):
+            self._warned = True
+            warnings.warn(
+                "VecNorm has no statistics yet and does not collect any (it is frozen "
+                "or in eval mode): values are passed on as they are.",
+                stacklevel=2,
+            )
+
+    # --------------------------------------------------------- reading the statistics
+
+    def _seen(self) -> Iterator[tuple[_Key, Moments]]:
+        for key in self._keys:
+            state = self._state(key)
+            if state is not None:
+                yield key, state
+
+    def _loc_scale(self) -> tuple[TensorDict, TensorDict]:
+        loc, scale = TensorDict(), TensorDict()
+        with self._locked():
+            for key, state in self._seen():
+                dtype = self._dtypes.get(key.in_key, torch.get_default_dtype())
+                both = functional.loc_scale(state, eps=self.eps)
+                for td, value in zip((loc, scale), both, strict=True):
+                    td.set(key.in_key, value.to(dtype))
+        return loc, scale
+
+    @property
+    def loc(self) -> TensorDict:
+        """The mean of each in_key seen so far, ``[*features]``.
+
+        In the dtype of the normalised values, the default dtype before any was seen.
+        """
+        return self._loc_scale()[0]
+
+    @property
+    def scale(self) -> TensorDict:
+        """The standard deviation of each in_key seen so far, at least ``eps``."""
+        return self._loc_scale()[1]
+
+    @property
+    def nonfinite(self) -> TensorDict:
+        """How many values were left out because they were NaN or infinite.
+
+        int64 ``[*features]`` for each in_key seen so far whose state counts them; a
+        ``shared_td`` in the layout of ``torchrl.envs.VecNorm`` does not.
+        """
+        td = TensorDict()
+        with self._locked():
+            for key, state in self._seen():
+                if state.finite is not None:
+                    td.set(key.in_key, state.finite[1].to(torch.int64))
+        return td
+
+    @property
+    def standard_normal(self) -> bool:
+        """Whether ``loc`` and ``scale`` follow the standard normal equation.
+
+        Similar to the ``standard_normal`` attribute of
+        :class:`torchrl.envs.ObservationNorm`. Always ``True``.
+        """
+        return True
+
+    def denorm(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Inverts the normalisation: ``original = normalized * scale + loc``.
+
+        Reads normalised values from ``out_keys`` and writes to ``in_keys``; keys that
+        are not in the tensordict are skipped.
+
+        Args:
+            tensordict: the tensordict containing normalised values.
+
+        Returns:
+            A shallow copy of the tensordict with the original values in ``in_keys``.
+
+        Raises:
+            RuntimeError: no data was seen yet.
+        """
+        if self._td is None:
+            raise RuntimeError("VecNorm must be initialized before calling denorm.")
+        tensordict = tensordict.copy()
+        keys, values, states = [], [], []
+        with self._locked():
+            for key in self._keys:
+                value = tensordict.get(key.out_key, None)
+                if value is None:
+                    continue
+                state = self._state(key)
+                if state is None:
+                    raise RuntimeError(
+                        f"VecNorm must have seen key {key.in_key!r} before calling denorm."
+                    )
+                keys.append(key.in_key)
+                values.append(value)
+                states.append(state.to(value.device))
+            originals = functional.denormalize(values, states, eps=self.eps)
+        for in_key, original in zip(keys, originals, strict=True):
+            tensordict.set(in_key, original)
+        return tensordict
+
+    def to_observation_norm(self) -> Compose | ObservationNorm:
+        """Converts VecNorm into an ObservationNorm class for inference time.
+
+        The :class:`torchrl.envs.ObservationNorm` can be updated with
+        ``load_state_dict(vecnorm.to_observation_norm().state_dict())``. It rounds
+        ``loc`` to the dtype of the values, which shows where ``loc / scale`` is huge.
+
+        Raises:
+            RuntimeError: a key was not seen yet.
+        """
+        loc, scale = self._loc_scale()
+        norms = []
+        for key in self._keys:
+            if key.in_key not in loc.keys(True, True):
+                raise RuntimeError(
+                    f"VecNorm must have seen key {key.in_key!r} before it can be "
+                    "converted to an ObservationNorm."
+                )
+            norms.append(
+                ObservationNorm(
+                    loc=loc.get(key.in_key),
+                    scale=scale.get(key.in_key),
+                    standard_normal=True,
+                    in_keys=key.in_key,
+                    out_keys=key.out_key,
+                )
+            )
+        return norms[0] if len(norms) == 1 else Compose(*norms)
+
+    # ------------------------------------------------------- state_dict, moving, copies
+
+    def get_extra_state(self) -> dict[str, Tensor] | None:
+        """The statistics, for ``state_dict()``: the live tensors, flat.
+
+        ``<key>_sum``, ``<key>_ssq``, ``<key>_count`` and ``<key>_finite`` for each key
+        seen so far, nested keys joined with ``VecNorm.SEP``; None before any data.
+        """
+        if self._td is None:
+            warnings.warn(
+                "Querying state_dict on an uninitialized VecNorm transform will return "
+                "a `None` value for the summary statistics. Loading such a state_dict "
+                "on an initialized VecNorm will result in an error.",
+                stacklevel=2,
+            )
+            return None
+        # A plain dict of tensors: EnvCreator drops the tensors of an OrderedDict.
+        return {
+            self.SEP.join(as_path(name)): leaf
+            for key, state in self._seen()
+            for name, leaf in zip(key.names, state, strict=True)
+            if leaf is not None
+        }
+
+    def consistent_state_dict(self) -> dict[str, Tensor] | None:
+        """A copy of :meth:`get_extra_state`, taken under the lock.
+
+        Beside processes that update shared statistics, the live tensors may be read
+        half-way through an update; this copy is from before or after one.
+        """
+        if self._td is None:
+            return self.get_extra_state()
+        with self._locked():
+            return {name: leaf.clone() for name, leaf in self.get_extra_state().items()}
+
+    def set_extra_state(self, state: dict[str, Tensor] | None) -> None:
+        """Loads what :meth:`get_extra_state` gave, here or in ``torchrl.envs.VecNorm``.
+
+        A transform that has statistics writes in place, under the lock, so that
+        sharing survives. One that has none adopts shared tensors as they are, and
+        shared float64 copies of others.
+
+        Raises:
+            KeyError: ``state`` is None or lacks an entry of a key that has statistics.
+            ValueError: an entry has another shape, or is a negative or NaN count.
+
+        After an error, the statistics are what they were.
+        """
+        if state is None:
+            if self._td is not None:
+                raise KeyError("Could not find a tensordict in the state_dict.")
+            return
+        loaded = self._parse_state(state)
+        if self._td is None:
+            self._adopt(loaded)
+            return
+        with self._locked():
+            for key, current in self._seen():
+                new = loaded.pop(key.in_key, None)
+                if new is None:
+                    raise KeyError(
+                        f"VecNorm: the state_dict has no statistics of key "
+                        f"{key.in_key!r}; it has {sorted(state)}"
+                    )
+                if new.sum.shape != current.sum.shape:
+                    raise ValueError(
+                        f"VecNorm: key {key.in_key!r}: expected statistics of shape "
+                        f"{tuple(current.sum.shape)}, got {tuple(new.sum.shape)}"
+                    )
+                loaded[key.in_key] = new
+            for key in self._keys:
+                if key.in_key in loaded:
+                    self._write(key, loaded[key.in_key])
+
+    def _parse_state(self, state: dict[str, Tensor]) -> dict[NestedKey, Moments]:
+        """The moments of each of our keys in a state_dict."""
+        loaded = {}
+        for key in self._keys:
+            names = [self.SEP.join(as_path(name)) for name in key.names]
+            leaves = [state.get(name) for name in names]
+            if all(leaf is None for leaf in leaves):
+                continue
+            for name, leaf in zip(names[:3], leaves[:3], strict=True):
+                if leaf is None:
+                    raise KeyError(
+                        f"VecNorm: the state_dict has no entry {name!r}; "
+                        f"it has {sorted(state)}"
+                    )
+            loaded[key.in_key] = _check_moments(names, Moments(*leaves))
+        return loaded
+
+    def _adopt(self, loaded: dict[NestedKey, Moments]) -> None:
+        shared = all(m.sum.is_shared() for m in loaded.values())
+        if not shared:
+            warnings.warn(
+                "VecNorm wasn't initialized and the tensordict is not shared. In single "
+                "process settings, this is ok, but if you need to share the statistics "
+                "between workers this should require some attention. "
+                "Make sure that the content of VecNorm is transmitted to the workers "
+                "after calling load_state_dict and not before, as other workers "
+                "may not have access to the loaded TensorDict.",
+                stacklevel=3,
+            )
+        td = TensorDict({}, batch_size=[])
+        for key in self._keys:
+            moments = loaded.get(key.in_key)
+            if moments is None:
+                continue
+            if not shared:
+                fresh = Moments.zeros(moments.sum.shape, device=moments.sum.device)
+                _copy_moments(fresh, moments)
+                moments = fresh
+            for name, leaf in zip(key.names, moments, strict=True):
+                if leaf is not None:
+                    td.set(name, leaf)
+        self._td = td if shared else td.share_memory_()
+
+    def _write(self, key: _Key, moments: Moments) -> None:
+        state = self._state(key)
+        if state is None:
+            # Seen where the state_dict comes from, not here yet.
+            state = Moments.zeros(moments.sum.shape, device=moments.sum.device)
+            for name, leaf in zip(key.names, state, strict=True):
+                self._td.set(name, leaf)
+        _copy_moments(state, moments)
+
+    def to(self, *args, **kwargs) -> VecNorm:
+        """Moves the statistics to a device; they stay float64.
+
+        Shared statistics stay where they are.
+        """
+        device = torch._C._nn._parse_to(*args, **kwargs)[0]
+        if (
+            device is not None
+            and self._td is not None
+            and not sharing.is_shared(self._td)
+        ):
+            self._td = self._td.to(device)
+        return super().to(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        # A multiprocessing lock can only be handed to a process that is being started.
+        if multiprocessing.context.get_spawning_popen() is None:
+            lock = state.pop("lock", None)
+            if lock is not None:
+                state["lock_placeholder"] = None
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "lock_placeholder" in state:
+            state.pop("lock_placeholder")
+            state["lock"] = mp.Lock()
+        super().__setstate__(state)
+
+    # -------------------------------------------------------------------------- specs
+
+    def transform_observation_spec(self, observation_spec: TensorSpec) -> TensorSpec:
+        """Transforms the observation spec such that it matches the normalised values.
+
+        Args:
+            observation_spec (TensorSpec): spec before the transform.
+
+        Returns:
+            The spec after it: entries of ``out_keys`` have no bounds, and a
+            floating-point dtype.
+        """
+        return specs.normalize_specs(observation_spec, self.in_keys, self.out_keys)
+
+    def transform_reward_spec(self, reward_spec: TensorSpec) -> TensorSpec:
+        """Transforms the reward spec such that it matches the normalised values."""
+        return specs.normalize_specs(reward_spec, self.in_keys, self.out_keys)
+
+    # ------------------------------------------------------------------------- sharing
+
+    @staticmethod
+    def build_td_for_shared_vecnorm(
+        env: EnvBase,
+        keys: Sequence[NestedKey] | None = None,
+        memmap: bool = False,
+    ) -> TensorDictBase:
+        """Creates a shared tensordict for normalization across processes.
+
+        The tensordict carries a lock: transforms in several processes that are given it
+        as ``shared_td`` lose no update.
+
+        Args:
+            env (EnvBase): example environment to be used to create the tensordict.
+            keys (sequence of NestedKey, optional): entries of the step's output that
+                have to be normalized; ``"next"`` stands for all floating-point ones.
+                Default is ``["next", "reward"]``.
+            memmap (bool): if ``True``, the resulting tensordict will be cast into
+                memory map (using ``memmap_()``). Otherwise, the tensordict will be
+                placed in shared memory.
+
+        Returns:
+            A tensordict in shared memory to be sent to each process.
+
+        Raises:
+            KeyError: a key is not an entry of the step's output.
+
+        Examples:
+            >>> from torch import multiprocessing as mp
+            >>> queue = mp.Queue()
+            >>> env = make_env()
+            >>> td_shared = VecNorm.build_td_for_shared_vecnorm(env,
+            ...     ["next", "reward"])
+            >>> assert td_shared.is_shared()
+            >>> queue.put(td_shared)
+            >>> # on workers
+            >>> v = VecNorm(shared_td=queue.get())
+            >>> env = TransformedEnv(make_env(), v)
+
+        """
+        return sharing.build_td(env, keys, memmap)
+
+    def __repr__(self) -> str:
+        return (
+            f"{self.__class__.__name__}(decay={self.decay:4.4f},"
+            f"eps={self.eps:4.4f}, in_keys={self.in_keys}, out_keys={self.out_keys})"
+        )
+
+
+# ``isinstance(t, torchrl.envs.VecNorm)`` is how TorchRL finds the transforms that an
+# evaluator has to freeze. The class is an ABC: registering makes it true without its
+# deprecation warning.
+_TorchRLVecNorm.register(VecNorm)
+
+
+# ------------------------------------------------------------------------ construction
+
+
+def _check_number(name: str, value: float, good: bool, expected: str) -> None:
+    if not good:  # False for NaN too
+        raise ValueError(f"VecNorm: expected {name} {expected}, got {value}")
+
+
+def _resolve_keys(
+    in_keys: list[NestedKey],
+    out_keys: list[NestedKey],
+    shapes: Sequence[torch.Size] | None,
+) -> list[_Key]:
+    for name, other in (("out_keys", out_keys), ("shapes", shapes)):
+        if other is not None and len(other) != len(in_keys):
+            raise ValueError(
+                f"VecNorm: expected as many {name} as in_keys, got {len(other)} {name} "
+                f"for the {len(in_keys)} in_keys {in_keys}"
+            )
+    for name, keys in (("in_keys", in_keys), ("out_keys", out_keys)):
+        twice = [key for key in dict.fromkeys(keys) if keys.count(key) > 1]
+        if twice:
+            raise ValueError(f"VecNorm: {name} has {twice[0]!r} more than once: {keys}")
+    names = {key: StateNames.of(key) for key in in_keys}
+    for key in in_keys:
+        path = as_path(key)
+        for other, entries in names.items():
+            for entry in entries:
+                if as_path(entry) == path[: len(as_path(entry))]:
+                    raise ValueError(
+                        f"VecNorm: key {key!r} collides with {entry!r}, where the "
+                        f"statistics of key {other!r} are kept"
+                    )
+    if shapes is None:
+        shapes = [None] * len(in_keys)
+    return [
+        _Key(i, o, names[i], None if s is None else torch.Size(s))
+        for i, o, s in zip(in_keys, out_keys, shapes, strict=True)
+    ]
+
+
+def _check_shared_td(shared_td: TensorDictBase, keys: list[_Key]) -> None:
+    if not (shared_td.is_shared() or shared_td.is_memmap()):
+        raise RuntimeError(
+            "shared_td must be either in shared memory or a memmap tensordict."
+        )
+    present = set(shared_td.keys(True, True))
+    for key in keys:
+        missing = [name for name in key.names[:3] if name not in present]
+        if missing:
+            raise KeyError(
+                f"key {key.in_key!r} not present in the shared tensordict: it lacks "
+                f"{missing}, its keys are {sorted(map(str, present))}"
+            )
+
+
+def _called_by_torchrl() -> bool:
+    """Whether ``train()`` was called by TorchRL's code that adopts a transform.
+
+    ``eval()`` reaches us through nn.Module, then comes whoever called it. A TorchRL
+    method of that very name passes on what a user asked for; any other one
+    (``TransformedEnv.transform``, ``Compose.append``, ``ReplayBuffer``) acts for itself.
+    """
+    frame = sys._getframe(2)
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        if module != "torch.nn.modules.module":
+            name = frame.f_code.co_name
+            return module.startswith("torchrl.") and name not in ("eval", "train")
+        frame = frame.f_back
+    return False
+
+
+# -------------------------------------------------------------------- tensordict access
+
+
+def _get(td: TensorDictBase, key: NestedKey) -> Any:
+    # The public `get` spends a microsecond on what is already known here: that the key
+    # is in its canonical form.
+    if type(td) is TensorDict and not torch.compiler.is_compiling():
+        if type(key) is str:
+            return td._get_str(key, None)
+        return td._get_tuple(key, None)
+    return td.get(key, None)
+
+
+def _set(td: TensorDictBase, key: NestedKey, value: Tensor) -> None:
+    # Likewise: shape and device are those of an entry that is in the tensordict.
+    if (
+        type(td) is TensorDict
+        and type(key) is str
+        and not td.is_locked
+        and not torch.compiler.is_compiling()
+    ):
+        td._set_str(key, value, inplace=False, validated=True, non_blocking=False)
+    else:
+        td.set(key, value)
+
+
+# --------------------------------------------------------------------------- one value
+
+
+def _check_value(key: _Key, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"VecNorm: key {key.in_key!r}: expected a tensor, got {type(value).__name__}"
+        )
+    if value.is_complex() or value.layout is not torch.strided:
+        raise TypeError(
+            f"VecNorm: key {key.in_key!r}: expected dense real values, got "
+            f"{value.dtype} in layout {value.layout}"
+        )
+
+
+def _features(
+    key: _Key, value: Tensor, batch_dims: int, state: Moments | None
+) -> torch.Size:
+    """The shape of the features of a value, checked against what is known of it."""
+    if key.shape is not None:
+        expected, source = key.shape, "shapes"
+        features = value.shape[max(value.ndim - len(expected), 0) :]
+    else:
+        features = value.shape[batch_dims:]
+        expected, source = features, ""
+    if features == expected and state is not None:
+        expected, source = state.sum.shape, "the statistics"
+    if features != expected:
+        raise ValueError(
+            f"VecNorm: key {key.in_key!r}: expected features of shape "
+            f"{tuple(expected)} (from {source}), got {tuple(features)}: the value has "
+            f"shape {tuple(value.shape)} and the tensordict {batch_dims} batch "
+            "dimension(s)"
+        )
+    return features
+
+
+def _find_mask(
+    masks_td: TensorDictBase, key: NestedKey, name: str, samples: torch.Size
+) -> Tensor | None:
+    """The mask that speaks of a key: the nearest one up its path, for each sample."""
+    parents = as_path(key)[:-1]
+    for depth in range(len(parents), -1, -1):
+        mask = masks_td.get((*parents[:depth], name), None)
+        if mask is not None:
+            break
+    else:
+        return None
+    if mask.ndim > len(samples):
+        # A sample counts if any part of it does.
+        mask = mask.flatten(len(samples)).any(-1)
+    mask = mask.reshape(*mask.shape, *(1 for _ in range(len(samples) - mask.ndim)))
+    return mask.expand(samples).reshape(-1)
+
+
+def _identity(value: Tensor) -> Tensor:
+    dtype = value.dtype if value.is_floating_point() else torch.get_default_dtype()
+    return value.to(dtype, copy=True)
+
+
+# ------------------------------------------------------------------------ state_dicts
+
+
+def _check_moments(names: list[str], moments: Moments) -> Moments:
+    """Refuses statistics that no data can have given."""
+
+    def expect(good: bool, name: str, expected: str, got: Any) -> None:
+        if not good:
+            raise ValueError(f"VecNorm: entry {name!r}: expected {expected}, got {got}")
+
+    shape = tuple(moments.sum.shape)
+    for name, leaf, wanted in zip(
+        names, moments, (shape, shape, (1,), (2, *shape)), strict=True
+    ):
+        if leaf is not None:
+            expect(tuple(leaf.shape) == wanted, name, f"shape {wanted}", leaf.shape)
+    for name, leaf in ((names[2], moments.count), (names[3], moments.finite)):
+        if leaf is not None:
+            good = bool((leaf >= 0).all())
+            expect(good, name, "counts that are not negative and not NaN", leaf)
+    return moments
+
+
+def _copy_moments(target: Moments, source: Moments) -> None:
+    """Writes statistics in place, with or without the counter of finite values."""
+    for old, new in zip(target[:3], source[:3], strict=True):
+        old.copy_(new)
+    if target.finite is not None:
+        if source.finite is not None:
+            target.finite.copy_(source.finite)
+        else:
+            # All values were used, or taken to have been.
+            target.finite[0] = source.count.to(target.finite.device)
+            target.finite[1] = 0
