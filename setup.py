@@ -36,6 +36,7 @@ class build_ext(BuildExtension):
     """Records the torch that the extension was built for, for the check on import."""
 
     def run(self) -> None:
+        """Builds, then writes the record."""
         super().run()
         target = ROOT if self.inplace else Path(self.build_lib)
         (target / "torchrl_vecnorm" / "_build.py").write_text(

@@ -65,10 +65,12 @@ bool is_state_dtype(at::ScalarType dtype) {
 
 void check_state(const States& s, size_t i) {
   const Tensor& sum = s.sum[i];
-  TORCH_CHECK_VALUE(s.ssq[i].sizes() == sum.sizes(), "key ", i, ": expected ssq of shape ",
-                    sum.sizes(), " as sum, got ", s.ssq[i].sizes());
+  TORCH_CHECK_VALUE(s.ssq[i].sizes() == sum.sizes(), "key ", i,
+                    ": expected ssq of shape ", sum.sizes(), " as sum, got ",
+                    s.ssq[i].sizes());
   TORCH_CHECK_VALUE(s.count[i].numel() == 1, "key ", i,
-                    ": expected count with one element, got shape ", s.count[i].sizes());
+                    ": expected count with one element, got shape ",
+                    s.count[i].sizes());
   for (const Tensor* t : {&sum, &s.ssq[i], &s.count[i]}) {
     TORCH_CHECK_TYPE(is_state_dtype(t->scalar_type()), "key ", i,
                      ": expected a float64 or float32 state, got ", t->scalar_type());
@@ -108,17 +110,17 @@ void check_values(TensorList x, TensorList y, const States& s) {
                      value.layout());
     const int64_t leading = value.dim() - static_cast<int64_t>(features.size());
     TORCH_CHECK_VALUE(leading >= 0 && value.sizes().slice(leading) == features, "key ",
-                      i, ": expected features of shape ", features, ", got values of shape ",
-                      value.sizes());
+                      i, ": expected features of shape ", features,
+                      ", got values of shape ", value.sizes());
     if (has(y, i)) {
       TORCH_CHECK_VALUE(y[i].sizes() == value.sizes(), "key ", i,
                         ": expected an output of shape ", value.sizes(), ", got ",
                         y[i].sizes());
-      TORCH_CHECK_TYPE(y[i].is_floating_point() &&
-                           (!value.is_floating_point() ||
-                            value.scalar_type() == y[i].scalar_type()),
-                       "key ", i, ": ", value.scalar_type(),
-                       " values cannot be written to a ", y[i].scalar_type(), " output");
+      TORCH_CHECK_TYPE(
+          y[i].is_floating_point() &&
+              (!value.is_floating_point() || value.scalar_type() == y[i].scalar_type()),
+          "key ", i, ": ", value.scalar_type(), " values cannot be written to a ",
+          y[i].scalar_type(), " output");
     }
   }
 }
@@ -221,8 +223,8 @@ struct Keys {
       key.state = state_of(s, i);
       if (has(mask, i)) {
         const Tensor& m = mask[i];
-        TORCH_CHECK_VALUE(m.scalar_type() == at::kBool && m.numel() == samples, "key ", i,
-                          ": expected a bool mask with ", samples, " elements, got ",
+        TORCH_CHECK_VALUE(m.scalar_type() == at::kBool && m.numel() == samples, "key ",
+                          i, ": expected a bool mask with ", samples, " elements, got ",
                           m.scalar_type(), " ", m.sizes());
         key.mask = keep(m.contiguous()).data_ptr<bool>();
       }
@@ -237,8 +239,8 @@ struct Keys {
         if (out.is_alias_of(y[i]) && supported) {
           key.y = matrix_of(keep(out));
         } else {
-          const Tensor copy = at::empty({samples, features},
-                                        out.options().dtype(key_output_dtype(key, out)));
+          const Tensor copy = at::empty(
+              {samples, features}, out.options().dtype(key_output_dtype(key, out)));
           copies.emplace_back(y[i], copy);
           key.y = matrix_of(copy);
         }
@@ -256,8 +258,8 @@ struct Keys {
   // A value that had to be read as double is normalised as double.
   static at::ScalarType key_output_dtype(const Key& key, const Tensor& out) {
     const at::ScalarType type = out.scalar_type();
-    const bool kernel = type == at::kFloat || type == at::kDouble || type == at::kHalf ||
-                        type == at::kBFloat16;
+    const bool kernel = type == at::kFloat || type == at::kDouble ||
+                        type == at::kHalf || type == at::kBFloat16;
     return kernel && key.x.dtype != Dtype::kFloat64 ? type : at::kDouble;
   }
 
@@ -294,11 +296,11 @@ void normalize_cpu(TensorList x, TensorList sum, TensorList ssq, TensorList coun
 void denormalize_cpu(TensorList y, TensorList sum, TensorList ssq, TensorList count,
                      TensorList finite, TensorList x, double eps) {
   const States s{sum, ssq, count, finite};
-  check_values(y, x, s);
   for (size_t i = 0; i < y.size(); ++i) {
     TORCH_CHECK_TYPE(y[i].is_floating_point(), "key ", i,
                      ": expected floating-point values, got ", y[i].scalar_type());
   }
+  check_values(y, x, s);
   const Keys keys(y, x, {}, s);
   cpu::denormalize(keys.keys, eps, parallel_for);
   keys.write_back();
@@ -365,7 +367,8 @@ bool needs_grad(TensorList x) {
   return false;
 }
 
-// The scale of each key, shaped to broadcast over its values. Sizes may be symbolic here.
+// The scale of each key, shaped to broadcast over its values. Sizes may be symbolic
+// here.
 std::vector<Tensor> scales_of(const States& s, double eps) {
   std::vector<Tensor> scales;
   for (size_t i = 0; i < s.sum.size(); ++i) {
@@ -450,8 +453,9 @@ void normalize_autograd(TensorList x, TensorList sum, TensorList ssq, TensorList
       false);
 }
 
-void denormalize_autograd(TensorList y, TensorList sum, TensorList ssq, TensorList count,
-                          TensorList finite, TensorList x, double eps) {
+void denormalize_autograd(TensorList y, TensorList sum, TensorList ssq,
+                          TensorList count, TensorList finite, TensorList x,
+                          double eps) {
   const auto run = [&] {
     at::AutoDispatchBelowADInplaceOrView guard;
     denormalize_op().call(y, sum, ssq, count, finite, x, eps);
@@ -471,8 +475,8 @@ void denormalize_autograd(TensorList y, TensorList sum, TensorList ssq, TensorLi
 }  // namespace
 
 void update(TensorList x, TensorList sum, TensorList ssq, TensorList count,
-            TensorList finite, TensorList y, TensorList mask, double keep, double weight,
-            double eps) {
+            TensorList finite, TensorList y, TensorList mask, double keep,
+            double weight, double eps) {
   update_op().call(x, sum, ssq, count, finite, y, mask, keep, weight, eps);
 }
 

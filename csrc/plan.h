@@ -52,9 +52,8 @@ inline Plan make_plan(int64_t samples, int64_t features) {
     plan.features_per_block = ceil_div(features, plan.feature_blocks);
   }
   if (samples > 0 && features > 0) {
-    plan.rows_per_chunk =
-        std::max(ceil_div(kMinChunkElements, plan.features_per_block),
-                 ceil_div(samples * plan.feature_blocks, kMaxPieces));
+    plan.rows_per_chunk = std::max(ceil_div(kMinChunkElements, plan.features_per_block),
+                                   ceil_div(samples * plan.feature_blocks, kMaxPieces));
     plan.row_chunks = ceil_div(samples, plan.rows_per_chunk);
   }
   return plan;

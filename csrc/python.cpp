@@ -39,8 +39,8 @@ Tensors outputs_like(const Tensors& x) {
 
 Tensors update_and_normalize(const Tensors& x, const Tensors& sum, const Tensors& ssq,
                              const Tensors& count, const Tensors& finite,
-                             const Tensors& mask, double keep, double weight, double eps,
-                             std::optional<Tensors> out) {
+                             const Tensors& mask, double keep, double weight,
+                             double eps, std::optional<Tensors> out) {
   Tensors y = out.has_value() ? std::move(*out) : outputs_like(x);
   update(x, sum, ssq, count, finite, y, mask, keep, weight, eps);
   return y;
@@ -55,11 +55,11 @@ Tensors normalized(const Tensors& x, const Tensors& sum, const Tensors& ssq,
 }
 
 void* memory_of(const Tensor& t) {
-  TORCH_CHECK_VALUE(t.device().is_cpu() && t.scalar_type() == at::kByte &&
-                        t.is_contiguous() &&
-                        static_cast<size_t>(t.numel()) >= shared::mutex_size(),
-                    "expected a contiguous uint8 CPU tensor of ", shared::mutex_size(),
-                    " bytes, got ", t.scalar_type(), " ", t.sizes(), " on ", t.device());
+  TORCH_CHECK_VALUE(
+      t.device().is_cpu() && t.scalar_type() == at::kByte && t.is_contiguous() &&
+          static_cast<size_t>(t.numel()) >= shared::mutex_size(),
+      "expected a contiguous uint8 CPU tensor of ", shared::mutex_size(),
+      " bytes, got ", t.scalar_type(), " ", t.sizes(), " on ", t.device());
   void* memory = t.data_ptr();
   TORCH_CHECK_VALUE(
       reinterpret_cast<uintptr_t>(memory) % shared::mutex_alignment() == 0,

@@ -205,9 +205,7 @@ def normalize(
         loc, scale = loc_scale(state, eps=eps)
         y = ((x - loc) / scale).to(x.dtype)
     """
-    y = _ops.normalize(
-        _listed(x), *columns(_listed(state)), float(eps), _listed(out)
-    )
+    y = _ops.normalize(_listed(x), *columns(_listed(state)), float(eps), _listed(out))
     return _like(x, y)
 
 
@@ -226,9 +224,7 @@ def denormalize(
     """
     ys = _listed(y)
     x = [torch.empty_like(v) for v in ys]
-    torch.ops.torchrl_vecnorm.denormalize(
-        ys, *columns(_listed(state)), x, float(eps)
-    )
+    torch.ops.torchrl_vecnorm.denormalize(ys, *columns(_listed(state)), x, float(eps))
     return _like(y, x)
 
 

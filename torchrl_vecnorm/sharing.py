@@ -118,7 +118,9 @@ def build_td(
     td = TensorDict({}, batch_size=[])
     for key in _step_keys(spec, keys):
         names = StateNames.of(key)
-        for name, leaf in zip(names, Moments.zeros(_features(env, spec[key])), strict=True):
+        for name, leaf in zip(
+            names, Moments.zeros(_features(env, spec[key])), strict=True
+        ):
             td.set(name, leaf)
     td.set(MUTEX, torch.zeros(_C.mutex_size(), dtype=torch.uint8))
     td = td.memmap_() if memmap else td.share_memory_()

@@ -13,7 +13,6 @@ from tensordict.utils import NestedKey
 from torchrl.data.tensor_specs import Composite, TensorSpec, Unbounded
 
 
-
 def normalized_spec(spec: TensorSpec) -> TensorSpec:
     """The spec of a normalised entry.
 

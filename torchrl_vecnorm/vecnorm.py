@@ -28,6 +28,15 @@ from torchrl.envs.transforms import Compose, ObservationNorm, Transform
 from torchrl_vecnorm import _ops, functional, sharing, specs
 from torchrl_vecnorm.moments import Moments
 from torchrl_vecnorm.names import StateNames, as_path
+from torchrl_vecnorm.state import (
+    Binding,
+    check_moments,
+    copy_moments,
+    get_entry,
+    read_moments,
+    set_entry,
+    write_moments,
+)
 
 if TYPE_CHECKING:
     from torchrl.envs import EnvBase
@@ -139,6 +148,7 @@ class VecNorm(Transform):
     SEP = _TorchRLVecNorm.SEP
 
     def __new__(cls, *args, new_api: bool | None = None, **kwargs):
+        """A VecNorm, or torchrl's VecNormV2 where ``new_api`` asks for that."""
         if new_api:
             from torchrl.envs import VecNormV2
 
@@ -175,6 +185,7 @@ class VecNorm(Transform):
         # The dtype of the normalised values of each in_key, once one was seen.
         self._dtypes: dict[NestedKey, torch.dtype] = {}
         self._warned = False
+        self._binding: Binding | None = None
 
     # ------------------------------------------------------------ switching updates
 
@@ -221,6 +232,8 @@ class VecNorm(Transform):
     # -------------------------------------------------------------------- the call
 
     def _call(self, next_tensordict: TensorDictBase) -> TensorDictBase:
+        if not torch.compiler.is_compiling() and self._common_call(next_tensordict):
+            return next_tensordict
         return self._normalize_td(next_tensordict, self._missing_tolerance)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -246,6 +259,8 @@ class VecNorm(Transform):
         self, tensordict: TensorDictBase, next_tensordict: TensorDictBase
     ) -> TensorDictBase:
         # In a partial step, environments that stood still have nothing to say.
+        if get_entry(tensordict, "_step") is None:
+            return self._call(next_tensordict)
         return self._normalize_td(
             next_tensordict, self._missing_tolerance, tensordict, "_step"
         )
@@ -270,7 +285,7 @@ class VecNorm(Transform):
         """
         values = []
         for key in self._keys:
-            value = _get(td, key.in_key)
+            value = get_entry(td, key.in_key)
             if value is not None:
                 values.append((key, value))
             elif not tolerant:
@@ -287,12 +302,54 @@ class VecNorm(Transform):
                 for key, value in values
             ]
             normalized = self._compute(entries, updating)
-        for entry, y in zip(entries, normalized, strict=True):
-            in_key = entry.key.in_key
-            if self._dtypes.get(in_key) is not y.dtype:
-                self._dtypes[in_key] = y.dtype
-            _set(td, entry.key.out_key, y)
+        self._write_outputs(td, [e.key for e in entries], normalized)
         return td
+
+    def _common_call(self, td: TensorDictBase) -> bool:
+        """A call with nothing special: every key there, its state known, no masks.
+
+        False when there is something special, or wrong: nothing has happened then.
+        """
+        binding = self._binding
+        if binding is None or not binding.holds(self._td):
+            return False
+        values = []
+        batch_dims = td.batch_dims
+        for key, ndim in zip(self._keys, binding.ndims, strict=True):
+            value = get_entry(td, key.in_key)
+            if (
+                type(value) is not Tensor
+                or value.device != binding.device
+                or (key.shape is None and value.ndim - batch_dims != ndim)
+            ):
+                return False
+            values.append(value)
+        try:
+            with self._locked():
+                normalized = self._apply_columns(values, binding.columns, [])
+        except (TypeError, ValueError):
+            # The operator has refused a value. The other path says which.
+            return False
+        self._write_outputs(td, self._keys, normalized)
+        return True
+
+    def _write_outputs(
+        self, td: TensorDictBase, keys: list[_Key], normalized: list[Tensor]
+    ) -> None:
+        for key, y in zip(keys, normalized, strict=True):
+            if self._dtypes.get(key.in_key) is not y.dtype:
+                self._dtypes[key.in_key] = y.dtype
+            set_entry(td, key.out_key, y)
+
+    def _apply_columns(
+        self, values: list[Tensor], columns: tuple, masks: list[Tensor]
+    ) -> list[Tensor]:
+        """One call of an operator: updating or not."""
+        if self.training and not self.frozen:
+            return _ops.update(
+                values, *columns, masks, float(self.decay), 1.0, float(self.eps)
+            )
+        return _ops.normalize(values, *columns, float(self.eps))
 
     def _locked(self):
         # A lock means nothing inside a compiled graph.
@@ -301,7 +358,7 @@ class VecNorm(Transform):
         return sharing.StateLock(self.lock, self._mutex())
 
     def _mutex(self) -> Tensor | None:
-        return None if self._td is None else _get(self._td, sharing.MUTEX)
+        return None if self._td is None else get_entry(self._td, sharing.MUTEX)
 
     def _entry(
         self,
@@ -332,17 +389,7 @@ class VecNorm(Transform):
         return _Entry(key, value, state, mask, is_new)
 
     def _state(self, key: _Key) -> Moments | None:
-        if self._td is None:
-            return None
-        total = _get(self._td, key.names.sum)
-        if total is None:
-            return None
-        return Moments(
-            total,
-            _get(self._td, key.names.ssq),
-            _get(self._td, key.names.count),
-            _get(self._td, key.names.finite),
-        )
+        return read_moments(self._td, key.names)
 
     def _compute(self, entries: list[_Entry], updating: bool) -> list[Tensor]:
         """One call of the operator for all keys that have a state."""
@@ -350,26 +397,26 @@ class VecNorm(Transform):
         if any(e.state.sum.device != e.value.device for e in known):
             results = iter(self._compute_staged(known, updating))
         else:
-            results = iter(self._compute_here(known, updating))
+            results = iter(self._compute_here(known))
         self._keep_new(known)
+        if len(known) == len(self._keys) and not torch.compiler.is_compiling():
+            self._binding = Binding.of(
+                self._td, [e.key.names for e in known], [e.state for e in known]
+            )
         return [
             next(results) if e.state is not None else _identity(e.value)
             for e in entries
         ]
 
-    def _compute_here(self, known: list[_Entry], updating: bool) -> list[Tensor]:
+    def _compute_here(self, known: list[_Entry]) -> list[Tensor]:
         if not known:
             return []
         values = [e.value for e in known]
-        columns = functional.columns([e.state for e in known])
-        if not updating:
-            return _ops.normalize(values, *columns, float(self.eps))
         masks = []
         if any(e.mask is not None for e in known):
             masks = functional.mask_column([e.mask for e in known], values)
-        return _ops.update(
-            values, *columns, masks, float(self.decay), 1.0, float(self.eps)
-        )
+        columns = functional.columns([e.state for e in known])
+        return self._apply_columns(values, columns, masks)
 
     def _compute_staged(self, known: list[_Entry], updating: bool) -> list[Tensor]:
         """Shared statistics stay where they are; the values may be elsewhere.
@@ -393,8 +440,7 @@ class VecNorm(Transform):
             if e.is_new:
                 if self._td is None:
                     self._td = TensorDict({}, batch_size=[])
-                for name, leaf in zip(e.key.names, e.state, strict=True):
-                    self._td.set(name, leaf)
+                write_moments(self._td, e.key.names, e.state)
 
     def _warn_identity(self) -> None:
         if not self._warned and (self.frozen or not self.training):
@@ -613,7 +659,7 @@ class VecNorm(Transform):
                         f"VecNorm: the state_dict has no entry {name!r}; "
                         f"it has {sorted(state)}"
                     )
-            loaded[key.in_key] = _check_moments(names, Moments(*leaves))
+            loaded[key.in_key] = check_moments(names, Moments(*leaves))
         return loaded
 
     def _adopt(self, loaded: dict[NestedKey, Moments]) -> None:
@@ -635,11 +681,9 @@ class VecNorm(Transform):
                 continue
             if not shared:
                 fresh = Moments.zeros(moments.sum.shape, device=moments.sum.device)
-                _copy_moments(fresh, moments)
+                copy_moments(fresh, moments)
                 moments = fresh
-            for name, leaf in zip(key.names, moments, strict=True):
-                if leaf is not None:
-                    td.set(name, leaf)
+            write_moments(td, key.names, moments)
         self._td = td if shared else td.share_memory_()
 
     def _write(self, key: _Key, moments: Moments) -> None:
@@ -647,9 +691,8 @@ class VecNorm(Transform):
         if state is None:
             # Seen where the state_dict comes from, not here yet.
             state = Moments.zeros(moments.sum.shape, device=moments.sum.device)
-            for name, leaf in zip(key.names, state, strict=True):
-                self._td.set(name, leaf)
-        _copy_moments(state, moments)
+            write_moments(self._td, key.names, state)
+        copy_moments(state, moments)
 
     def to(self, *args, **kwargs) -> VecNorm:
         """Moves the statistics to a device; they stay float64.
@@ -667,6 +710,7 @@ class VecNorm(Transform):
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
+        state["_binding"] = None
         # A multiprocessing lock can only be handed to a process that is being started.
         if multiprocessing.context.get_spawning_popen() is None:
             lock = state.pop("lock", None)
@@ -827,32 +871,6 @@ def _called_by_torchrl() -> bool:
     return False
 
 
-# -------------------------------------------------------------------- tensordict access
-
-
-def _get(td: TensorDictBase, key: NestedKey) -> Any:
-    # The public `get` spends a microsecond on what is already known here: that the key
-    # is in its canonical form.
-    if type(td) is TensorDict and not torch.compiler.is_compiling():
-        if type(key) is str:
-            return td._get_str(key, None)
-        return td._get_tuple(key, None)
-    return td.get(key, None)
-
-
-def _set(td: TensorDictBase, key: NestedKey, value: Tensor) -> None:
-    # Likewise: shape and device are those of an entry that is in the tensordict.
-    if (
-        type(td) is TensorDict
-        and type(key) is str
-        and not td.is_locked
-        and not torch.compiler.is_compiling()
-    ):
-        td._set_str(key, value, inplace=False, validated=True, non_blocking=False)
-    else:
-        td.set(key, value)
-
-
 # --------------------------------------------------------------------------- one value
 
 
@@ -911,39 +929,3 @@ def _find_mask(
 def _identity(value: Tensor) -> Tensor:
     dtype = value.dtype if value.is_floating_point() else torch.get_default_dtype()
     return value.to(dtype, copy=True)
-
-
-# ------------------------------------------------------------------------ state_dicts
-
-
-def _check_moments(names: list[str], moments: Moments) -> Moments:
-    """Refuses statistics that no data can have given."""
-
-    def expect(good: bool, name: str, expected: str, got: Any) -> None:
-        if not good:
-            raise ValueError(f"VecNorm: entry {name!r}: expected {expected}, got {got}")
-
-    shape = tuple(moments.sum.shape)
-    for name, leaf, wanted in zip(
-        names, moments, (shape, shape, (1,), (2, *shape)), strict=True
-    ):
-        if leaf is not None:
-            expect(tuple(leaf.shape) == wanted, name, f"shape {wanted}", leaf.shape)
-    for name, leaf in ((names[2], moments.count), (names[3], moments.finite)):
-        if leaf is not None:
-            good = bool((leaf >= 0).all())
-            expect(good, name, "counts that are not negative and not NaN", leaf)
-    return moments
-
-
-def _copy_moments(target: Moments, source: Moments) -> None:
-    """Writes statistics in place, with or without the counter of finite values."""
-    for old, new in zip(target[:3], source[:3], strict=True):
-        old.copy_(new)
-    if target.finite is not None:
-        if source.finite is not None:
-            target.finite.copy_(source.finite)
-        else:
-            # All values were used, or taken to have been.
-            target.finite[0] = source.count.to(target.finite.device)
-            target.finite[1] = 0

@@ -14,7 +14,8 @@
 //                  ones (NaN, overflow, a shift far off) cost a second look.
 //   2. finish      the pieces of a feature are combined in order, folded into the state
 //                  and projected to loc and scale.
-//   3. apply       y = (x - loc) / scale, each thread going backwards over the pieces it
+//   3. apply       y = (x - loc) / scale, each thread going backwards over the pieces
+//   it
 //                  has just read, so that the newest ones still come from its cache.
 //
 // Rows of few features are handled several at a time ("lanes"), so that inner loops are
@@ -98,11 +99,11 @@ Moments write_state(const State& s, int64_t f, int64_t features, Moments m,
 // calling thread keeps.
 struct Work {
   Plan plan;
-  int64_t group = 1;              // rows taken as one when reading x
-  double* shift = nullptr;        // [features]
-  double* partials = nullptr;     // [row_chunks][3][features]: n, d1, d2
-  double* counted = nullptr;      // [row_chunks]
-  Statistic* statistic = nullptr; // [features]
+  int64_t group = 1;               // rows taken as one when reading x
+  double* shift = nullptr;         // [features]
+  double* partials = nullptr;      // [row_chunks][3][features]: n, d1, d2
+  double* counted = nullptr;       // [row_chunks]
+  Statistic* statistic = nullptr;  // [features]
 
   Partial partial(int64_t chunk, int64_t f) const {
     const double* p = partials + chunk * 3 * plan.features + f;
@@ -138,8 +139,7 @@ class Pieces {
   int64_t size() const { return total_; }
 
   Piece operator[](int64_t i) const {
-    const int64_t key =
-        std::upper_bound(ends_.begin(), ends_.end(), i) - ends_.begin();
+    const int64_t key = std::upper_bound(ends_.begin(), ends_.end(), i) - ends_.begin();
     const Plan& plan = work_[key].plan;
     const int64_t at = i - (ends_[key] - plan.pieces());
     return {key, at / plan.feature_blocks, at % plan.feature_blocks};
@@ -233,8 +233,9 @@ void sum_in_float(const Rows<const T>& x, int64_t rows, const bool* mask, int64_
 }
 
 template <typename T>
-void sum_in_double(const Rows<const T>& x, int64_t rows, const bool* mask, int64_t features,
-                   const double* shift, double* n, double* d1, double* d2) {
+void sum_in_double(const Rows<const T>& x, int64_t rows, const bool* mask,
+                   int64_t features, const double* shift, double* n, double* d1,
+                   double* d2) {
   for (int64_t r = 0; r < rows; ++r) {
     if (mask != nullptr && !mask[r]) {
       continue;
@@ -253,9 +254,9 @@ void sum_in_double(const Rows<const T>& x, int64_t rows, const bool* mask, int64
 // The float sums of a piece, straight into its partials. Returns whether they all can
 // be trusted.
 template <typename T>
-bool accumulate_fast(const Rows<const T>& x, int64_t rows, double counted, const bool* mask,
-                     int64_t group, int64_t features, const double* shift, double* n,
-                     double* d1, double* d2) {
+bool accumulate_fast(const Rows<const T>& x, int64_t rows, double counted,
+                     const bool* mask, int64_t group, int64_t features,
+                     const double* shift, double* n, double* d1, double* d2) {
   if (group == 1) {
     thread_local std::vector<float> rounded;
     rounded.assign(shift, shift + features);
@@ -269,7 +270,8 @@ bool accumulate_fast(const Rows<const T>& x, int64_t rows, double counted, const
       lane_shift[j] = static_cast<float>(shift[j % features]);
     }
     const int64_t whole = rows / group;
-    sum_in_float(Rows<const T>{x.data, lanes, 1}, whole, nullptr, lanes, lane_shift, l1, l2);
+    sum_in_float(Rows<const T>{x.data, lanes, 1}, whole, nullptr, lanes, lane_shift, l1,
+                 l2);
     const int64_t tail = (rows - whole * group) * features;
     sum_in_float(Rows<const T>{x.data + whole * lanes, lanes, 1}, 1, nullptr, tail,
                  lane_shift, l1, l2);
@@ -302,8 +304,7 @@ void accumulate(const Key& key, const Work& work, const Piece& piece) {
   if (piece.block == 0) {
     work.counted[piece.chunk] = static_cast<double>(counted);
   }
-  double* n =
-      work.partials + piece.chunk * 3 * work.plan.features + features.begin;
+  double* n = work.partials + piece.chunk * 3 * work.plan.features + features.begin;
   double* d1 = n + work.plan.features;
   double* d2 = d1 + work.plan.features;
   const double* shift = work.shift + features.begin;
@@ -332,8 +333,8 @@ void accumulate(const Key& key, const Work& work, const Piece& piece) {
 template <typename T>
 double shift_of(const Key& key, const Moments& state, int64_t f) {
   using C = typename Compute<T>::type;
-  double shift = load<double>(
-      static_cast<const T*>(key.x.data)[f * key.x.feature_stride]);
+  double shift =
+      load<double>(static_cast<const T*>(key.x.data)[f * key.x.feature_stride]);
   if (state.finite > 0) {
     shift = state.sum / state.finite;
   }
@@ -397,8 +398,8 @@ const C* coefficients(const Statistic* statistic, int64_t features, int64_t lane
 }
 
 template <typename Map, typename C, typename In, typename Out>
-void apply_rows(const Rows<const In>& x, const Rows<Out>& y, int64_t rows, int64_t lanes,
-                const C* a, int64_t width) {
+void apply_rows(const Rows<const In>& x, const Rows<Out>& y, int64_t rows,
+                int64_t lanes, const C* a, int64_t width) {
   const C* b = a + width;
   const C* c = b + width;
   const bool unit = x.lane_stride == 1 && y.lane_stride == 1;
@@ -428,16 +429,16 @@ void apply(const Key& key, const Work& work, const Piece& piece) {
   const Range rows = rows_of(work.plan, piece.chunk);
   const Range features = features_of(work.plan, piece.block);
   Rows<const In> x{static_cast<const In*>(key.x.data) + rows.begin * key.x.row_stride +
-                 features.begin * key.x.feature_stride,
-             key.x.row_stride, key.x.feature_stride};
+                       features.begin * key.x.feature_stride,
+                   key.x.row_stride, key.x.feature_stride};
   Rows<Out> y{static_cast<Out*>(key.y.data) + rows.begin * key.y.row_stride +
                   features.begin * key.y.feature_stride,
               key.y.row_stride, key.y.feature_stride};
 
   const int64_t group = std::min(work.group, group_of(key.y, key.features));
   const int64_t width = group * features.size();
-  const C* abc = coefficients<Map, C>(work.statistic + features.begin,
-                                      features.size(), width);
+  const C* abc =
+      coefficients<Map, C>(work.statistic + features.begin, features.size(), width);
   const int64_t whole = rows.size() / group;
   x.row_stride *= group;
   y.row_stride *= group;
@@ -583,8 +584,7 @@ void merge(const State& state, const State& batch, int64_t features, Weights wei
   for (int64_t f = 0; f < features; ++f) {
     const Moments old = read_state(state, f);
     Moments b = read_state(batch, f);
-    const double left_out =
-        batch.finite != nullptr ? batch.finite[features + f] : 0.;
+    const double left_out = batch.finite != nullptr ? batch.finite[features + f] : 0.;
     if (state.finite == nullptr) {
       b = impute(b, old);
     }

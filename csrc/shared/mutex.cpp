@@ -5,14 +5,14 @@
 
 #include "mutex.h"
 
+#include <pthread.h>
+
 #include <cerrno>
 #include <cstdint>
 #include <cstring>
 #include <ctime>
 #include <new>
 #include <system_error>
-
-#include <pthread.h>
 
 namespace vecnorm {
 namespace shared {

@@ -1,0 +1,554 @@
+# Copyright (c) the torchrl_vecnorm authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""The operators against the oracle, torch and exact arithmetic."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from samples import FLOATS, INTEGERS, LAYOUTS, SHAPES, data, op_samples
+
+from torchrl_vecnorm import Moments, _ops, oracle
+from torchrl_vecnorm import functional as F
+
+ops = torch.ops.torchrl_vecnorm
+
+# Of a normalised value, by the dtype it comes out in.
+TOLERANCE = {
+    torch.float64: {"rtol": 1e-9, "atol": 1e-9},
+    torch.float32: {"rtol": 2e-5, "atol": 2e-5},
+    torch.float16: {"rtol": 2e-3, "atol": 2e-3},
+    torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2},
+}
+ids = {"ids": str}
+
+
+def assert_same(state: Moments, other: Moments, **tolerance):
+    for name, a, b in zip(Moments._fields, state, other, strict=True):
+        if tolerance:
+            torch.testing.assert_close(
+                a, b, msg=lambda m, n=name: f"{n}: {m}", **tolerance
+            )
+        else:
+            assert torch.equal(a, b), name
+
+
+def clone(state: Moments) -> Moments:
+    return Moments(*(None if t is None else t.clone() for t in state))
+
+
+def check(x, state, *, mask=None, decay=0.9, eps=1e-4, calls=1):
+    """Calls with x, each compared with the oracle."""
+    expected = clone(state)
+    for _ in range(calls):
+        y = F.update_(x, state, decay=decay, eps=eps, mask=mask)
+        want, expected = oracle.update(x, expected, keep=decay, eps=eps, mask=mask)
+        assert_same(state, expected, rtol=1e-5, atol=1e-6)
+        assert y.dtype == want.dtype and y.shape == want.shape
+        # Judged with our own statistics: theirs were compared above.
+        want = oracle.normalize(x, state, eps)
+        torch.testing.assert_close(y, want, **TOLERANCE[y.dtype], equal_nan=True)
+    return y
+
+
+# ------------------------------------------------------------------- correctness
+
+
+@pytest.mark.parametrize("dtype", (*FLOATS, *INTEGERS), **ids)
+@pytest.mark.parametrize("samples,features", SHAPES, **ids)
+def test_update(samples, features, dtype):
+    state = Moments.zeros(features)
+    for _ in range(3):
+        check(data(samples, features, dtype), state)
+
+
+@pytest.mark.parametrize("samples", [1, 2, 15, 16, 1000, 65536, 1_000_003])
+def test_many_samples(samples):
+    check(data((samples,), (3,)), Moments.zeros([3]), calls=2)
+
+
+@pytest.mark.parametrize("features", [1, 2, 3, 63, 64, 65, 129, 1134, 100_003])
+def test_many_features(features):
+    check(data((40,), (features,)), Moments.zeros([features]), calls=2)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int32], **ids)
+@pytest.mark.parametrize("shape", [(700, 3), (700, 40), (50, 20, 6)], **ids)
+def test_strides(layout, dtype, shape):
+    x = data(shape[:-1], shape[-1:], dtype)
+    state, dense = Moments.zeros(shape[-1:]), Moments.zeros(shape[-1:])
+    y = check(layout(x), state)
+    torch.testing.assert_close(y, F.update_(x, dense, decay=0.9))
+    assert_same(state, dense, rtol=1e-5, atol=1e-6)
+
+
+def test_expanded():
+    check(data((1,), (6,)).expand(300, 6), Moments.zeros([6]), calls=2)
+    check(data((300,), (1,)).expand(300, 6), Moments.zeros([6]), calls=2)
+
+
+def test_several_keys_are_one_call_each():
+    """All keys in one call give what a call for each gives, to the bit."""
+    shapes = [
+        ((5000,), (3,)),
+        ((5000,), ()),
+        ((7,), (2, 4)),
+        ((0,), (2,)),
+        ((9,), (200,)),
+    ]
+    dtypes = [*FLOATS, torch.int64]
+    xs = [data(*s, dtype) for s, dtype in zip(shapes, dtypes, strict=True)]
+    together = [Moments.zeros(f) for _, f in shapes]
+    alone = [Moments.zeros(f) for _, f in shapes]
+    for _ in range(2):
+        ys = F.update_(xs, together, decay=0.9)
+        for x, y, a, t in zip(xs, ys, alone, together, strict=True):
+            assert torch.equal(F.update_(x, a, decay=0.9), y)
+            assert_same(a, t)
+
+
+def test_33_keys():
+    xs = [data((50,), (k % 5 + 1,)) for k in range(33)]
+    states = [Moments.zeros(x.shape[1:]) for x in xs]
+    for x, y, s in zip(xs, F.update_(xs, states), states, strict=True):
+        torch.testing.assert_close(
+            y, oracle.normalize(x, s, 1e-4), rtol=1e-5, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("features", [(1,), (3,), (70,)], **ids)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int16], **ids)
+def test_mask(features, dtype):
+    """Only the samples of the mask count, all are normalised."""
+    x = data((3000,), features, dtype)
+    mask = torch.rand(3000) < 0.3
+    state, chosen = Moments.zeros(features), Moments.zeros(features)
+    check(x, state, mask=mask)
+    F.update_(x[mask], chosen, decay=0.9)
+    assert_same(state, chosen, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("empty", ["no samples", "no sample counts"])
+def test_empty_batch_changes_nothing(empty):
+    state = Moments.zeros([4])
+    F.update_(data((30,), (4,)), state)
+    before = clone(state)
+    if empty == "no samples":
+        y = F.update_(torch.empty(0, 4), state, decay=0.5)
+        assert y.shape == (0, 4)
+    else:
+        x = data((9,), (4,))
+        y = F.update_(x, state, decay=0.5, mask=torch.zeros(9, dtype=torch.bool))
+        assert torch.equal(y, F.normalize(x, before))
+    assert_same(state, before)
+
+
+def test_out():
+    x = data((500,), (6,))
+    state = Moments.zeros([6])
+    F.update_(x, state)
+    want = F.normalize(x, state)
+    for out in (
+        torch.empty(500, 6),
+        torch.empty(6, 500).t(),
+        torch.empty(500, 12)[:, ::2],
+    ):
+        assert F.normalize(x, state, out=out) is out
+        torch.testing.assert_close(out, want)
+    wide = torch.empty(50, 2, 10, 6)[:, 0]  # no stride describes its samples
+    F.normalize(x.view(50, 10, 6), state, out=wide)
+    torch.testing.assert_close(wide, want.view(50, 10, 6))
+    F.normalize(x, state, out=x)
+    torch.testing.assert_close(x, want)
+
+
+def test_default_dtype_of_integers():
+    x = data((50,), (3,), torch.int64)
+    for dtype in FLOATS:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            y = F.update_(x, Moments.zeros([3]))
+        finally:
+            torch.set_default_dtype(before)
+        assert y.dtype == dtype
+        torch.testing.assert_close(y.mean(0).float(), torch.zeros(3), atol=2e-2, rtol=0)
+
+
+# ---------------------------------------------------------------------- accuracy
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.9999, 1.0])
+@pytest.mark.parametrize("samples", [1, 64, 4096, 1_000_000])
+@pytest.mark.parametrize("ratio", [1.0, 1e3, 1e5])
+def test_scale_far_from_zero(samples, ratio, decay):
+    """A relative error of scale below 1e-3, however far the mean is from zero."""
+    calls = 2 if samples == 1_000_000 else 30
+    state = Moments.zeros([2])
+    total = ssq = count = np.longdouble(0)
+    keep = np.longdouble(decay)
+    for _ in range(calls):
+        x = data((samples,), (2,), loc=ratio, scale=1.0)
+        F.update_(x, state, decay=decay)
+        exact = x.numpy().astype(np.longdouble) - np.longdouble(ratio)
+        total = keep * total + exact.sum(0)
+        ssq = keep * ssq + (exact * exact).sum(0)
+        count = keep * count + samples
+    loc, scale = F.loc_scale(state)
+    want_loc = total / count
+    want_scale = np.sqrt(ssq / count - want_loc**2)
+    assert np.all(np.abs(scale.numpy() / want_scale - 1) < 1e-3)
+    assert np.all(np.abs(loc.numpy() - ratio - want_loc) < 1e-3 * want_scale)
+    y = F.normalize(x, state).numpy()
+    want = (x.numpy() - np.longdouble(ratio) - want_loc) / want_scale
+    assert np.max(np.abs(y - want)) < 5e-3
+
+
+@pytest.mark.parametrize("jump", [1e2, 1e4, 1e6])
+def test_shift_far_off(jump):
+    """A batch far from the running mean, or from its own first sample."""
+    state = Moments.zeros([3])
+    F.update_(data((1000,), (3,), loc=0.0, scale=1.0), state, decay=0.5)
+    before = clone(state)
+    x = data((1000,), (3,), loc=jump, scale=1.0)
+    F.update_(x, state, decay=0.5)
+    want = oracle.fold(before, oracle.batch_moments(x, 1), 0.5)
+    # Of the batch alone: the jump itself would hide its variance.
+    batch = F.moments(x)
+    _, scale = F.loc_scale(batch)
+    np.testing.assert_allclose(scale, x.numpy().astype(np.longdouble).std(0), rtol=1e-3)
+    torch.testing.assert_close(state.ssq, want.ssq, rtol=1e-7, atol=0)
+    x[0] = jump * 1e3  # the first sample is the shift of the first call
+    outlier = F.moments(x)
+    want = oracle.batch_moments(x, 1)
+    torch.testing.assert_close(outlier.ssq, want.ssq, rtol=1e-9, atol=0)
+
+
+def test_constant():
+    """A feature that never moves has scale eps, and comes out as zero."""
+    for value in (0.0, 0.1, -1e5, 1e30):
+        state = Moments.zeros([2])
+        for _ in range(5):
+            y = F.update_(torch.full((100, 2), value), state, decay=0.9, eps=1e-3)
+        loc, scale = F.loc_scale(state, eps=1e-3)
+        torch.testing.assert_close(
+            loc, torch.full_like(loc, torch.tensor(value).item())
+        )
+        if abs(value) <= 1:
+            assert torch.equal(scale, torch.full_like(scale, 1e-3))
+            assert y.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("eps", [1e-300, 1e-30, 1e-4, 10.0])
+def test_eps_bounds_the_standard_deviation(eps):
+    x = torch.cat([torch.zeros(50, 1), data((50,), (1,)) * 1e-3], 1)
+    state = Moments.zeros([2])
+    y = F.update_(x, state, eps=eps)
+    _, scale = F.loc_scale(state, eps=eps)
+    assert (scale >= eps).all() and scale[0] == eps
+    assert torch.isfinite(y).all()
+
+
+@pytest.mark.parametrize("value", [1e-25, 1e-12, 1e15, 1e30, 3e38])
+def test_squares_out_of_range(value):
+    """Sums are float64: the square of a float32 neither over- nor underflows."""
+    x = data((500,), (3,), torch.float64, loc=0.0, scale=1.0).clamp(-3, 3) / 3 * value
+    x = x.float()
+    state = Moments.zeros([3])
+    y = F.update_(x, state, eps=1e-300)
+    _, scale = F.loc_scale(state, eps=1e-300)
+    exact = x.numpy().astype(np.longdouble).std(0)
+    np.testing.assert_allclose(scale, exact, rtol=1e-5)
+    if value > 1e-12:
+        torch.testing.assert_close(
+            y.std(0, correction=0), torch.ones(3), rtol=1e-3, atol=0
+        )
+
+
+@pytest.mark.parametrize("features", [(1,), (3,), (64,), (100,)], **ids)
+@pytest.mark.parametrize("dtype", FLOATS, **ids)
+@pytest.mark.parametrize("samples", [1, 20, 5000])
+def test_not_finite(samples, dtype, features):
+    """Left out, counted, and as IEEE has it in the output; the rest still counts."""
+    x = data((samples,), features, dtype)
+    x[0, 0] = math.nan
+    if samples > 1:
+        x[samples // 2, -1] = math.inf
+        x[samples - 1, 0] = -math.inf
+    state = Moments.zeros(features)
+    y = check(x, state, calls=2)
+    assert torch.equal(y.isfinite(), x.isfinite())
+    left_out = 2 * (~x.isfinite()).sum(0)
+    assert torch.equal(state.finite[1], left_out.double())
+    clean = Moments.zeros(features)
+    for _ in range(2):
+        for f in range(features[0]):
+            one = x[:, f][x[:, f].isfinite()]
+            part = oracle.batch_moments(one, 0)
+            clean.sum[f] = 0.9 * clean.sum[f] + part.sum
+    torch.testing.assert_close(state.sum, clean.sum, rtol=1e-6, atol=1e-6)
+
+
+def test_not_finite_in_the_reference_layout():
+    state = Moments.zeros([2])._replace(finite=None)
+    x = data((100,), (2,))
+    check(x, state)
+    x[5, 0] = math.nan
+    check(x, state, calls=2)
+    assert torch.isfinite(state.sum).all()
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_float32_state(counted):
+    """The reference's layout, updated in place in its own dtype."""
+    state = Moments.zeros([4], dtype=torch.float32)
+    state = state._replace(finite=state.finite.double() if counted else None)
+    address = [t.data_ptr() for t in state if t is not None]
+    for _ in range(20):
+        check(data((64,), (4,)), state)
+    assert state.sum.dtype == state.count.dtype == torch.float32
+    assert [t.data_ptr() for t in state if t is not None] == address
+
+
+# ------------------------------------------------------------------- determinism
+
+
+def _bits(threads: int) -> list[torch.Tensor]:
+    torch.set_num_threads(threads)
+    torch.manual_seed(1)
+    result = []
+    for shape in ((100_000, 3), (4096, 64), (30, 9000), (7,)):
+        state = Moments.zeros(shape[1:])
+        for _ in range(3):
+            result.append(F.update_(data(shape[:1], shape[1:]), state))
+        result += state
+    return result
+
+
+def test_deterministic():
+    """The same to the bit, on every run and with every number of threads."""
+    before = torch.get_num_threads()
+    try:
+        runs = [_bits(threads) for threads in (1, 2, 3, 8, 2)]
+    finally:
+        torch.set_num_threads(before)
+    for run in runs[1:]:
+        for a, b in zip(runs[0], run, strict=True):
+            assert torch.equal(a, b)
+
+
+# --------------------------------------------------------- pieces of the operation
+
+
+@pytest.mark.parametrize("decay,weight", [(1.0, 1.0), (0.9, 1.0), (0.99, 0.01)])
+def test_moments_and_merge_are_update(decay, weight):
+    x = data((200,), (3,))
+    x[4, 1] = math.inf
+    at_once, in_pieces = Moments.zeros([3]), Moments.zeros([3])
+    for _ in range(3):
+        F.update_(x, at_once, decay=decay, weight=weight)
+        F.merge_(in_pieces, F.moments(x), decay=decay, weight=weight)
+    assert_same(at_once, in_pieces, rtol=1e-6, atol=1e-6)
+
+
+def test_merge_into_the_reference_layout():
+    x = data((200,), (3,))
+    x[4, 1] = math.inf
+    state = Moments.zeros([3], dtype=torch.float32)._replace(finite=None)
+    want = clone(state)
+    for _ in range(3):
+        F.merge_(state, F.moments(x), decay=0.9)
+        want = oracle.fold(want, oracle.batch_moments(x, 1), 0.9)
+    assert_same(state._replace(finite=state.sum), want._replace(finite=want.sum))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, **ids)
+def test_denormalize(dtype):
+    x = data((300,), (3, 2), dtype)
+    state = Moments.zeros([3, 2])
+    y = F.update_(x, state)
+    back = F.denormalize(y, state)
+    torch.testing.assert_close(back, x, **TOLERANCE[dtype])
+    torch.testing.assert_close(back, oracle.denormalize(y, state, 1e-4))
+
+
+def test_nothing_seen_is_identity():
+    x = data((20,), (3,))
+    assert torch.equal(F.normalize(x, Moments.zeros([3])), x)
+    assert torch.equal(F.denormalize(x, Moments.zeros([3])), x)
+    loc, scale = F.loc_scale(Moments.zeros([3]))
+    assert torch.equal(loc, torch.zeros_like(loc)) and torch.equal(scale, torch.ones(3))
+
+
+# --------------------------------------------------------------------- gradients
+
+
+def test_gradients():
+    """Differentiable in x, with the statistics as constants."""
+    for sample in op_samples(requires_grad=True):
+        xs = [x for x in sample.x if x.is_floating_point()]
+        if len(xs) != len(sample.x):
+            continue
+        masks = sample.mask or None
+        for y, x, s in zip(
+            F.update_(xs, sample.states, decay=0.9, mask=masks),
+            xs,
+            sample.states,
+            strict=True,
+        ):
+            _, scale = oracle.loc_scale(s, 1e-4)
+            (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
+            want = (1 / scale).expand_as(x).to(x.dtype)
+            torch.testing.assert_close(grad, want, rtol=2e-3, atol=1e-6)
+
+
+def test_gradcheck():
+    state = Moments.zeros([3])
+    F.update_(data((50,), (3,)), state)
+    x = data((4,), (3,), torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda v: F.normalize(v, state), x)
+    assert torch.autograd.gradcheck(lambda v: F.denormalize(v, state), x)
+    assert torch.autograd.gradgradcheck(lambda v: F.normalize(v, state), x)
+
+
+def test_no_graph_from_call_to_call():
+    state = Moments.zeros([3])
+    for _ in range(3):
+        y = F.update_(data((4,), (3,)).requires_grad_(), state)
+    assert not any(t.requires_grad for t in state)
+    assert y.grad_fn.next_functions[0][0].name().endswith("AccumulateGrad")
+    with torch.no_grad():
+        assert not F.update_(data((4,), (3,)).requires_grad_(), state).requires_grad
+
+
+def test_only_what_needs_gradients():
+    xs = [data((4,), (3,)).requires_grad_(), data((4,), (2,))]
+    ys = F.update_(xs, [Moments.zeros([3]), Moments.zeros([2])])
+    (ys[0].sum() + ys[1].sum()).backward()
+    assert xs[0].grad is not None and xs[1].grad is None
+
+
+# ---------------------------------------------------------------------- operators
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("sample", range(len(op_samples())))
+def test_opcheck(sample, requires_grad):
+    sample = op_samples(requires_grad)[sample]
+    columns = F.columns(sample.states)
+    y = _ops.outputs_like(sample.x)
+    numbers = (0.9, 1.0, 1e-4)
+    arguments = (sample.x, *columns, y, sample.mask, *numbers)
+    torch.library.opcheck(ops.update.default, arguments)
+    torch.library.opcheck(ops.normalize.default, (sample.x, *columns, y, 1e-4))
+    floats = [x for x in sample.x if x.is_floating_point()]
+    if len(floats) == len(sample.x):
+        torch.library.opcheck(ops.denormalize.default, (sample.x, *columns, y, 1e-4))
+    others = F.columns([clone(s) for s in sample.states])
+    torch.library.opcheck(ops.merge.default, (*columns, *others, 0.9, 1.0))
+
+
+def _steps(update, requires_grad):
+    state = Moments.zeros([3])
+    torch.manual_seed(3)
+    results = []
+    for _ in range(3):
+        x = data((50,), (3,)).requires_grad_(requires_grad)
+        y = update(x, state)
+        if requires_grad:
+            y.square().sum().backward()
+            results.append(x.grad)
+        results.append(y.detach())
+    return [*results, *state]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_compile(backend, requires_grad):
+    def update(x, state):
+        return F.update_(x, state, decay=0.9)
+
+    compiled = torch.compile(update, fullgraph=True, backend=backend)
+    for a, b in zip(
+        _steps(update, requires_grad), _steps(compiled, requires_grad), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_profiler_sees_one_operator():
+    xs, states = (
+        [data((9,), (3,)), data((9,), ())],
+        [Moments.zeros([3]), Moments.zeros([])],
+    )
+    with torch.profiler.profile() as profile:
+        F.update_(xs, states)
+    names = [e.name for e in profile.events()]
+    assert names.count("torchrl_vecnorm::update") == 1
+
+
+def test_composite():
+    """Devices without a kernel run plain torch: the same operators, the same results."""
+    for sample in op_samples():
+        columns = F.columns([clone(s) for s in sample.states])
+        other = F.columns([clone(s) for s in sample.states])
+        mine, theirs = _ops.outputs_like(sample.x), _ops.outputs_like(sample.x)
+        ops.update(sample.x, *columns, mine, sample.mask, 0.9, 1.0, 1e-4)
+        _ops._update(sample.x, *other, theirs, sample.mask, 0.9, 1.0, 1e-4)
+        for a, b in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(a, b, **TOLERANCE[a.dtype])
+        for left, right in zip(columns, other, strict=True):
+            for a, b in zip(left, right, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+        _ops._normalize(sample.x, *other, theirs, 1e-4)
+        ops.normalize(sample.x, *other, mine, 1e-4)
+        for a, b in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(a, b, **TOLERANCE[a.dtype])
+    for name in ("update", "normalize", "denormalize", "merge"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(
+            f"torchrl_vecnorm::{name}", "CompositeExplicitAutograd"
+        )
+
+
+# --------------------------------------------------------------------------- errors
+
+
+def test_refused():
+    """A key that is refused leaves the statistics of all keys as they were."""
+    good, x = Moments.zeros([3]), data((5,), (3,))
+    F.update_(x, good)
+    bad = [
+        (torch.ones(5, 4), Moments.zeros([3]), ValueError, r"shape \[3\].*\[5, 4\]"),
+        (torch.ones(()), Moments.zeros([3]), ValueError, r"shape \[3\]"),
+        (
+            torch.ones(5, 3, dtype=torch.complex64),
+            Moments.zeros([3]),
+            TypeError,
+            "real",
+        ),
+        (x, good._replace(ssq=torch.zeros(2).double()), ValueError, "ssq"),
+        (x, good._replace(count=torch.zeros(2).double()), ValueError, "count"),
+        (x, good._replace(finite=torch.zeros(3).double()), ValueError, "finite"),
+        (x, good._replace(sum=torch.zeros(3).half()), TypeError, "float64 or float32"),
+    ]
+    for value, state, error, message in bad:
+        before = clone(good)
+        with pytest.raises(error, match=f"key 1.*{message}"):
+            F.update_([x, value], [good, state])
+        assert_same(good, before)
+    for call in (
+        lambda: F.update_([x, x], [good]),
+        lambda: F.update_(x, good, mask=torch.ones(4, dtype=torch.bool)),
+        lambda: F.normalize(x, good, out=torch.empty(5, 2)),
+        lambda: F.merge_(good, Moments.zeros([2])),
+    ):
+        with pytest.raises(ValueError):
+            call()
+        assert_same(good, before)
+    with pytest.raises(TypeError, match="output"):
+        F.normalize(x, good, out=torch.empty(5, 3, dtype=torch.float64))
+    with pytest.raises(TypeError, match="floating-point"):
+        F.denormalize(torch.ones(5, 3, dtype=torch.int64), good)

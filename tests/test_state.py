@@ -1,0 +1,1128 @@
+# Copyright (c) the torchrl_vecnorm authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""The transform without an environment: its state, what travels, and bad input.
+
+Sections 2 and 5 of the contract.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import multiprocessing.synchronize
+import pickle
+import threading
+import warnings
+
+import pytest
+import torch
+from common import (
+    FIELDS,
+    PATIENCE,
+    Expected,
+    IntegerEnv,
+    assert_same_state,
+    count,
+    leaf,
+    snapshot,
+    through_a_file,
+)
+from tensordict import LazyStackedTensorDict, TensorDict
+from tensordict.nn import TensorDictSequential
+from torch import multiprocessing as mp
+from torchrl.data import LazyTensorStorage, ReplayBuffer, TensorDictReplayBuffer
+from torchrl.envs import (
+    Compose,
+    ObservationNorm,
+    TransformedEnv,
+    VecNormV2,
+)
+from torchrl_vecnorm import VecNorm
+
+FRESH = pytest.mark.filterwarnings("ignore:VecNorm wasn't initialized")
+
+NESTED = ("agents", "observation")
+KEYS = ["observation", NESTED, "reward"]
+SEP = VecNorm.SEP
+
+
+def batch(seed: int = 0, samples: int = 4, dtype=torch.float32) -> TensorDict:
+    """A tensordict with all of KEYS."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def values(*features):
+        x = torch.randn(samples, *features, generator=generator, dtype=torch.float64)
+        return (3 + 2 * x).to(dtype)
+
+    return TensorDict(
+        {"observation": values(3), NESTED: values(2, 3), "reward": values(1)},
+        batch_size=[samples],
+    )
+
+
+def trained(n: int = 5, keys=KEYS, **kwargs) -> VecNorm:
+    t = VecNorm(in_keys=list(keys), **kwargs)
+    for seed in range(n):
+        t(batch(seed))
+    return t
+
+
+def observations(values, dtype=torch.float32) -> TensorDict:
+    """``[samples, *features]`` as the only entry."""
+    values = torch.as_tensor(values, dtype=dtype)
+    return TensorDict(observation=values, batch_size=values.shape[:1])
+
+
+def shared_copy(t: VecNorm) -> dict[str, torch.Tensor]:
+    """The extra state of ``t``, in shared memory of its own."""
+    return {k: v.clone().share_memory_() for k, v in t.get_extra_state().items()}
+
+
+# --------------------------------------------------------------------- the state itself
+
+
+def test_nothing_is_made_before_data_came():
+    t = VecNorm()
+    assert t._td is None
+    with pytest.warns(UserWarning, match="uninitialized"):
+        assert t.get_extra_state() is None
+
+
+def test_layout():
+    t = trained()
+    assert t._td.batch_size == torch.Size([])
+    for key, features in (("observation", (3,)), (NESTED, (2, 3)), ("reward", (1,))):
+        for field in FIELDS:
+            value = leaf(t, key, field)
+            assert value.dtype == torch.float64
+            assert value.shape == ((1,) if field == "count" else features)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32],
+    ids=str,
+)
+def test_statistics_are_float64_whatever_came(dtype):
+    t = VecNorm(["observation"])
+    t(observations([[1, 2], [3, 4]], dtype))
+    for field in FIELDS:
+        assert leaf(t, field=field).dtype == torch.float64
+
+
+def test_no_parameters_and_no_buffers():
+    # EnvCreator deletes top-level tensors from the state dict.
+    t = trained()
+    assert not list(t.parameters()) and not list(t.buffers())
+    assert list(t.state_dict()) == ["_extra_state"]
+
+
+@pytest.mark.parametrize("lock", [None, mp.get_context("spawn").Lock()], ids=["own", "given"])
+def test_the_lock_is_where_env_creator_looks(lock):
+    t = VecNorm(lock=lock)
+    assert isinstance(t.__dict__["lock"], multiprocessing.synchronize.Lock)
+    assert lock is None or t.lock is lock
+
+
+def test_casting_the_module_leaves_the_statistics_alone():
+    t = trained()
+    before = snapshot(t)
+    t.half().float().double().to(torch.bfloat16).to("cpu")
+    assert_same_state(snapshot(t), before)
+
+
+def test_new_api_hands_over():
+    t = VecNorm(in_keys=["observation"], decay=0.5, new_api=True)
+    assert type(t) is VecNormV2
+    assert type(VecNorm(["observation"], new_api=True)) is VecNormV2
+    assert t.decay == 0.5
+    for new_api in (False, None):
+        assert type(VecNorm(["observation"], new_api=new_api)) is VecNorm
+
+
+# ------------------------------------------------------------------------- extra state
+
+
+def test_extra_state_is_a_flat_plain_dict_of_the_live_tensors():
+    t = trained()
+    state = t.get_extra_state()
+    # An OrderedDict would lose its tensors in EnvCreator.share_memory.
+    assert type(state) is dict
+    assert all(type(value) is torch.Tensor for value in state.values())
+    for key in KEYS:
+        for field in FIELDS:
+            path = (key,) if isinstance(key, str) else key
+            name = SEP.join((*path[:-1], f"{path[-1]}_{field}"))
+            assert state[name].data_ptr() == leaf(t, key, field).data_ptr()
+    before = state["observation_count"].item()
+    t(batch())
+    assert state["observation_count"].item() > before
+
+
+def test_keys_may_have_points():
+    t = VecNorm(["a.b", ("c.d", "e")], decay=1)
+    t(TensorDict({"a.b": torch.ones(2, 1), ("c.d", "e"): torch.ones(2, 1)}, [2]))
+    state = t.get_extra_state()
+    assert {"a.b_count", f"c.d{SEP}e_count"} < set(state)
+    other = VecNorm(["a.b", ("c.d", "e")], decay=1)
+    with pytest.warns(UserWarning):
+        other.load_state_dict(through_a_file(t.state_dict()))
+    assert_same_state(snapshot(other), snapshot(t))
+
+
+def test_saving_does_not_move_the_state():
+    for t in (trained(), VecNorm(["observation"])):
+        if t._td is None:
+            with warnings.catch_warnings(record=True):
+                t.set_extra_state(shared_copy(trained(keys=["observation"])))
+        addresses = {k: v.data_ptr() for k, v in t._td.items(True, True)}
+        shared = {k: v.is_shared() for k, v in t._td.items(True, True)}
+        through_a_file(t.state_dict()), t.consistent_state_dict(), copy.deepcopy(t)
+        assert addresses == {k: v.data_ptr() for k, v in t._td.items(True, True)}
+        assert shared == {k: v.is_shared() for k, v in t._td.items(True, True)}
+
+
+def test_shared_tensors_are_adopted():
+    source = trained()
+    state = shared_copy(source)
+    t = VecNorm(KEYS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        t.set_extra_state(state)
+    for name, value in t.get_extra_state().items():
+        assert value.data_ptr() == state[name].data_ptr()
+    # Both transforms, as two workers would, update the same statistics.
+    other = VecNorm(KEYS)
+    other.set_extra_state(state)
+    t(batch()), other(batch())
+    assert_same_state(snapshot(t), snapshot(other))
+    assert count(t) > count(source) + 7
+
+
+@FRESH
+def test_private_tensors_are_copied_and_shared():
+    source = trained()
+    t = VecNorm(KEYS)
+    t.set_extra_state(source.get_extra_state())
+    before = snapshot(source)
+    # So that an EnvCreator that starts now has something to share.
+    assert all(value.is_shared() for value in t._td.values(True, True))
+    assert not any(value.is_shared() for value in source._td.values(True, True))
+    t(batch())
+    assert_same_state(snapshot(source), before)
+
+
+def test_a_fresh_transform_warns_about_private_tensors():
+    with pytest.warns(UserWarning, match="not shared"):
+        VecNorm(KEYS).set_extra_state(trained().get_extra_state())
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_an_initialised_transform_is_written_in_place(shared):
+    t = VecNorm(KEYS)
+    if shared:
+        t.set_extra_state(shared_copy(trained(2)))
+    else:
+        t(batch(7))
+    live = dict(t.get_extra_state())
+    source = trained(5)
+    t.load_state_dict(through_a_file(source.state_dict()))
+    assert_same_state(snapshot(t), snapshot(source))
+    for name, value in t.get_extra_state().items():
+        assert value is live[name]
+        assert value.is_shared() == shared
+
+
+def test_a_float32_state_keeps_its_dtype():
+    state = {
+        k: v.float().share_memory_()
+        for k, v in trained(2).get_extra_state().items()
+        if not k.endswith("_finite")
+    }
+    t = VecNorm(KEYS)
+    t.set_extra_state(state)
+    t.load_state_dict(through_a_file(trained(5).state_dict()))
+    for key in KEYS:
+        for field in FIELDS:
+            assert leaf(t, key, field).dtype == torch.float32
+    assert t.get_extra_state().keys() == state.keys()
+
+
+def test_nothing_to_load():
+    fresh = VecNorm(KEYS)
+    fresh.set_extra_state(None)
+    assert fresh._td is None
+    t = trained()
+    before = snapshot(t)
+    with pytest.raises(KeyError):
+        t.set_extra_state(None)
+    assert_same_state(snapshot(t), before)
+
+
+def test_loading_takes_the_lock():
+    t = trained()
+    state = through_a_file(trained(3).get_extra_state())
+    before = snapshot(t)
+    t.lock.acquire()
+    thread = threading.Thread(target=t.set_extra_state, args=(state,), daemon=True)
+    thread.start()
+    thread.join(0.2)
+    assert thread.is_alive()
+    assert_same_state(snapshot(t), before)
+    t.lock.release()
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
+    assert_same_state(snapshot(t), snapshot(trained(3)))
+
+
+def broken(state, name, how):
+    """A checkpoint with one bad entry."""
+    state = {k: v.clone() for k, v in state.items()}
+    if how == "missing":
+        del state[name]
+    elif how == "shape":
+        state[name] = torch.ones(7, dtype=torch.float64)
+    elif how == "dimensions":
+        state[name] = state[name].unsqueeze(0)
+    else:
+        state[name].fill_({"negative": -1, "nan": math.nan}[how])
+    return state
+
+
+@pytest.mark.parametrize("initialised", [False, True], ids=["fresh", "initialised"])
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        (name, how)
+        for how in ("missing", "shape", "dimensions")
+        for name in (
+            "observation_sum",
+            f"agents{SEP}observation_ssq",
+            "reward_count",
+        )
+    ]
+    + [(name, how) for how in ("negative", "nan") for name in ("observation_count", "reward_count")],
+)
+def test_a_broken_checkpoint_is_refused(name, how, initialised):
+    t = trained(3) if initialised else VecNorm(KEYS)
+    before = snapshot(t)
+    good = trained(5).get_extra_state()
+    with pytest.raises((KeyError, ValueError), match=name.replace(SEP, ".*")):
+        t.set_extra_state(broken(good, name, how))
+    assert_same_state(snapshot(t), before)
+    # And nothing is left half done: the good one loads.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        t.set_extra_state(good)
+    assert_same_state(snapshot(t), snapshot(trained(5)))
+
+
+@pytest.mark.parametrize("initialised", [False, True], ids=["fresh", "initialised"])
+@FRESH
+def test_a_checkpoint_of_other_keys_is_refused(initialised):
+    t = trained(3, ["observation"]) if initialised else VecNorm(["observation"])
+    before = snapshot(t)
+    with pytest.raises(KeyError, match="observation"):
+        t.set_extra_state(trained(5, ["reward"]).get_extra_state())
+    assert_same_state(snapshot(t), before)
+
+
+@FRESH
+def test_a_checkpoint_that_contradicts_shapes_is_refused():
+    t = VecNorm(["observation"], shapes=[torch.Size([4])])
+    with pytest.raises(ValueError, match="observation_sum"):
+        t.set_extra_state(trained(5, ["observation"]).get_extra_state())
+    assert t._td is None
+
+
+@pytest.mark.parametrize("initialised", [False, True], ids=["fresh", "initialised"])
+@FRESH
+def test_save_load_continue_is_bitwise_the_same(initialised):
+    t = trained(20, decay=0.99)
+    resumed = trained(3, decay=0.99) if initialised else VecNorm(KEYS, decay=0.99)
+    resumed.load_state_dict(through_a_file(t.state_dict()))
+    for seed in range(20, 60):
+        td = batch(seed)
+        if seed % 10 == 0:
+            td["observation"][1, 1] = math.nan
+        y, expected = resumed(td.clone()), t(td.clone())
+        for key in KEYS:
+            torch.testing.assert_close(
+                y[key], expected[key], rtol=0, atol=0, equal_nan=True
+            )
+        assert_same_state(snapshot(resumed), snapshot(t))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@FRESH
+def test_a_checkpoint_of_the_keys_seen_so_far(shared):
+    # Saved after a reset, before the first reward.
+    t = VecNorm(decay=1)
+    env = TransformedEnv(IntegerEnv(), t)
+    env.reset()
+    resumed = VecNorm(decay=1)
+    if shared:
+        resumed.set_extra_state(shared_copy(t))
+    else:
+        resumed.load_state_dict(through_a_file(t.state_dict()))
+    other = TransformedEnv(IntegerEnv(), resumed)
+    env.rollout(5), other.rollout(5)
+    assert count(t, "reward") == 5
+    assert_same_state(snapshot(resumed), snapshot(t))
+
+
+def test_loading_brings_a_key_that_was_not_seen_here():
+    t = VecNorm()
+    TransformedEnv(IntegerEnv(), t).reset()
+    source = VecNorm()
+    TransformedEnv(IntegerEnv(), source).rollout(5)
+    t.load_state_dict(through_a_file(source.state_dict()))
+    assert_same_state(snapshot(t), snapshot(source))
+
+
+def test_the_skipped_values_are_optional_on_load():
+    state = trained(5).get_extra_state()
+    bare = {k: v for k, v in state.items() if not k.endswith("_finite")}
+    t = trained(3)
+    t(observations_with_nan())
+    t.set_extra_state(bare)
+    for key in KEYS:
+        for field in FIELDS:
+            assert torch.equal(leaf(t, key, field), leaf(trained(5), key, field))
+        torch.testing.assert_close(t.loc[key], trained(5).loc[key])
+        assert (t.nonfinite[key] == 0).all()
+
+
+def observations_with_nan() -> TensorDict:
+    td = batch()
+    td["observation"][0, 0] = math.nan
+    return td
+
+
+def test_consistent_state_dict():
+    t = trained()
+    live, taken = t.get_extra_state(), t.consistent_state_dict()
+    assert type(taken) is dict and taken.keys() == live.keys()
+    for name, value in taken.items():
+        assert value is not live[name]
+        assert torch.equal(value, live[name])
+    before = snapshot(t)
+    t(batch())
+    fresh = trained(1)
+    fresh.set_extra_state(taken)
+    assert_same_state(snapshot(fresh), before)
+
+
+def test_consistent_state_dict_is_taken_under_the_lock():
+    t = trained()
+    taken = []
+    t.lock.acquire()
+    thread = threading.Thread(
+        target=lambda: taken.append(t.consistent_state_dict()), daemon=True
+    )
+    thread.start()
+    thread.join(0.2)
+    assert not taken
+    t.lock.release()
+    thread.join(PATIENCE)
+    assert taken
+
+
+def test_consistent_state_dict_before_any_data():
+    with pytest.warns(UserWarning, match="uninitialized"):
+        assert VecNorm().consistent_state_dict() is None
+
+
+# ------------------------------------------------------------------------------- copies
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [
+        pytest.param(lambda t: pickle.loads(pickle.dumps(t)), id="pickle"),
+        pytest.param(copy.deepcopy, id="deepcopy"),
+        pytest.param(through_a_file_module := lambda t: _saved_whole(t), id="torch.save"),
+    ],
+)
+@pytest.mark.parametrize("initialised", [False, True], ids=["fresh", "initialised"])
+def test_a_copy_is_the_same_and_independent(copied, initialised):
+    out_keys = ["o", ("a", "o"), "r"]
+    kwargs = {"decay": 0.9, "eps": 1e-2, "out_keys": out_keys}
+    t = trained(**kwargs) if initialised else VecNorm(KEYS, **kwargs)
+    other = copied(t)
+    assert (other.decay, other.eps) == (0.9, 1e-2)
+    assert (other.in_keys, other.out_keys) == (t.in_keys, t.out_keys)
+    assert_same_state(snapshot(other), snapshot(t))
+    before = snapshot(t)
+    y = other(batch(9))
+    assert_same_state(snapshot(t), before)
+    expected = t(batch(9))
+    for key in out_keys:
+        assert torch.equal(y[key], expected[key])
+    assert_same_state(snapshot(other), snapshot(t))
+    assert isinstance(other.lock, multiprocessing.synchronize.Lock)
+
+
+def _saved_whole(t: VecNorm) -> VecNorm:
+    import io
+
+    file = io.BytesIO()
+    torch.save(t, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("mode", ["frozen", "eval"])
+def test_a_copy_keeps_the_mode(mode):
+    t = trained()
+    t = t.freeze() if mode == "frozen" else t.eval()
+    for other in (pickle.loads(pickle.dumps(t)), copy.deepcopy(t), t.clone()):
+        assert other.frozen == t.frozen and other.training == t.training
+
+
+def test_a_clone_shares_the_statistics():
+    t = trained(decay=1)
+    clone = t.clone()
+    for name, value in clone.get_extra_state().items():
+        assert value.data_ptr() == t.get_extra_state()[name].data_ptr()
+    # Whoever shares the statistics has to share the lock.
+    assert clone.lock is t.lock
+    before = count(t)
+    clone(batch())
+    assert count(t) == before + 4
+
+
+def test_a_frozen_copy_follows_and_does_not_update():
+    t = trained(decay=0.9)
+    frozen = t.frozen_copy()
+    assert frozen.frozen and not t.frozen
+    for seed in range(3):
+        expected = t(batch(seed))
+        before = snapshot(t)
+        y = frozen(batch(seed))
+        assert_same_state(snapshot(t), before)
+        for key in KEYS:
+            assert torch.equal(y[key], expected[key])
+    # Also through a checkpoint.
+    t.load_state_dict(through_a_file(trained(9).state_dict()))
+    assert torch.equal(frozen.loc[NESTED], t.loc[NESTED])
+
+
+def test_a_frozen_copy_needs_data():
+    with pytest.raises(RuntimeError, match="initialized"):
+        VecNorm().frozen_copy()
+
+
+# --------------------------------------------------------------- frozen, and eval mode
+
+
+def test_freeze_and_unfreeze():
+    t = trained()
+    before = snapshot(t)
+    assert t.freeze() is t
+    y = t(batch(9))
+    assert_same_state(snapshot(t), before)
+    loc, scale = t.loc, t.scale
+    for key in KEYS:
+        expected = (batch(9)[key] - loc[key]) / scale[key]
+        torch.testing.assert_close(y[key], expected)
+    assert t.unfreeze() is t
+    t(batch(9))
+    assert count(t) > before["observation_count"].item()
+
+
+@pytest.mark.parametrize("mode", ["frozen", "eval"])
+def test_no_update_and_no_nan_in_a_key_that_was_not_seen(mode):
+    t = VecNorm(decay=1)
+    TransformedEnv(IntegerEnv(), t).reset()
+    before = snapshot(t)
+    t = t.freeze() if mode == "frozen" else t.eval()
+    reward = torch.tensor([[1.0], [2.0]])
+    with pytest.warns(UserWarning, match="no statistics yet") as record:
+        for _ in range(2):
+            td = TensorDict(observation=torch.ones(2, 2), reward=reward, batch_size=[2])
+            assert torch.equal(t(td)["reward"], reward)
+    assert len(record) == 1
+    assert_same_state(snapshot(t), before)
+
+
+def test_the_identity_gives_integers_in_the_default_dtype():
+    t = VecNorm(["observation"]).freeze()
+    with pytest.warns(UserWarning, match="no statistics yet"):
+        y = t(observations([[1], [2]], torch.int64))["observation"]
+    assert torch.equal(y, torch.tensor([[1.0], [2.0]]))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "place",
+    [
+        pytest.param(lambda t: TransformedEnv(IntegerEnv(), t), id="TransformedEnv"),
+        pytest.param(lambda t: TransformedEnv(IntegerEnv(), Compose(t)), id="Compose"),
+        pytest.param(
+            lambda t: TransformedEnv(IntegerEnv(), Compose(Compose(t))), id="nested Compose"
+        ),
+        pytest.param(lambda t: IntegerEnv().append_transform(t), id="env.append_transform"),
+        pytest.param(
+            lambda t: TransformedEnv(IntegerEnv()).append_transform(t),
+            id="TransformedEnv.append_transform",
+        ),
+        pytest.param(
+            lambda t: TransformedEnv(IntegerEnv()).insert_transform(0, t),
+            id="TransformedEnv.insert_transform",
+        ),
+        pytest.param(lambda t: Compose().append(t), id="Compose.append"),
+        pytest.param(lambda t: Compose().insert(0, t), id="Compose.insert"),
+        pytest.param(lambda t: Compose().append(Compose(t)), id="Compose.append(Compose)"),
+        pytest.param(
+            lambda t: setattr(TransformedEnv(IntegerEnv()), "transform", t),
+            id="env.transform = t",
+        ),
+        pytest.param(
+            lambda t: ReplayBuffer(storage=LazyTensorStorage(4), transform=t),
+            id="ReplayBuffer",
+        ),
+        pytest.param(
+            lambda t: TensorDictReplayBuffer(
+                storage=LazyTensorStorage(4), transform=Compose(t)
+            ),
+            id="TensorDictReplayBuffer",
+        ),
+        pytest.param(
+            lambda t: ReplayBuffer(storage=LazyTensorStorage(4)).append_transform(t),
+            id="ReplayBuffer.append_transform",
+        ),
+        pytest.param(
+            lambda t: ReplayBuffer(storage=LazyTensorStorage(4)).append_transform(
+                t, invert=True
+            ),
+            id="ReplayBuffer.append_transform(invert)",
+        ),
+        pytest.param(
+            lambda t: ReplayBuffer(storage=LazyTensorStorage(4)).insert_transform(0, t),
+            id="ReplayBuffer.insert_transform",
+        ),
+    ],
+)
+def test_placing_a_transform_is_not_the_users_eval(place, training):
+    # TorchRL calls eval() on whatever it is given.
+    t = VecNorm(["observation"], decay=1).train(training)
+    kept = place(t)
+    assert t.training is training
+    t.reset_parent()
+    t(observations([[1.0, 2.0]]))
+    assert (t._td is not None) is training
+    del kept
+
+
+def test_wrapping_an_environment_twice_is_not_the_users_eval():
+    env = TransformedEnv(IntegerEnv(), VecNorm(["observation"], decay=1))
+    # The inner transform is cloned into a new Compose.
+    outer = TransformedEnv(env, Compose(), auto_unwrap=True)
+    assert outer.transform[0].training
+    outer.rollout(3)
+    assert count(outer.transform[0]) == 4
+
+
+@pytest.mark.parametrize("how", ["eval", "train(False)"])
+@pytest.mark.parametrize(
+    "stopped", ["transform", "env", "Compose", "container", "Sequential", "policy"]
+)
+def test_eval_by_the_user_stops_the_updates(stopped, how):
+    t = VecNorm(["observation"], decay=1)
+    what = {
+        "transform": lambda: t,
+        "env": lambda: TransformedEnv(IntegerEnv(), t),
+        "Compose": lambda: Compose(t),
+        "container": lambda: TransformedEnv(IntegerEnv(), Compose(Compose(t))),
+        "Sequential": lambda: torch.nn.Sequential(t),
+        "policy": lambda: TensorDictSequential(t),
+    }[stopped]()
+    t(observations([[1.0, 2.0], [3.0, 5.0]]))
+    result = what.eval() if how == "eval" else what.train(False)
+    assert result is what
+    assert not t.training
+    before = snapshot(t)
+    y = t(observations([[2.0, 5.0]]))["observation"]
+    assert_same_state(snapshot(t), before)
+    torch.testing.assert_close(y, torch.tensor([[0.0, 1.0]]))
+    what.train()
+    assert t.training
+    t(observations([[2.0, 5.0]]))
+    assert count(t) == 3
+
+
+def test_eval_of_the_environment_is_kept_while_it_runs():
+    t = VecNorm(decay=1)
+    env = TransformedEnv(IntegerEnv(), t)
+    env.rollout(3)
+    env.eval()
+    before = snapshot(t)
+    env.rollout(3)
+    assert_same_state(snapshot(t), before)
+    env.train()
+    env.rollout(3)
+    assert count(t, "reward") == 6
+
+
+# ------------------------------------------------------- loc, scale and what uses them
+
+
+def test_loc_and_scale_are_those_of_the_equation():
+    t = trained(0, ["observation"], decay=0.9, eps=1e-2)
+    expected = Expected(0.9, 1e-2)
+    for seed in range(30):
+        y = t(batch(seed))["observation"]
+        torch.testing.assert_close(y, expected(batch(seed)["observation"]).float())
+        torch.testing.assert_close(t.loc["observation"], expected.loc.float())
+        torch.testing.assert_close(t.scale["observation"], expected.scale.float())
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str
+)
+def test_loc_and_scale_have_the_dtype_of_the_values(dtype):
+    t = VecNorm(["observation"])
+    y = t(observations([[1, 2], [3, 4]], dtype))["observation"]
+    assert y.dtype == t.loc["observation"].dtype == t.scale["observation"].dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.bool, torch.uint8], ids=str)
+@pytest.mark.parametrize("default", [torch.float32, torch.float64], ids=str)
+def test_integers_come_out_in_the_default_dtype(dtype, default):
+    old = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        t = VecNorm(["observation"])
+        y = t(observations([[0], [1]], dtype))["observation"]
+        assert y.dtype == t.loc["observation"].dtype == default
+        assert y.flatten().tolist() == [-1, 1]
+    finally:
+        torch.set_default_dtype(old)
+
+
+@FRESH
+def test_loc_and_scale_before_any_value_was_seen():
+    t = VecNorm(["observation"])
+    t.set_extra_state(trained(3, ["observation"]).get_extra_state())
+    assert t.loc["observation"].dtype == t.scale["observation"].dtype == torch.float32
+    t(observations(torch.ones(2, 3), torch.float64))
+    assert t.loc["observation"].dtype == torch.float64
+
+
+def test_keys_have_their_own_dtypes():
+    t = VecNorm()
+    t(TensorDict(observation=torch.ones(2).double(), reward=torch.ones(1)))
+    assert t.loc["observation"].dtype == torch.float64
+    assert t.loc["reward"].dtype == torch.float32
+
+
+def test_standard_normal():
+    assert VecNorm().standard_normal is True
+
+
+@pytest.mark.parametrize("out_keys", [None, ["o", ("a", "o"), "r"]], ids=["same", "other"])
+def test_denorm_is_the_inverse(out_keys):
+    t = trained(out_keys=out_keys)
+    td = batch(9)
+    y = t(td.clone())
+    if out_keys is not None:
+        y = y.select(*out_keys)
+    given = y.clone()
+    original = t.denorm(y)
+    for key in KEYS:
+        torch.testing.assert_close(original[key], td[key])
+        assert original[key].dtype == td[key].dtype
+    # A copy: what was given is as it was.
+    assert original is not y
+    assert (y == given).all() and set(y.keys(True, True)) == set(given.keys(True, True))
+
+
+def test_denorm_skips_what_is_not_there():
+    t = trained(out_keys=["o", ("a", "o"), "r"])
+    original = t.denorm(t(batch(9)).select("r"))
+    assert set(original.keys(True, True)) == {"r", "reward"}
+
+
+def test_denorm_needs_data():
+    with pytest.raises(RuntimeError, match="initialized"):
+        VecNorm().denorm(batch())
+
+
+def test_denorm_of_a_rollout():
+    t = VecNorm(["observation"], ["normalized"], decay=1)
+    env = TransformedEnv(IntegerEnv(), t)
+    rollout = env.rollout(10)
+    # With the statistics of the end, for all steps.
+    original = t.denorm(rollout)
+    loc, scale = t.loc["observation"], t.scale["observation"]
+    torch.testing.assert_close(
+        original["observation"], rollout["normalized"] * scale + loc
+    )
+
+
+def test_to_observation_norm_of_one_key():
+    t = trained(keys=["observation"], out_keys=["o"])
+    norm = t.to_observation_norm()
+    assert type(norm) is ObservationNorm
+    y = norm(batch(9))
+    assert y["o"].dtype == torch.float32
+    torch.testing.assert_close(y["o"], t.freeze()(batch(9))["o"])
+    # It does not follow, but can be brought up to date.
+    t.unfreeze()(batch(10))
+    assert not torch.equal(norm.loc, t.loc["observation"])
+    norm.load_state_dict(t.to_observation_norm().state_dict())
+    assert torch.equal(norm.loc, t.loc["observation"])
+
+
+def test_to_observation_norm_of_several_keys():
+    out_keys = ["o", ("a", "o"), "r"]
+    t = trained(out_keys=out_keys)
+    norm = t.to_observation_norm()
+    assert type(norm) is Compose and len(norm) == 3
+    y, expected = norm(batch(9)), t.freeze()(batch(9))
+    for key in out_keys:
+        torch.testing.assert_close(y[key], expected[key])
+
+
+def test_to_observation_norm_names_the_key_that_was_not_seen():
+    t = VecNorm()
+    TransformedEnv(IntegerEnv(), t).reset()
+    with pytest.raises(RuntimeError, match="reward"):
+        t.to_observation_norm()
+
+
+# ------------------------------------------------------------------------- construction
+
+
+@pytest.mark.parametrize("decay", [0, 0.0, -0.1, 1.0001, 2, math.nan, math.inf])
+def test_decay_outside_its_range(decay):
+    with pytest.raises(ValueError, match="decay"):
+        VecNorm(decay=decay)
+
+
+@pytest.mark.parametrize("eps", [0, 0.0, -1e-4, math.nan, -math.inf])
+def test_eps_outside_its_range(eps):
+    with pytest.raises(ValueError, match="eps"):
+        VecNorm(eps=eps)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "match"),
+    [
+        ({"in_keys": ["a", "b"], "out_keys": ["c"]}, "out_keys"),
+        ({"in_keys": ["a"], "out_keys": ["c", "d"]}, "out_keys"),
+        ({"in_keys": ["a", "b"], "shapes": [torch.Size([3])]}, "shapes"),
+        ({"in_keys": ["a"], "shapes": [(3,), (1,)]}, "shapes"),
+        ({"in_keys": ["a", "b", "a"]}, "'a'"),
+        ({"in_keys": ["a", ("a",)]}, "'a'"),
+        ({"in_keys": [("x", "a"), ("x", "a")]}, "'a'"),
+        ({"in_keys": ["a", "b"], "out_keys": ["c", "c"]}, "'c'"),
+        ({"in_keys": ["a", "a_sum"]}, "a_sum"),
+        ({"in_keys": ["a_ssq", "a"]}, "a_ssq"),
+        ({"in_keys": [("x", "a"), ("x", "a_count")]}, "a_count"),
+        ({"in_keys": ["a", ("a_sum", "b")]}, "a_sum"),
+    ],
+    ids=str,
+)
+def test_construction_checks(kwargs, match):
+    with pytest.raises(ValueError, match=match):
+        VecNorm(**kwargs)
+
+
+def test_names_that_only_look_alike_do_not_collide():
+    keys = ["a", ("a", "b"), ("x", "a_sum"), "a_summary"]
+    VecNorm(keys[:1] + keys[2:])
+    VecNorm([("x", "a"), "a_sum"])
+
+
+def test_one_key_may_be_given_without_a_list():
+    t = VecNorm(in_keys="observation")
+    assert t.in_keys == t.out_keys == ["observation"]
+    t(observations([[1.0], [2.0]]))
+
+
+def test_the_defaults_of_the_documentation():
+    t = VecNorm()
+    assert t.in_keys == t.out_keys == ["observation", "reward"]
+    assert (t.decay, t.eps, t.shapes) == (0.9999, 1e-4, None)
+    assert "decay=0.9999" in repr(t) and "eps=0.0001" in repr(t)
+
+
+# ------------------------------------------------------------------ shapes of the values
+
+
+@pytest.mark.parametrize("shape", [torch.Size([3]), (3,), [3]], ids=str)
+def test_shapes_say_what_the_features_are(shape):
+    x = torch.randn(5, 4, 3)
+    t = VecNorm(["observation"], shapes=[shape], decay=1)
+    y = t(TensorDict(observation=x, batch_size=[5]))["observation"]
+    assert count(t) == 20
+    torch.testing.assert_close(t.loc["observation"], x.mean((0, 1)))
+    torch.testing.assert_close(y, Expected()(x.flatten(0, 1)).float().view_as(x))
+
+
+def test_shapes_that_hold_batch_dimensions():
+    # Features may include what the tensordict calls its batch.
+    x = torch.randn(5, 4, 3)
+    t = VecNorm(["observation"], shapes=[(4, 3)], decay=1)
+    t(TensorDict(observation=x, batch_size=[5, 4]))
+    assert count(t) == 5
+    torch.testing.assert_close(t.loc["observation"], x.mean(0))
+
+
+def test_a_scalar_feature():
+    t = VecNorm(["observation"], decay=1)
+    x = torch.tensor([1.0, 2.0, 3.0])
+    y = t(TensorDict(observation=x, batch_size=[3]))["observation"]
+    torch.testing.assert_close(y, (x - 2) / (2 / 3) ** 0.5)
+    assert leaf(t, field="sum").shape == ()
+
+
+def test_batch_sizes_and_dtypes_may_change():
+    t = VecNorm(["observation"], decay=0.9)
+    expected = Expected(0.9)
+    calls = [((), torch.float32), ((3,), torch.float64), ((2, 2), torch.float16)]
+    calls += [((1,), torch.int32), ((0,), torch.float32), ((5,), torch.bfloat16)]
+    for size, dtype in calls:
+        x = (torch.randn(*size, 3) * 5 + 20).to(dtype)
+        y = t(TensorDict(observation=x, batch_size=size))["observation"]
+        wanted = expected(x.reshape(-1, 3)).view(x.shape)
+        assert y.dtype == (dtype if dtype.is_floating_point else torch.float32)
+        tolerance = 2e-2 if dtype in (torch.float16, torch.bfloat16) else 1e-4
+        torch.testing.assert_close(y.double(), wanted, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(leaf(t, field="sum"), expected.sum)
+    torch.testing.assert_close(leaf(t, field="ssq"), expected.ssq)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        pytest.param(lambda x: x.clone(), id="contiguous"),
+        pytest.param(lambda x: x.t().contiguous().t(), id="transposed"),
+        pytest.param(lambda x: torch.cat([x, x], 1)[:, ::2], id="strided"),
+        pytest.param(lambda x: x.flip(0), id="flipped"),
+        pytest.param(lambda x: x[:1].expand_as(x), id="expanded samples"),
+        pytest.param(lambda x: x[:, :1].expand_as(x), id="expanded features"),
+    ],
+)
+def test_strides(view):
+    x = view(torch.randn(6, 4))
+    t = VecNorm(["observation"], decay=1)
+    y = t(TensorDict(observation=x, batch_size=[6]))["observation"]
+    expected = Expected(1)
+    torch.testing.assert_close(y, expected(x).float())
+    torch.testing.assert_close(leaf(t, field="sum"), expected.sum)
+
+
+def test_the_values_that_came_are_not_changed():
+    td = batch()
+    values = {key: td[key] for key in KEYS}
+    trained()(td)
+    for key, value in values.items():
+        assert torch.equal(value, batch()[key])
+
+
+def test_lazily_stacked_values():
+    tds = [TensorDict(observation=torch.full((3,), float(i))) for i in range(4)]
+    lazy = LazyStackedTensorDict.lazy_stack([td.clone() for td in tds])
+    t = VecNorm(["observation"], decay=1)
+    y = t(lazy)
+    assert y is lazy
+    expected = Expected(1)(torch.stack([td["observation"] for td in tds]))
+    torch.testing.assert_close(lazy["observation"], expected.float())
+
+
+def test_a_locked_tensordict_takes_nothing_new():
+    td = batch().lock_()
+    t = VecNorm(["observation"], ["o"])
+    with pytest.raises(RuntimeError, match="locked"):
+        t(td)
+
+
+# --------------------------------------------------------------------------- bad input
+
+
+def wrong(name: str) -> tuple[TensorDict, type[Exception], str]:
+    """A call whose second key is bad, what it raises and what the message names."""
+    td = batch(9)
+    if name == "missing":
+        return td.exclude("reward"), KeyError, "reward.*observation"
+    value = {
+        "shape": torch.ones(4, 5),
+        "dimensions": torch.ones(4, 1, 1),
+        "scalar": torch.ones(4),
+        "complex": torch.ones(4, 1, dtype=torch.complex64),
+        "sparse": torch.ones(4, 1).to_sparse(),
+    }[name]
+    kind = TypeError if name in ("complex", "sparse") else ValueError
+    return td.set("reward", value), kind, "reward"
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "name", ["missing", "shape", "dimensions", "scalar", "complex", "sparse"]
+)
+def test_all_or_nothing(name, training):
+    td, kind, match = wrong(name)
+    t = trained().train(training)
+    before, given = snapshot(t), td.clone()
+    with pytest.raises(kind, match=match):
+        t(td)
+    assert_same_state(snapshot(t), before)
+    # Nor were values replaced.
+    assert torch.equal(td["observation"], given["observation"])
+    assert t.lock.acquire(block=False)
+    t.lock.release()
+    y = t(batch(9))["observation"]
+    assert torch.equal(y, trained().train(training)(batch(9))["observation"])
+
+
+@pytest.mark.parametrize("name", ["missing", "complex", "sparse"])
+def test_all_or_nothing_at_the_first_call(name):
+    td, kind, match = wrong(name)
+    t = VecNorm(KEYS)
+    with pytest.raises(kind, match=match):
+        t(td)
+    assert t._td is None
+
+
+def test_a_wrong_shape_names_both():
+    t = trained(keys=["observation"])
+    with pytest.raises(ValueError, match=r"observation.*\b3\b.*\b7\b"):
+        t(observations(torch.ones(2, 7)))
+    t = VecNorm(["observation"], shapes=[torch.Size([3])])
+    with pytest.raises(ValueError, match=r"observation.*\b3\b.*\b7\b"):
+        t(observations(torch.ones(2, 7)))
+    assert t._td is None
+
+
+def test_a_missing_key_is_skipped_at_reset():
+    t = VecNorm(decay=1)
+    reset = TensorDict(observation=torch.ones(2))
+    out = t._reset(TensorDict(), reset)
+    assert set(out.keys()) == {"observation"}
+    assert count(t) == 1
+    with pytest.raises(KeyError, match="reward.*observation"):
+        t._step(TensorDict(), TensorDict(observation=torch.ones(2)))
+    assert count(t) == 1
+
+
+def test_a_step_that_lacks_a_key():
+    env = TransformedEnv(IntegerEnv(), VecNorm(["observation", "velocity"]))
+    td = env.reset()
+    with pytest.raises(KeyError, match="velocity"):
+        env.rand_step(td)
+
+
+# ----------------------------------------------------------- values that are not finite
+
+
+def test_nonfinite_counts_per_key_and_feature():
+    t = trained(2, decay=0.9)
+    assert (t.nonfinite["observation"] == 0).all()
+    for bad in (math.nan, math.inf, -math.inf):
+        td = batch()
+        td["observation"][0, 1] = td["observation"][2, 1] = bad
+        td[NESTED][3, 1, 2] = bad
+        t(td)
+    nonfinite = t.nonfinite
+    assert nonfinite["observation"].dtype == torch.int64
+    assert nonfinite["observation"].tolist() == [0, 6, 0]
+    assert nonfinite[NESTED].tolist() == [[0, 0, 0], [0, 0, 3]]
+    assert nonfinite["reward"].tolist() == [0]
+
+
+@pytest.mark.parametrize("decay", [0.9, 1])
+def test_values_that_are_not_finite_are_left_out(decay):
+    t = VecNorm(["observation"], decay=decay)
+    finite = [Expected(decay), Expected(decay)]
+    for seed in range(20):
+        x = torch.randn(6, 2, generator=torch.Generator().manual_seed(seed)) + 3
+        x[seed % 6, 0] = (math.nan, math.inf, -math.inf)[seed % 3]
+        y = t(observations(x))["observation"]
+        for feature, expected in enumerate(finite):
+            used = x[:, feature].isfinite()
+            wanted = expected(x[used, feature])
+            torch.testing.assert_close(y[used, feature].double(), wanted, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                t.loc["observation"][feature].double(), expected.loc, rtol=1e-5, atol=1e-5
+            )
+        # They come out as IEEE gives it.
+        torch.testing.assert_close(
+            y[~x.isfinite()], x[~x.isfinite()], rtol=0, atol=0, equal_nan=True
+        )
+    # The samples, not the values.
+    assert count(t) == pytest.approx(sum(6 * decay**i for i in range(20)))
+
+
+def test_nothing_but_nan():
+    t = VecNorm(["observation"], decay=0.9)
+    x = torch.tensor([[math.nan, 1.0], [math.nan, 3.0]])
+    y = t(observations(x))["observation"]
+    assert y[:, 0].isnan().all()
+    assert y[:, 1].tolist() == [-1, 1]
+    assert t.loc["observation"].isfinite().all() and t.scale["observation"].isfinite().all()
+    y = t(observations([[5.0, 1.0], [7.0, 3.0]]))["observation"]
+    torch.testing.assert_close(y[:, 0], torch.tensor([-1.0, 1.0]))
+    assert t.nonfinite["observation"].tolist() == [2, 0]
+
+
+def test_a_state_without_the_counter_takes_them_for_the_running_mean():
+    shared = TensorDict(
+        observation_sum=torch.zeros(1),
+        observation_ssq=torch.zeros(1),
+        observation_count=torch.zeros(1),
+    ).share_memory_()
+    t = VecNorm(["observation"], shared_td=shared, decay=1)
+    t(observations([[1.0], [3.0]]))
+    y = t(observations([[math.nan], [5.0]]))["observation"]
+    # 1 and 3, then their mean 2 in place of the NaN, and 5.
+    assert shared["observation_sum"].item() == 1 + 3 + 2 + 5
+    assert shared["observation_ssq"].item() == 1 + 9 + 4 + 25
+    assert shared["observation_count"].item() == 4
+    assert y[0].isnan() and y[1].isfinite()
+    assert "observation" not in t.nonfinite.keys()
+
+
+def test_squares_beyond_float32():
+    t = VecNorm(["observation"], decay=1)
+    y = t(observations([[1e30], [3e30]]))["observation"]
+    torch.testing.assert_close(y, torch.tensor([[-1.0], [1.0]]))
+    assert leaf(t, field="ssq").item() == pytest.approx(1e61, rel=1e-6)
+    assert t.nonfinite["observation"].item() == 0
+
+
+# --------------------------------------------------------------- a tensordict as module
+
+
+def test_the_tensordict_that_came_is_returned():
+    td = batch()
+    t = VecNorm(KEYS, ["o", ("a", "o"), "r"])
+    assert t(td) is td
+    assert {"o", ("a", "o"), "r", *KEYS} == set(td.keys(True, True))
+
+
+def test_inside_a_module():
+    t = VecNorm(["observation"], ["normalized"], decay=1)
+    module = TensorDictSequential(t)
+    td = module(observations([[1.0], [3.0]]))
+    assert td["normalized"].flatten().tolist() == [-1, 1]
+
+
+def test_threads_lose_no_update():
+    t = VecNorm(["observation"], decay=1)
+    t(observations([[1.0]]))
+
+    def update():
+        for _ in range(500):
+            t(observations([[1.0]]))
+
+    threads = [threading.Thread(target=update, daemon=True) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert count(t) == leaf(t, field="sum").item() == 2001

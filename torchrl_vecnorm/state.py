@@ -1,0 +1,156 @@
+# Copyright (c) the torchrl_vecnorm authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""The statistics of all keys, in a tensordict: finding, checking and copying them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.utils import NestedKey
+from torch import Tensor
+
+from torchrl_vecnorm import functional
+from torchrl_vecnorm.moments import Moments
+from torchrl_vecnorm.names import StateNames, as_path
+
+
+def get_entry(td: TensorDictBase, key: NestedKey) -> Any:
+    """An entry of a tensordict, or None."""
+    # The public `get` spends a microsecond on what is already known here: that the key
+    # is in its canonical form.
+    if type(td) is TensorDict and not torch.compiler.is_compiling():
+        if type(key) is str:
+            return td._get_str(key, None)
+        return td._get_tuple(key, None)
+    return td.get(key, None)
+
+
+def set_entry(td: TensorDictBase, key: NestedKey, value: Tensor) -> None:
+    """Sets an entry that has the shape and device of one that is in the tensordict."""
+    if (
+        type(td) is TensorDict
+        and type(key) is str
+        and not td.is_locked
+        and not torch.compiler.is_compiling()
+    ):
+        td._set_str(key, value, inplace=False, validated=True, non_blocking=False)
+    else:
+        td.set(key, value)
+
+
+def read_moments(td: TensorDictBase | None, names: StateNames) -> Moments | None:
+    """The live moments of a key, or None where there are none yet."""
+    if td is None:
+        return None
+    total = get_entry(td, names.sum)
+    if total is None:
+        return None
+    return Moments(total, *(get_entry(td, name) for name in names[1:]))
+
+
+def write_moments(td: TensorDictBase, names: StateNames, moments: Moments) -> None:
+    """Makes the moments entries of the tensordict."""
+    for name, leaf in zip(names, moments, strict=True):
+        if leaf is not None:
+            td.set(name, leaf)
+
+
+def copy_moments(target: Moments, source: Moments) -> None:
+    """Writes moments in place, with or without the counter of finite values."""
+    for old, new in zip(target[:3], source[:3], strict=True):
+        old.copy_(new)
+    if target.finite is not None:
+        if source.finite is not None:
+            target.finite.copy_(source.finite)
+        else:
+            # All values were used, or taken to have been.
+            target.finite[0] = source.count.to(target.finite.device)
+            target.finite[1] = 0
+
+
+def check_moments(names: Sequence[str], moments: Moments) -> Moments:
+    """Refuses moments that no data can have given.
+
+    Raises:
+        ValueError: naming the entry, what was expected and what came.
+    """
+
+    def expect(good: bool, name: str, expected: str, got: Any) -> None:
+        if not good:
+            raise ValueError(f"VecNorm: entry {name!r}: expected {expected}, got {got}")
+
+    shape = tuple(moments.sum.shape)
+    shapes = (shape, shape, (1,), (2, *shape))
+    for name, leaf, wanted in zip(names, moments, shapes, strict=True):
+        if leaf is not None:
+            got = tuple(leaf.shape)
+            expect(got == wanted, name, f"shape {wanted}", got)
+    for name, leaf in ((names[2], moments.count), (names[3], moments.finite)):
+        if leaf is not None:
+            good = bool((leaf >= 0).all())
+            expect(good, name, "counts that are not negative and not NaN", leaf)
+    return moments
+
+
+class Binding:
+    """The live leaves of all keys, as the operators take them.
+
+    Finding them costs more than a small call computes, so it is done once and checked
+    on every call: loading, moving and sharing replace the leaves or the tensordict.
+
+    Args:
+        td: the statistics.
+        names: the entries of each key.
+        moments: what ``td`` has there.
+    """
+
+    __slots__ = ("columns", "device", "ndims", "parts", "td")
+
+    def __init__(
+        self, td: TensorDict, names: Sequence[StateNames], moments: Sequence[Moments]
+    ) -> None:
+        self.td = td
+        self.columns = functional.columns(moments)
+        self.device = moments[0].sum.device
+        self.ndims = [m.sum.ndim for m in moments]
+        # Every step down to every leaf: (dict, name, what it has to be).
+        self.parts: list[tuple[dict, str, Any]] = []
+        for key_names in names:
+            for name in key_names:
+                node = td
+                for part in as_path(name):
+                    child = node._tensordict.get(part)
+                    self.parts.append((node._tensordict, part, child))
+                    node = child
+
+    @classmethod
+    def of(
+        cls,
+        td: TensorDictBase | None,
+        names: Sequence[StateNames],
+        moments: Sequence[Moments],
+    ) -> Binding | None:
+        """A binding, where all keys are plain entries on one device."""
+        plain = type(td) is TensorDict and all(
+            type(td.get(name[:-1])) is TensorDict
+            for key_names in names
+            for name in map(as_path, key_names)
+            if len(name) > 1
+        )
+        if not plain or len({m.sum.device for m in moments}) != 1:
+            return None
+        return cls(td, names, moments)
+
+    def holds(self, td: TensorDictBase | None) -> bool:
+        """Whether the leaves are still those of the statistics."""
+        if td is not self.td:
+            return False
+        for node, name, child in self.parts:  # noqa: SIM110, a generator is slower
+            if node.get(name) is not child:
+                return False
+        return True
