@@ -86,12 +86,12 @@ def assert_agree(actual, expected, keys, *, rtol: float, count_rtol: float) -> N
             )
 
 
-def through_a_file(state_dict):
-    """A state_dict as another session would load it."""
+def through_a_file(saved, **kwargs):
+    """What another session would load."""
     file = io.BytesIO()
-    torch.save(state_dict, file)
+    torch.save(saved, file)
     file.seek(0)
-    return torch.load(file)
+    return torch.load(file, **kwargs)
 
 
 class Expected:

@@ -182,6 +182,8 @@ class VecNorm(Transform):
         if shared_td is not None:
             _check_shared_td(shared_td, self._keys)
         self.lock = mp.Lock() if lock is None else lock
+        # Whether the statistics came from elsewhere, in shared memory.
+        self._others_update = shared_td is not None
         # The dtype of the normalised values of each in_key, once one was seen.
         self._dtypes: dict[NestedKey, torch.dtype] = {}
         self._warned = False
@@ -283,6 +285,8 @@ class VecNorm(Transform):
 
         ``masks_td`` may have entries ``mask_name`` that say which samples count.
         """
+        if self._others_update and torch.compiler.is_compiling():
+            return self._outside_graph(td, tolerant, masks_td, mask_name)
         values = []
         for key in self._keys:
             value = get_entry(td, key.in_key)
@@ -304,6 +308,13 @@ class VecNorm(Transform):
             normalized = self._compute(entries, updating)
         self._write_outputs(td, [e.key for e in entries], normalized)
         return td
+
+    @torch.compiler.disable(
+        reason="VecNorm: statistics that other processes update need their lock, and "
+        "a compiled graph works on copies. Compile without fullgraph=True."
+    )
+    def _outside_graph(self, *args) -> TensorDictBase:
+        return self._normalize_td(*args)
 
     def _common_call(self, td: TensorDictBase) -> bool:
         """A call with nothing special: every key there, its state known, no masks.
@@ -443,6 +454,8 @@ class VecNorm(Transform):
                 write_moments(self._td, e.key.names, e.state)
 
     def _warn_identity(self) -> None:
+        if torch.compiler.is_compiling():
+            return
         if not self._warned and (self.frozen or not self.training):
             self._warned = True
             warnings.warn(
@@ -685,6 +698,7 @@ class VecNorm(Transform):
                 moments = fresh
             write_moments(td, key.names, moments)
         self._td = td if shared else td.share_memory_()
+        self._others_update = shared
 
     def _write(self, key: _Key, moments: Moments) -> None:
         state = self._state(key)

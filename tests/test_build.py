@@ -1,0 +1,76 @@
+# Copyright (c) the torchrl_vecnorm authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""What people meet when an installation goes wrong: one sentence that helps."""
+
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.skipif(
+    not (ROOT / "setup.py").exists(), reason="away from the source tree"
+)
+
+
+def run(*args, cwd=ROOT, **kwargs) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *args], cwd=cwd, capture_output=True, text=True, **kwargs
+    )
+
+
+def test_build_without_torch(tmp_path):
+    """torch is no build requirement; without it, the command to run is printed."""
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('no torch')")
+    result = run("setup.py", "build_ext", env={"PYTHONPATH": str(tmp_path)})
+    assert result.returncode != 0
+    assert "Traceback" not in result.stderr
+    assert "--no-build-isolation" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "built_for,message",
+    [
+        ("1.0.0", "was compiled for torch 1.0.0, but torch"),
+        (None, "is not compiled here"),
+    ],
+)
+def test_import_of_another_build(tmp_path, built_for, message):
+    package = tmp_path / "torchrl_vecnorm"
+    package.mkdir()
+    for source in (ROOT / "torchrl_vecnorm").glob("*.py"):
+        if source.name != "_build.py":
+            (package / source.name).write_text(source.read_text())
+    if built_for is not None:
+        (package / "_build.py").write_text(f'torch_version = "{built_for}"\n')
+    # An editable install of this very source would stand in for what is missing.
+    script = (
+        "import sys; "
+        "sys.meta_path = [f for f in sys.meta_path if 'editable' not in str(f).lower()]; "
+        "import torchrl_vecnorm"
+    )
+    result = run("-c", script, cwd=tmp_path)
+    assert result.stderr.strip().splitlines()[-1].startswith("ImportError")
+    assert message in result.stderr
+
+
+def test_sdist_has_what_a_build_needs(tmp_path):
+    """CI compiles it; here, that nothing was forgotten."""
+    result = run("setup.py", "--quiet", "sdist", "--dist-dir", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        names = {name.split("/", 1)[-1] for name in tar.getnames()}
+    for folder, patterns in {
+        "csrc": ("*.h", "*.cpp", "*.cu", "*.cuh"),
+        "torchrl_vecnorm": ("*.py", "*.pyi", "py.typed"),
+    }.items():
+        for pattern in patterns:
+            for source in (ROOT / folder).rglob(pattern):
+                if source.name != "_build.py":
+                    assert str(source.relative_to(ROOT)) in names
+    assert {"setup.py", "pyproject.toml", "LICENSE", "README.md"} <= names

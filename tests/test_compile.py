@@ -1,0 +1,107 @@
+# Copyright (c) the torchrl_vecnorm authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""torch.compile through a whole call of the transform."""
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch._dynamo.exc import Unsupported
+
+from torchrl_vecnorm import VecNorm
+
+KEYS = ["observation", "reward", ("agents", "observation")]
+
+
+@pytest.fixture(autouse=True, params=["aot_eager", "inductor"])
+def backend(request):
+    torch._dynamo.reset()
+    return request.param
+
+
+def batch(n=5):
+    return TensorDict(
+        {
+            "observation": torch.randn(n, 3),
+            "reward": torch.randn(n, 1),
+            "agents": {"observation": torch.randn(n, 2, 4)},
+        },
+        [n],
+    )
+
+
+def assert_same_call(eager, compiled, td, *args):
+    """Both calls give the same entries, the first one through self._call."""
+    a, b = td.clone(), td.clone()
+    eager(*args, a)
+    compiled(*args, b)
+    for key in a.keys(True, True):
+        torch.testing.assert_close(a[key], b[key], rtol=1e-6, atol=1e-6)
+
+
+def assert_same_state(a: VecNorm, b: VecNorm):
+    for key in a._td.keys(True, True):
+        torch.testing.assert_close(a._td[key], b._td[key], rtol=1e-12, atol=1e-12)
+
+
+def test_call(backend):
+    eager, other = VecNorm(KEYS, decay=0.9), VecNorm(KEYS, decay=0.9)
+    compiled = torch.compile(other, fullgraph=True, backend=backend)
+    for n in (5, 5, 7, 11):  # from nothing, known, and with other batch sizes
+        assert_same_call(eager, compiled, batch(n))
+        assert_same_state(eager, other)
+    for t in (eager, other):
+        t.freeze()
+    assert_same_call(eager, compiled, batch())
+    for t in (eager, other):
+        t.unfreeze().eval()
+    assert_same_call(eager, compiled, batch())
+    assert_same_state(eager, other)
+
+
+def test_nothing_seen(backend):
+    frozen = VecNorm(KEYS).freeze()
+    td = batch()
+    want = td.clone()
+    torch.compile(frozen, fullgraph=True, backend=backend)(td)
+    assert (td == want).all()
+
+
+def test_reset(backend):
+    eager, other = VecNorm(KEYS), VecNorm(KEYS)
+    compiled = torch.compile(other._reset, fullgraph=True, backend=backend)
+    masks = TensorDict({"_reset": torch.tensor([[True], [False], [True]])}, [3])
+    for _ in range(2):
+        td = batch(3).exclude("reward")
+        assert_same_call(eager._reset, compiled, td, masks)
+        assert_same_state(eager, other)
+    assert eager._td["observation_count"] == 1.9998 + 2
+
+
+def test_gradients(backend):
+    eager, other = VecNorm(KEYS), VecNorm(KEYS)
+    compiled = torch.compile(other, fullgraph=True, backend=backend)
+    for _ in range(2):
+        td = batch()
+        grads = []
+        for t in (eager, compiled):
+            x = td["observation"].clone().requires_grad_()
+            y = t(td.clone().set("observation", x))["observation"]
+            grads.append(torch.autograd.grad(y.pow(3).sum(), x)[0])
+        torch.testing.assert_close(*grads)
+
+
+def test_shared_statistics_stay_outside(backend):
+    """A compiled graph may work on copies: statistics that others update must not."""
+    shared = VecNorm(["observation"])
+    shared(batch())
+    td = shared._td.clone().share_memory_()
+    eager = VecNorm(["observation"], shared_td=td.clone().share_memory_())
+    other = VecNorm(["observation"], shared_td=td)
+    compiled = torch.compile(other, backend=backend)
+    assert_same_call(eager, compiled, batch())
+    assert_same_state(eager, other)
+    torch._dynamo.reset()
+    with pytest.raises(Unsupported, match="need their lock"):
+        torch.compile(other, fullgraph=True, backend=backend)(batch())

@@ -1,0 +1,686 @@
+# Copyright (c) the torchrl_vecnorm authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""The transform where it is used: environments, collectors, replay buffers.
+
+Counts are exact, with decay 1: one for each reset and for each step.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from common import (
+    AgentsEnv,
+    Expected,
+    IntegerEnv,
+    assert_same_state,
+    count,
+    leaf,
+    reference,
+    snapshot,
+    through_a_file,
+)
+from tensordict import TensorDict
+from torchrl.collectors import Collector, MultiSyncCollector
+from torchrl.collectors._evaluator import _freeze_vecnorm, _wrap_env_factory_frozen
+from torchrl.data import Bounded, LazyTensorStorage, TensorDictReplayBuffer
+from torchrl.envs import (
+    Compose,
+    EnvCreator,
+    GymEnv,
+    ParallelEnv,
+    RewardSum,
+    SerialEnv,
+    StepCounter,
+    TransformedEnv,
+    check_env_specs,
+)
+from torchrl.testing.mocking_classes import (
+    CountingEnv,
+    HeterogeneousCountingEnv,
+    MultiAgentCountingEnv,
+    MultiKeyCountingEnv,
+    NestedCountingEnv,
+)
+from torchrl_vecnorm import VecNorm
+
+PENDULUM = "Pendulum-v1"
+
+
+def pendulum(transform=None, **kwargs) -> TransformedEnv:
+    if transform is None:
+        transform = VecNorm(decay=1, **kwargs)
+    return TransformedEnv(GymEnv(PENDULUM), transform)
+
+
+def integers(**kwargs) -> TransformedEnv:
+    return TransformedEnv(IntegerEnv(), VecNorm(decay=1, **kwargs))
+
+
+# ------------------------------------------------------------------------- one process
+
+
+def test_the_documented_example():
+    torch.manual_seed(0)
+    t = VecNorm(decay=0.9)
+    # The documentation has "Pendulum-v0", which gymnasium does not.
+    env = GymEnv(PENDULUM)
+    env.set_seed(0)
+    env = TransformedEnv(env, t)
+    # gymnasium insists on a reset before the first step.
+    env.reset()
+    tds = []
+    for _ in range(1000):
+        td = env.rand_step()
+        if td.get("done"):
+            _ = env.reset()
+        tds += [td]
+    tds = torch.stack(tds, 0)
+    assert (abs(tds.get(("next", "observation")).mean(0)) < 0.2).all()
+    assert (abs(tds.get(("next", "observation")).std(0) - 1) < 0.2).all()
+
+
+@pytest.mark.parametrize("wrap", [lambda t: t, Compose], ids=["bare", "Compose"])
+def test_a_rollout_counts_the_reset_and_every_step(wrap):
+    t = VecNorm(decay=1)
+    env = pendulum(wrap(t))
+    raw = GymEnv(PENDULUM)
+    for e in (env, raw):
+        e.set_seed(3)
+    actions = raw.rollout(30)["action"]
+    raw.set_seed(3)
+    policy = Replay(actions)
+    expected = raw.rollout(30, policy)
+    rollout = env.rollout(30, policy.rewound())
+    assert count(t) == 31 and count(t, "reward") == 30
+    observation, reward = Expected(1), Expected(1)
+    first = observation(expected["observation"][:1])
+    torch.testing.assert_close(rollout["observation"][:1], first.float())
+    for step in range(30):
+        for key, running in (("observation", observation), ("reward", reward)):
+            wanted = running(expected["next", key][step : step + 1])
+            got = rollout["next", key][step : step + 1]
+            torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+class Replay:
+    """A policy that gives actions from a list."""
+
+    def __init__(self, actions) -> None:
+        self.actions, self.at = actions, 0
+
+    def rewound(self) -> Replay:
+        return Replay(self.actions)
+
+    def __call__(self, td):
+        td["action"] = self.actions[self.at]
+        self.at += 1
+        return td
+
+
+def test_several_episodes():
+    env = TransformedEnv(IntegerEnv(lengths=()), VecNorm(decay=1))
+    env.base_env.lengths = torch.tensor([4])
+    env.rollout(20, break_when_any_done=False)
+    # 20 steps are 5 episodes of 4; nothing is reset after the last step.
+    assert count(env.transform, "reward") == 20
+    assert count(env.transform) == 20 + 5
+    assert leaf(env.transform, field="sum").tolist() == [5 * 10, -2 * 5 * 10]
+
+
+def test_beside_other_transforms():
+    t = VecNorm(["observation", "episode_reward"], ["o", "r"], decay=1)
+    env = TransformedEnv(
+        IntegerEnv(), Compose(RewardSum(["reward"], ["episode_reward"]), StepCounter(), t)
+    )
+    rollout = env.rollout(10)
+    assert count(t) == 11
+    assert rollout["observation"].max() == 9
+    torch.testing.assert_close(t.loc["observation"], torch.tensor([5.0, -10.0]))
+    check_env_specs(env)
+
+
+def test_the_environments_parent_and_clone():
+    env = pendulum(Compose(VecNorm(decay=1)))
+    t = env.transform[0]
+    assert t.parent is not None
+    other = pendulum(t.clone())
+    env.rollout(3)
+    # Cloned before there was anything to share.
+    assert other.transform._td is None
+
+
+def test_a_clone_in_another_environment_shares():
+    env = pendulum()
+    env.rollout(3)
+    other = pendulum(env.transform.clone())
+    other.rollout(5)
+    assert count(env.transform) == count(other.transform) == 4 + 6
+
+
+def test_a_checkpoint_of_the_environment():
+    env = pendulum(Compose(StepCounter(), VecNorm(decay=0.9)))
+    env.rollout(20)
+    other = pendulum(Compose(StepCounter(), VecNorm(decay=0.9)))
+    with pytest.warns(UserWarning, match="not shared"):
+        other.load_state_dict(through_a_file(env.state_dict()))
+    for e in (env, other):
+        e.set_seed(1)
+        torch.manual_seed(1)
+        e.rollout(20)
+    assert_same_state(snapshot(other.transform[1]), snapshot(env.transform[1]))
+
+
+# ------------------------------------------------------------------------------- specs
+
+
+@pytest.mark.parametrize("out_keys", [None, ["o", "r"]], ids=["same", "other"])
+@pytest.mark.parametrize(
+    "make_env",
+    [
+        pytest.param(lambda: GymEnv(PENDULUM), id="Pendulum"),
+        pytest.param(IntegerEnv, id="bounded"),
+        pytest.param(lambda: IntegerEnv(lengths=(3, 4, 5)), id="batched"),
+        pytest.param(CountingEnv, id="integer observations"),
+        pytest.param(lambda: CountingEnv(batch_size=[4]), id="batched integers"),
+    ],
+)
+def test_check_env_specs(make_env, out_keys):
+    env = TransformedEnv(make_env(), VecNorm(out_keys=out_keys))
+    check_env_specs(env)
+    observation, reward = out_keys or ("observation", "reward")
+    specs = env.full_observation_spec[observation], env.full_reward_spec[reward]
+    for spec in specs:
+        assert spec.dtype.is_floating_point
+        assert not isinstance(spec, Bounded)
+    if out_keys is not None:
+        # Entries that are not written to are as they were.
+        raw = make_env()
+        assert env.full_observation_spec["observation"] == raw.observation_spec["observation"]
+        assert env.full_reward_spec["reward"] == raw.full_reward_spec["reward"]
+
+
+@pytest.mark.parametrize(
+    ("make_env", "keys"),
+    [
+        pytest.param(
+            AgentsEnv, [("agents", "observation"), ("agents", "reward")], id="agents"
+        ),
+        pytest.param(
+            partial(AgentsEnv, done_each=True),
+            [("agents", "observation"), ("agents", "reward")],
+            id="agents that are done on their own",
+        ),
+        pytest.param(
+            partial(NestedCountingEnv, batch_size=[2]),
+            [("data", "states"), ("data", "reward")],
+            id="nested",
+        ),
+        pytest.param(
+            partial(MultiAgentCountingEnv, n_agents=2),
+            [("agents", "agent_0", "observation"), ("agents", "agent_1", "reward")],
+            id="deeply nested",
+        ),
+        pytest.param(
+            MultiKeyCountingEnv,
+            ["observation", ("nested_1", "observation"), ("nested_2", "reward")],
+            id="several groups",
+        ),
+        pytest.param(
+            HeterogeneousCountingEnv,
+            ["state", ("lazy", "reward")],
+            id="heterogeneous",
+        ),
+    ],
+)
+def test_check_env_specs_of_nested_keys(make_env, keys):
+    env = TransformedEnv(make_env(), VecNorm(keys, decay=1))
+    check_env_specs(env)
+    for key in keys:
+        spec = env.output_spec["full_observation_spec"]
+        if key not in spec.keys(True, True):
+            spec = env.output_spec["full_reward_spec"]
+        assert spec[key].dtype.is_floating_point
+        assert not isinstance(spec[key], Bounded)
+
+
+def test_nested_out_keys():
+    keys = [("agents", "observation"), ("agents", "reward")]
+    out_keys = [("agents", "o"), ("agents", "r")]
+    env = TransformedEnv(AgentsEnv(), VecNorm(keys, out_keys))
+    check_env_specs(env)
+    assert ("agents", "o") in env.observation_spec.keys(True)
+    assert ("agents", "r") in env.full_reward_spec.keys(True)
+
+
+def test_transform_observation_spec_of_a_leaf():
+    spec = Bounded(-1, 1, (3,))
+    out = VecNorm(["observation"]).transform_observation_spec(spec)
+    assert not isinstance(out, Bounded)
+    assert out.shape == spec.shape and out.dtype == spec.dtype
+    integer = Bounded(0, 255, (3,), dtype=torch.uint8)
+    assert VecNorm(["observation"]).transform_observation_spec(integer).dtype == torch.float32
+
+
+def test_integer_observations():
+    env = TransformedEnv(CountingEnv(max_steps=100), VecNorm(decay=1))
+    rollout = env.rollout(10, auto_cast_to_device=False)
+    assert rollout["next", "observation"].dtype == torch.float32
+    assert count(env.transform) == 11
+
+
+# ------------------------------------------------------------------------ many at once
+
+
+def test_agents():
+    keys = [("agents", "observation"), ("agents", "reward")]
+    t = VecNorm(keys, decay=1)
+    TransformedEnv(AgentsEnv(worlds=3, agents=2), t).rollout(10)
+    # The tensordict's batch is the worlds: agents are features.
+    assert count(t, keys[0]) == 3 * 11 and count(t, keys[1]) == 3 * 10
+    assert t.loc[keys[0]].shape == (2, 2)
+    torch.testing.assert_close(
+        t.loc[keys[0]], torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+    )
+
+
+def test_agents_as_samples():
+    keys = [("agents", "observation"), ("agents", "reward")]
+    t = VecNorm(keys, shapes=[(2,), (1,)], decay=1)
+    TransformedEnv(AgentsEnv(worlds=3, agents=2), t).rollout(10)
+    assert count(t, keys[0]) == 6 * 11 and count(t, keys[1]) == 6 * 10
+    torch.testing.assert_close(t.loc[keys[0]], torch.tensor([1.0, 0.5]))
+
+
+def test_heterogeneous_agents():
+    # Each agent has features of another shape; torchrl stacks them lazily.
+    env = HeterogeneousCountingEnv(batch_size=[2])
+    t = VecNorm([("lazy", "reward"), "state"], decay=1)
+    TransformedEnv(env, t).rollout(4)
+    assert count(t, "state") == 2 * 5 and count(t, ("lazy", "reward")) == 2 * 4
+
+
+def test_a_batch_is_one_call():
+    t = VecNorm(decay=0.5)
+    env = TransformedEnv(IntegerEnv(lengths=(50, 50, 50)), t)
+    env.rollout(5)
+    # decay is applied once a call, whatever the number of environments.
+    assert count(t, "reward") == sum(3 * 0.5**i for i in range(5))
+
+
+# ----------------------------------------------------------------------- partial resets
+
+
+@pytest.mark.parametrize("reset", [[True, False, True], [False] * 3, [True] * 3], ids=str)
+def test_only_rows_that_are_reset_count(reset):
+    t = VecNorm(decay=1)
+    env = TransformedEnv(IntegerEnv(lengths=(50, 50, 50)), t)
+    td = env.rollout(4)[:, -1]["next"].exclude("reward")
+    before = snapshot(t)
+    mask = torch.tensor(reset).unsqueeze(-1)
+    if not mask.any():
+        # TorchRL refuses to reset nothing at all; the transform takes it calmly.
+        t._reset(TensorDict(_reset=mask, batch_size=[3]), td.clone())
+    else:
+        env.reset(td.set("_reset", mask))
+    assert count(t) == before["observation_count"].item() + sum(reset)
+    assert count(t, "reward") == 12
+    total = sum(10 * i for i, row in enumerate(reset) if row)
+    expected = before["observation_sum"] + torch.tensor([1, -2]) * total
+    assert torch.equal(leaf(t, field="sum"), expected)
+
+
+def test_nothing_reset_changes_nothing():
+    t = VecNorm(["observation"], decay=0.5)
+    td = TensorDict(observation=torch.ones(3, 2), batch_size=[3])
+    t(td.clone())
+    before = snapshot(t)
+    mask = TensorDict(_reset=torch.zeros(3, 1, dtype=torch.bool), batch_size=[3])
+    t._reset(mask, td.clone())
+    # Not even the decay.
+    assert_same_state(snapshot(t), before)
+
+
+def test_all_rows_are_normalised_at_a_partial_reset():
+    t = VecNorm(["observation"], decay=1)
+    x = torch.tensor([[1.0], [3.0], [5.0]])
+    mask = torch.tensor([[True], [True], [False]])
+    y = t._reset(
+        TensorDict(_reset=mask, batch_size=[3]), TensorDict(observation=x, batch_size=[3])
+    )
+    assert y["observation"].flatten().tolist() == [-1, 1, 3]
+
+
+def test_a_single_environment_that_says_that_it_is_reset():
+    t = VecNorm(decay=1)
+    env = TransformedEnv(IntegerEnv(), t)
+    td = env.reset()
+    td["_reset"] = torch.ones(1, dtype=torch.bool)
+    env.reset(td)
+    assert count(t) == 2
+
+
+def test_partial_resets_in_a_rollout():
+    t = VecNorm(decay=1)
+    lengths = (2, 3, 6)
+    env = TransformedEnv(IntegerEnv(lengths=lengths), t)
+    env.rollout(12, break_when_any_done=False)
+    # Each is reset at the start, and after each of its episodes but the last.
+    resets = sum(12 // length for length in lengths)
+    assert count(t, "reward") == 3 * 12
+    assert count(t) == 3 * 12 + resets
+
+
+@pytest.mark.parametrize("where", ["inside", "outside"])
+def test_partial_resets_of_a_serial_env(where):
+    def single(length):
+        env = IntegerEnv()
+        env.lengths = torch.tensor([length])
+        return env if where == "outside" else TransformedEnv(env, VecNorm(decay=1))
+
+    env = SerialEnv(2, [partial(single, 2), partial(single, 3)])
+    if where == "outside":
+        env = TransformedEnv(env, VecNorm(decay=1))
+    env.rollout(6, break_when_any_done=False)
+    if where == "outside":
+        assert count(env.transform) == 2 * 6 + 3 + 2
+    else:
+        counts = [count(e.transform) for e in env._envs]
+        assert counts == [6 + 3, 6 + 2]
+    env.close()
+
+
+@pytest.mark.parametrize("shapes", [None, [(2,)]], ids=["agents are features", "samples"])
+def test_a_reset_of_agents(shapes):
+    key = ("agents", "observation")
+    t = VecNorm([key], shapes=shapes, decay=1)
+    env = TransformedEnv(AgentsEnv(worlds=3, agents=2, done_each=True), t)
+    td = env.reset()
+    before, total = count(t, key), leaf(t, key, "sum").clone()
+    mask = torch.tensor([[True, False], [False, False], [True, True]]).unsqueeze(-1)
+    td["agents", "_reset"] = mask
+    env.reset(td)
+    x = td["agents", "observation"].new_tensor(
+        [[[w, a] for a in range(2)] for w in range(3)]
+    )
+    if shapes is None:
+        # A world is a sample, and counts when any of its agents was reset.
+        assert (before, count(t, key)) == (3, 3 + 2)
+        assert torch.equal(leaf(t, key, "sum"), total + x[[0, 2]].sum(0))
+    else:
+        assert (before, count(t, key)) == (6, 6 + 3)
+        assert torch.equal(leaf(t, key, "sum"), total + x[mask.squeeze(-1)].sum(0))
+
+
+def test_the_reset_of_a_world_holds_for_its_agents():
+    key = ("agents", "observation")
+    t = VecNorm([key], shapes=[(2,)], decay=1)
+    env = TransformedEnv(AgentsEnv(worlds=3, agents=2), t)
+    td = env.reset()
+    td["_reset"] = torch.tensor([[True], [False], [False]])
+    env.reset(td)
+    assert count(t, key) == 6 + 2
+
+
+# ------------------------------------------------------------- batches of environments
+
+
+def test_serial_env():
+    env = SerialEnv(2, integers)
+    env.rollout(10)
+    assert [count(e.transform) for e in env._envs] == [11, 11]
+    env.close()
+    t = VecNorm(decay=1)
+    env = TransformedEnv(SerialEnv(2, IntegerEnv), t)
+    env.rollout(10)
+    assert count(t) == 22
+    env.close()
+
+
+def test_serial_env_shares_through_env_creator():
+    creator = EnvCreator(integers)
+    env = SerialEnv(2, creator)
+    env.rollout(10)
+    # The shadow environment of EnvCreator does a reset and a step.
+    assert count(creator().transform) == 2 + 2 * 11
+    assert count(creator().transform, "reward") == 1 + 2 * 10
+    env.close()
+
+
+def test_parallel_env_outside():
+    t = VecNorm(decay=1)
+    env = TransformedEnv(ParallelEnv(2, IntegerEnv, mp_start_method="spawn"), t)
+    try:
+        env.rollout(10)
+        assert count(t) == 22 and count(t, "reward") == 20
+    finally:
+        env.close()
+
+
+def test_parallel_env_shares_through_env_creator():
+    creator = EnvCreator(integers)
+    main = creator()
+    t = main.transform
+    assert all(value.is_shared() for value in t._td.values(True, True))
+    env = ParallelEnv(2, creator, mp_start_method="spawn")
+    try:
+        env.rollout(10)
+        steps = 10
+        # Sums are exact: no update was lost.
+        assert count(t) == 2 + 2 * (1 + steps)
+        assert count(t, "reward") == 1 + 2 * steps
+        sums = 1 + 2 * sum(range(1, steps + 1))
+        assert leaf(t, field="sum").tolist() == [sums, -2 * sums]
+        assert leaf(t, "reward", "sum").item() == sums
+
+        # A checkpoint that comes later is written in place, in the workers too.
+        saved = through_a_file(env.state_dict())
+        env.rollout(5)
+        env.load_state_dict(saved)
+        assert count(t) == 2 + 2 * (1 + steps)
+        env.rollout(5)
+        assert count(t) == 2 + 2 * (1 + steps) + 2 * 6
+    finally:
+        env.close()
+
+
+def test_a_checkpoint_from_before_the_workers_started():
+    source = integers()
+    source.rollout(99)
+    creator = EnvCreator(integers)
+    main = creator()
+    main.load_state_dict(through_a_file(source.state_dict()))
+    env = ParallelEnv(2, creator, mp_start_method="spawn")
+    try:
+        env.rollout(10)
+        assert count(main.transform) == 100 + 2 * 11
+    finally:
+        env.close()
+
+
+@pytest.mark.filterwarnings("ignore:VecNorm wasn't initialized")
+def test_resuming_a_run_with_env_creator():
+    source = integers()
+    source.rollout(99)
+    saved = through_a_file(source.state_dict())
+
+    def resumed():
+        env = integers()
+        env.load_state_dict(saved)
+        return env
+
+    # Loaded before it was shared: what EnvCreator carries has to be in shared memory.
+    creator = EnvCreator(resumed)
+    state = creator.state_dict()["_extra_state"]
+    assert all(value.is_shared() for value in state.values())
+    assert state["observation_count"].item() == 102
+
+
+# -------------------------------------------------------------------------- collectors
+
+
+def test_collector():
+    creator = EnvCreator(integers)
+    collector = Collector(creator, None, frames_per_batch=20, total_frames=60)
+    t = creator().transform
+    for i, data in enumerate(collector, 1):
+        assert data.shape == (20,)
+        assert count(t, "reward") == 1 + 20 * i
+        # One reset at the start; none in between.
+        assert count(t) == 2 + 1 + 20 * i
+    collector.shutdown()
+    assert i == 3
+
+
+def test_collector_with_resets():
+    t = VecNorm(decay=1)
+    env = TransformedEnv(IntegerEnv(lengths=(4, 5)), t)
+    collector = Collector(env, None, frames_per_batch=40, total_frames=40)
+    for data in collector:
+        assert data.shape == (2, 20)
+    # Each is reset at the start and whenever it is done, also after the last step.
+    assert count(t, "reward") == 40
+    assert count(t) == 40 + (1 + 5) + (1 + 4)
+    collector.shutdown()
+
+
+def test_collector_of_a_parallel_env():
+    creator = EnvCreator(integers)
+    t = creator().transform
+    env = ParallelEnv(2, creator, mp_start_method="spawn")
+    collector = Collector(env, None, frames_per_batch=20, total_frames=40)
+    try:
+        for data in collector:
+            assert data.shape == (2, 10)
+        assert count(t) == 2 + 2 + 40
+    finally:
+        collector.shutdown()
+
+
+def test_multi_sync_collector():
+    creator = EnvCreator(integers)
+    t = creator().transform
+    collector = MultiSyncCollector(
+        [creator, creator], None, frames_per_batch=40, total_frames=120
+    )
+    try:
+        frames = sum(data.numel() for data in collector)
+    finally:
+        collector.shutdown()
+    assert frames == 120
+    # Both workers went on to the same statistics. (With the reference too: 125 for 3.)
+    assert count(t) == 2 + 2 + 120
+    assert count(t, "reward") == 1 + 120
+
+
+# --------------------------------------------------------------------------- evaluators
+
+
+@pytest.mark.parametrize("wrap", [lambda t: t, Compose], ids=["bare", "Compose"])
+def test_an_evaluator_freezes_it(wrap):
+    t = VecNorm(decay=1)
+    env = TransformedEnv(IntegerEnv(), wrap(t))
+    env.rollout(5)
+    before = snapshot(t)
+    assert _freeze_vecnorm(env) is env
+    assert t.frozen
+    env.rollout(5)
+    assert_same_state(snapshot(t), before)
+
+
+def test_an_evaluator_follows_the_training_environment():
+    creator = EnvCreator(integers)
+    frozen = _wrap_env_factory_frozen(creator)()
+    train = creator()
+    train.rollout(5)
+    assert frozen.transform.frozen and not train.transform.frozen
+    frozen.rollout(7)
+    assert count(train.transform) == count(frozen.transform) == 2 + 6
+
+
+def test_an_environment_for_inference():
+    env = pendulum()
+    env.rollout(20)
+    before = snapshot(env.transform)
+    loc, scale = env.transform.loc, env.transform.scale
+    for transform in (env.transform.to_observation_norm(), env.transform.frozen_copy()):
+        other = pendulum(transform)
+        other.set_seed(0)
+        raw = GymEnv(PENDULUM)
+        raw.set_seed(0)
+        expected = (raw.reset()["observation"] - loc["observation"]) / scale["observation"]
+        torch.testing.assert_close(other.reset()["observation"], expected)
+    assert_same_state(snapshot(env.transform), before)
+
+
+# ----------------------------------------------------------------- buffers, and modules
+
+
+@pytest.mark.parametrize("how", ["transform", "append_transform"])
+def test_replay_buffer(how):
+    t = VecNorm([("next", "observation"), "reward"], decay=1)
+    buffer = TensorDictReplayBuffer(
+        storage=LazyTensorStorage(100),
+        batch_size=16,
+        transform=t if how == "transform" else None,
+    )
+    if how == "append_transform":
+        buffer.append_transform(t)
+    data = TensorDict(
+        {("next", "observation"): torch.randn(100, 3) + 5, "reward": torch.randn(100, 1)},
+        batch_size=[100],
+    )
+    buffer.extend(data)
+    assert t._td is None
+    expected = Expected(1)
+    for i in range(1, 5):
+        sample = buffer.sample()
+        assert count(t, "reward") == count(t, ("next", "observation")) == 16 * i
+    raw = data["next", "observation"][sample["index"]]
+        wanted = expected(raw)
+        torch.testing.assert_close(sample["next", "observation"], wanted.float())
+    # What is in the storage stays as it was.
+    assert torch.equal(buffer._storage[:]["next", "observation"], data["next", "observation"])
+
+
+def test_replay_buffer_in_eval_mode():
+    t = VecNorm(["observation"], decay=1)
+    buffer = TensorDictReplayBuffer(
+        storage=LazyTensorStorage(10), batch_size=5, transform=t
+    )
+    buffer.extend(TensorDict(observation=torch.randn(10, 3), batch_size=[10]))
+    buffer.sample()
+    t.eval()
+    buffer.sample()
+    assert count(t) == 5
+
+
+def test_a_plain_module():
+    t = VecNorm(["observation"], decay=1)
+    x = torch.tensor([[1.0, 0.0], [3.0, 4.0]])
+    td = TensorDict(observation=x, batch_size=[2])
+    assert t(td) is td
+    assert td["observation"].tolist() == [[-1, -1], [1, 1]]
+    # On a rollout, time is one more batch dimension.
+    rollout = IntegerEnv(lengths=(50, 50)).rollout(10)
+    t(rollout)
+    assert count(t) == 2 + 20
+
+
+def test_it_works_where_the_reference_did():
+    """Side by side through the same collector."""
+    counts = []
+    for t in (VecNorm(decay=1), reference(decay=1)):
+        collector = Collector(
+            pendulum(t), None, frames_per_batch=50, total_frames=500, device="cpu"
+        )
+        for _ in collector:
+            pass
+        collector.shutdown()
+        counts.append((count(t), count(t, "reward")))
+    # 500 frames are two and a half episodes.
+    assert counts == [(500 + 3, 500)] * 2
