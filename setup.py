@@ -2,12 +2,20 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""Builds the compiled part of torchrl_vecnorm; all metadata is in pyproject.toml."""
+"""Builds the compiled part of torchrl_vecnorm; all metadata is in pyproject.toml.
+
+The environment variables are those of every PyTorch extension: FORCE_CUDA=1,
+TORCH_CUDA_ARCH_LIST, CUDA_HOME, MAX_JOBS, DEBUG=1.
+"""
 
 from __future__ import annotations
 
 import os
+import re
+import shutil
+import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 from setuptools import setup
@@ -16,7 +24,7 @@ ROOT = Path(__file__).parent
 
 try:
     import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils import cpp_extension
 except ModuleNotFoundError as err:
     # torch is not a build requirement: an isolated build would fetch a torch of its
     # own, and the extension would not load with the one that is installed.
@@ -27,13 +35,87 @@ except ModuleNotFoundError as err:
         f"pip install --no-build-isolation {ROOT if ROOT.exists() else '.'}\n"
     )
 
+# What is compiled where no GPU tells; a list of torch's own would need one.
+ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 
-def _flag(name: str) -> bool:
+
+def flag(name: str) -> bool:
+    """Whether an environment variable is switched on."""
     return os.getenv(name, "0").strip().lower() in ("1", "true", "yes", "on")
 
 
-class build_ext(BuildExtension):
-    """Records the torch that the extension was built for, for the check on import."""
+def cuda_home() -> Path | None:
+    """The CUDA toolkit, also where torch is a CPU build and does not look for one."""
+    home = os.getenv("CUDA_HOME") or os.getenv("CUDA_PATH") or cpp_extension.CUDA_HOME
+    if home is None and (nvcc := shutil.which("nvcc")):
+        dryrun = subprocess.run(
+            [nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True
+        )
+        found = re.search(r"TOP=(\S+)", dryrun.stderr)
+        home = found.group(1) if found else Path(nvcc).resolve().parents[1]
+    if home is None or not (Path(home) / "bin" / "nvcc").is_file():
+        return None
+    return Path(home).resolve()
+
+
+def nvcc_version(home: Path) -> str | None:
+    """The toolkit's version, like "13.0"."""
+    output = subprocess.run(
+        [home / "bin" / "nvcc", "--version"], capture_output=True, text=True
+    ).stdout
+    found = re.search(r"release (\d+\.\d+)", output)
+    return found.group(1) if found else None
+
+
+def build_cuda() -> bool:
+    """TorchRL's rule: where torch is a CUDA build and nvcc has the same version."""
+    home = cuda_home()
+    if flag("FORCE_CUDA"):
+        if home is None:
+            sys.exit("FORCE_CUDA=1, but there is no nvcc: set CUDA_HOME or PATH.")
+        return True
+    if torch.version.cuda is None:
+        return False
+    found = None if home is None else nvcc_version(home)
+    if found != torch.version.cuda:
+        warnings.warn(
+            f"torchrl_vecnorm: torch was built with CUDA {torch.version.cuda}, nvcc is "
+            f"{found or 'not there'}: CUDA tensors will run as plain torch operations. "
+            "FORCE_CUDA=1 builds the kernels all the same.",
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+def sources(pattern: str) -> list[str]:
+    """Source files, relative to the project."""
+    return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob(pattern))
+
+
+class build_ext(cpp_extension.BuildExtension):
+    """Compiles CUDA kernels with nvcc itself, and records the torch that it built for.
+
+    Kernels include no torch header, so they need nothing of torch's own CUDA support,
+    which a CPU build of torch does not have.
+    """
+
+    def build_extension(self, ext) -> None:
+        """Adds the kernels' objects to an extension that has CUDA sources."""
+        home = cuda_home()
+        for source in ext.cuda_sources:
+            target = Path(self.build_temp).resolve() / f"{source}.o"
+            newest = max(Path(p).stat().st_mtime for p in [source, *ext.depends])
+            if not target.exists() or target.stat().st_mtime < newest:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                command = [home / "bin" / "nvcc", "-c", source, "-o", target]
+                command += ["-std=c++17", "-Xcompiler", "-fPIC", "--threads", "0"]
+                command += ["-O0", "-g", "-G"] if flag("DEBUG") else ["-O3"]
+                command += cpp_extension._get_cuda_arch_flags()
+                print(*command, flush=True)
+                subprocess.run(command, check=True)
+            ext.extra_objects.append(str(target))
+        super().build_extension(ext)
 
     def run(self) -> None:
         """Builds, then writes the record."""
@@ -42,24 +124,31 @@ class build_ext(BuildExtension):
         (target / "torchrl_vecnorm" / "_build.py").write_text(
             '"""Written by setup.py: what the extension was built for."""\n\n'
             f'torch_version = "{torch.__version__}"\n'
+            f"has_cuda = {bool(self.extensions[0].cuda_sources)}\n"
         )
 
 
-def _extension():
-    debug = _flag("DEBUG")
-    flags = ["-O0", "-g"] if debug else ["-O3", "-g0"]
+def extension():
+    """The module torchrl_vecnorm._C."""
+    flags = ["-O0", "-g"] if flag("DEBUG") else ["-O3", "-g0"]
     flags += ["-Wall", "-Wextra", "-Wno-unused-parameter", "-fvisibility=hidden"]
-    sources = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc").rglob("*.cpp"))]
-    return CppExtension(
+    ext = cpp_extension.CppExtension(
         "torchrl_vecnorm._C",
-        sources,
+        [s for s in sources("*.cpp") if not s.startswith("csrc/cuda")],
         # setuptools rebuilds when one of these changes.
-        depends=[str(p) for p in (ROOT / "csrc").rglob("*.h")],
+        depends=sources("*.h"),
         extra_compile_args={"cxx": flags},
     )
+    ext.cuda_sources = []
+    if build_cuda():
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
+        home = cuda_home()
+        ext.cuda_sources = sources("*.cu")
+        ext.sources += [s for s in sources("*.cpp") if s.startswith("csrc/cuda")]
+        ext.include_dirs.append(str(home / "include"))
+        ext.library_dirs += [str(home / "lib64"), str(home / "lib")]
+        ext.libraries += ["cudart_static", "rt", "dl", "pthread"]
+    return ext
 
 
-setup(
-    ext_modules=[_extension()],
-    cmdclass={"build_ext": build_ext},
-)
+setup(ext_modules=[extension()], cmdclass={"build_ext": build_ext})

@@ -11,6 +11,8 @@
 #include <cstring>
 #include <type_traits>
 
+#include "moments.h"
+
 namespace vecnorm {
 
 enum class Dtype : int8_t {
@@ -26,13 +28,13 @@ enum class Dtype : int8_t {
   kBool,
 };
 
-inline uint32_t bits_of(float x) {
+VECNORM_HD uint32_t bits_of(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof(bits));
   return bits;
 }
 
-inline float float_of(uint32_t bits) {
+VECNORM_HD float float_of(uint32_t bits) {
   float x;
   std::memcpy(&x, &bits, sizeof(x));
   return x;
@@ -41,9 +43,11 @@ inline float float_of(uint32_t bits) {
 struct BFloat16 {
   uint16_t bits;
 
-  operator float() const { return float_of(static_cast<uint32_t>(bits) << 16); }
+  VECNORM_HD operator float() const {
+    return float_of(static_cast<uint32_t>(bits) << 16);
+  }
 
-  static BFloat16 round(float x) {
+  VECNORM_HD static BFloat16 round(float x) {
     const uint32_t u = bits_of(x);
     // Round to nearest even; a NaN stays one.
     const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
@@ -57,7 +61,7 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 
-  operator float() const {
+  VECNORM_HD operator float() const {
     const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16;
     const uint32_t rest = static_cast<uint32_t>(bits & 0x7fffu) << 13;
     const float scaled = float_of(rest) * float_of(0x77800000u);  // 2^112
@@ -66,7 +70,7 @@ struct Float16 {
     return float_of(bits_of(scaled) | special | sign);
   }
 
-  static Float16 round(float x) {
+  VECNORM_HD static Float16 round(float x) {
     const uint32_t u = bits_of(x);
     const uint32_t sign = (u >> 16) & 0x8000u;
     const uint32_t magnitude = u & 0x7fffffffu;
@@ -101,7 +105,7 @@ struct Compute<int64_t> {
 };
 
 template <typename C, typename T>
-inline C load(T x) {
+VECNORM_HD C load(T x) {
   if constexpr (std::is_same_v<T, Float16> || std::is_same_v<T, BFloat16>) {
     return static_cast<C>(static_cast<float>(x));
   } else {
@@ -110,7 +114,7 @@ inline C load(T x) {
 }
 
 template <typename T, typename C>
-inline T store(C x) {
+VECNORM_HD T store(C x) {
   if constexpr (std::is_same_v<T, Float16> || std::is_same_v<T, BFloat16>) {
     return T::round(static_cast<float>(x));
   } else {
@@ -125,7 +129,7 @@ struct Type {
 
 // Calls f(Type<T>{}) for the T that `dtype` names.
 template <typename F>
-inline void dispatch_float(Dtype dtype, F&& f) {
+VECNORM_HD void dispatch_float(Dtype dtype, F&& f) {
   switch (dtype) {
     case Dtype::kFloat64:
       return f(Type<double>{});
@@ -139,7 +143,7 @@ inline void dispatch_float(Dtype dtype, F&& f) {
 }
 
 template <typename F>
-inline void dispatch_any(Dtype dtype, F&& f) {
+VECNORM_HD void dispatch_any(Dtype dtype, F&& f) {
   switch (dtype) {
     case Dtype::kInt8:
       return f(Type<int8_t>{});

@@ -64,8 +64,8 @@ struct Statistic {
 // A value is left out when it, or its square, is not a finite double. The squares
 // of finite float32, float16, bfloat16 and integer values always are.
 VECNORM_HD bool usable(double x) {
-  const double square = x * x;
-  return square <= std::numeric_limits<double>::max();  // false for NaN too
+  constexpr double largest = std::numeric_limits<double>::max();
+  return x * x <= largest;  // false for NaN too
 }
 
 VECNORM_HD Partial reduce(Partial p, double x, double shift) {
@@ -90,8 +90,8 @@ VECNORM_HD bool trustworthy(double n, double d1, double d2) {
   if (d1 == 0 && d2 == 0) {
     return true;
   }
-  return d2 <= std::numeric_limits<float>::max() && d2 >= 1e-30 * n &&
-         65. * d1 * d1 <= 64. * n * d2;
+  constexpr float largest = std::numeric_limits<float>::max();
+  return d2 <= largest && d2 >= 1e-30 * n && 65. * d1 * d1 <= 64. * n * d2;
 }
 
 // Moments around zero of a batch that was summed around `shift`.
@@ -155,7 +155,7 @@ struct Affine {
   T rest;
 
   VECNORM_HD static Affine of(Statistic s) {
-    const double largest = std::numeric_limits<T>::max();
+    constexpr double largest = std::numeric_limits<T>::max();
     const double reciprocal = 1. / s.scale;
     const T hi = static_cast<T>(s.loc);
     // Clamped, so that a constant feature under a tiny eps gives 0 and not 0 * inf.

@@ -130,14 +130,15 @@ class IntegerEnv(EnvBase):
     after ``lengths[i]`` of them. Reward and observation have bounds.
     """
 
-    def __init__(self, lengths: tuple[int, ...] = (), **kwargs) -> None:
+    def __init__(self, lengths: tuple[int, ...] = (), features=2, **kwargs) -> None:
         shape = [len(lengths)] if lengths else []
         super().__init__(batch_size=shape, **kwargs)
         self.lengths = torch.tensor(lengths or 1_000_000).reshape(*shape, 1)
         self.start = 10.0 * torch.arange(max(1, len(lengths))).reshape(*shape, 1)
         self.steps = torch.zeros(*shape, 1)
+        self.factors = torch.tensor([1.0, -2.0]).repeat(features // 2)
         self.observation_spec = Composite(
-            observation=Bounded(-1e6, 1e6, (*shape, 2)), shape=shape
+            observation=Bounded(-1e6, 1e6, (*shape, features)), shape=shape
         )
         self.reward_spec = Bounded(-1e6, 1e6, (*shape, 1))
         self.action_spec = Bounded(-1, 1, (*shape, 1))
@@ -151,7 +152,7 @@ class IntegerEnv(EnvBase):
         done = self.steps >= self.lengths
         return TensorDict(
             {
-                "observation": torch.cat([at, -2 * at], -1),
+                "observation": at * self.factors,
                 "done": done,
                 "terminated": done,
             },

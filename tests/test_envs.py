@@ -46,6 +46,7 @@ from torchrl.testing.mocking_classes import (
     MultiKeyCountingEnv,
     NestedCountingEnv,
 )
+
 from torchrl_vecnorm import VecNorm
 
 PENDULUM = "Pendulum-v1"
@@ -135,7 +136,8 @@ def test_several_episodes():
 def test_beside_other_transforms():
     t = VecNorm(["observation", "episode_reward"], ["o", "r"], decay=1)
     env = TransformedEnv(
-        IntegerEnv(), Compose(RewardSum(["reward"], ["episode_reward"]), StepCounter(), t)
+        IntegerEnv(),
+        Compose(RewardSum(["reward"], ["episode_reward"]), StepCounter(), t),
     )
     rollout = env.rollout(10)
     assert count(t) == 11
@@ -200,7 +202,10 @@ def test_check_env_specs(make_env, out_keys):
     if out_keys is not None:
         # Entries that are not written to are as they were.
         raw = make_env()
-        assert env.full_observation_spec["observation"] == raw.observation_spec["observation"]
+        assert (
+            env.full_observation_spec["observation"]
+            == raw.observation_spec["observation"]
+        )
         assert env.full_reward_spec["reward"] == raw.full_reward_spec["reward"]
 
 
@@ -263,7 +268,10 @@ def test_transform_observation_spec_of_a_leaf():
     assert not isinstance(out, Bounded)
     assert out.shape == spec.shape and out.dtype == spec.dtype
     integer = Bounded(0, 255, (3,), dtype=torch.uint8)
-    assert VecNorm(["observation"]).transform_observation_spec(integer).dtype == torch.float32
+    assert (
+        VecNorm(["observation"]).transform_observation_spec(integer).dtype
+        == torch.float32
+    )
 
 
 def test_integer_observations():
@@ -283,9 +291,7 @@ def test_agents():
     # The tensordict's batch is the worlds: agents are features.
     assert count(t, keys[0]) == 3 * 11 and count(t, keys[1]) == 3 * 10
     assert t.loc[keys[0]].shape == (2, 2)
-    torch.testing.assert_close(
-        t.loc[keys[0]], torch.tensor([[1.0, 0.0], [1.0, 1.0]])
-    )
+    torch.testing.assert_close(t.loc[keys[0]], torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
 
 
 def test_agents_as_samples():
@@ -315,7 +321,9 @@ def test_a_batch_is_one_call():
 # ----------------------------------------------------------------------- partial resets
 
 
-@pytest.mark.parametrize("reset", [[True, False, True], [False] * 3, [True] * 3], ids=str)
+@pytest.mark.parametrize(
+    "reset", [[True, False, True], [False] * 3, [True] * 3], ids=str
+)
 def test_only_rows_that_are_reset_count(reset):
     t = VecNorm(decay=1)
     env = TransformedEnv(IntegerEnv(lengths=(50, 50, 50)), t)
@@ -350,7 +358,8 @@ def test_all_rows_are_normalised_at_a_partial_reset():
     x = torch.tensor([[1.0], [3.0], [5.0]])
     mask = torch.tensor([[True], [True], [False]])
     y = t._reset(
-        TensorDict(_reset=mask, batch_size=[3]), TensorDict(observation=x, batch_size=[3])
+        TensorDict(_reset=mask, batch_size=[3]),
+        TensorDict(observation=x, batch_size=[3]),
     )
     assert y["observation"].flatten().tolist() == [-1, 1, 3]
 
@@ -394,7 +403,9 @@ def test_partial_resets_of_a_serial_env(where):
     env.close()
 
 
-@pytest.mark.parametrize("shapes", [None, [(2,)]], ids=["agents are features", "samples"])
+@pytest.mark.parametrize(
+    "shapes", [None, [(2,)]], ids=["agents are features", "samples"]
+)
 def test_a_reset_of_agents(shapes):
     key = ("agents", "observation")
     t = VecNorm([key], shapes=shapes, decay=1)
@@ -612,7 +623,9 @@ def test_an_environment_for_inference():
         other.set_seed(0)
         raw = GymEnv(PENDULUM)
         raw.set_seed(0)
-        expected = (raw.reset()["observation"] - loc["observation"]) / scale["observation"]
+        expected = (raw.reset()["observation"] - loc["observation"]) / scale[
+            "observation"
+        ]
         torch.testing.assert_close(other.reset()["observation"], expected)
     assert_same_state(snapshot(env.transform), before)
 
@@ -631,7 +644,10 @@ def test_replay_buffer(how):
     if how == "append_transform":
         buffer.append_transform(t)
     data = TensorDict(
-        {("next", "observation"): torch.randn(100, 3) + 5, "reward": torch.randn(100, 1)},
+        {
+            ("next", "observation"): torch.randn(100, 3) + 5,
+            "reward": torch.randn(100, 1),
+        },
         batch_size=[100],
     )
     buffer.extend(data)
@@ -640,11 +656,13 @@ def test_replay_buffer(how):
     for i in range(1, 5):
         sample = buffer.sample()
         assert count(t, "reward") == count(t, ("next", "observation")) == 16 * i
-    raw = data["next", "observation"][sample["index"]]
+        raw = data["next", "observation"][sample["index"]]
         wanted = expected(raw)
         torch.testing.assert_close(sample["next", "observation"], wanted.float())
     # What is in the storage stays as it was.
-    assert torch.equal(buffer._storage[:]["next", "observation"], data["next", "observation"])
+    assert torch.equal(
+        buffer._storage[:]["next", "observation"], data["next", "observation"]
+    )
 
 
 def test_replay_buffer_in_eval_mode():

@@ -73,8 +73,15 @@ def copy_moments(target: Moments, source: Moments) -> None:
             target.finite[1] = 0
 
 
-def check_moments(names: Sequence[str], moments: Moments) -> Moments:
+def check_moments(
+    names: Sequence[str], moments: Moments, features: torch.Size | None
+) -> Moments:
     """Refuses moments that no data can have given.
+
+    Args:
+        names: of the entries, for the message.
+        moments: what was loaded.
+        features: their shape, where it is known.
 
     Raises:
         ValueError: naming the entry, what was expected and what came.
@@ -84,7 +91,7 @@ def check_moments(names: Sequence[str], moments: Moments) -> Moments:
         if not good:
             raise ValueError(f"VecNorm: entry {name!r}: expected {expected}, got {got}")
 
-    shape = tuple(moments.sum.shape)
+    shape = tuple(moments.sum.shape if features is None else features)
     shapes = (shape, shape, (1,), (2, *shape))
     for name, leaf, wanted in zip(names, moments, shapes, strict=True):
         if leaf is not None:
@@ -95,6 +102,18 @@ def check_moments(names: Sequence[str], moments: Moments) -> Moments:
             good = bool((leaf >= 0).all())
             expect(good, name, "counts that are not negative and not NaN", leaf)
     return moments
+
+
+def catch_up(moments: Moments) -> None:
+    """Mends the counter of finite values after updates that did not know of it.
+
+    ``torchrl.envs.VecNorm`` carries an entry that it does not know from one checkpoint
+    to the next, while its ``count`` goes on. No more can be missing from the count than
+    the number of values that were ever left out.
+    """
+    if moments.finite is not None:
+        used, left_out = moments.finite
+        used.copy_(torch.maximum(used, moments.count - left_out))
 
 
 class Binding:

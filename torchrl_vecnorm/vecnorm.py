@@ -30,6 +30,7 @@ from torchrl_vecnorm.moments import Moments
 from torchrl_vecnorm.names import StateNames, as_path
 from torchrl_vecnorm.state import (
     Binding,
+    catch_up,
     check_moments,
     copy_moments,
     get_entry,
@@ -331,6 +332,7 @@ class VecNorm(Transform):
             if (
                 type(value) is not Tensor
                 or value.device != binding.device
+                or value.layout is not torch.strided
                 or (key.shape is None and value.ndim - batch_dims != ndim)
             ):
                 return False
@@ -623,8 +625,8 @@ class VecNorm(Transform):
         """Loads what :meth:`get_extra_state` gave, here or in ``torchrl.envs.VecNorm``.
 
         A transform that has statistics writes in place, under the lock, so that
-        sharing survives. One that has none adopts shared tensors as they are, and
-        shared float64 copies of others.
+        sharing survives. One that has none adopts the tensors as they are, in shared
+        memory, or float64 copies of what another class has saved.
 
         Raises:
             KeyError: ``state`` is None or lacks an entry of a key that has statistics.
@@ -641,19 +643,12 @@ class VecNorm(Transform):
             self._adopt(loaded)
             return
         with self._locked():
-            for key, current in self._seen():
-                new = loaded.pop(key.in_key, None)
-                if new is None:
+            for key, _ in self._seen():
+                if key.in_key not in loaded:
                     raise KeyError(
                         f"VecNorm: the state_dict has no statistics of key "
                         f"{key.in_key!r}; it has {sorted(state)}"
                     )
-                if new.sum.shape != current.sum.shape:
-                    raise ValueError(
-                        f"VecNorm: key {key.in_key!r}: expected statistics of shape "
-                        f"{tuple(current.sum.shape)}, got {tuple(new.sum.shape)}"
-                    )
-                loaded[key.in_key] = new
             for key in self._keys:
                 if key.in_key in loaded:
                     self._write(key, loaded[key.in_key])
@@ -672,12 +667,25 @@ class VecNorm(Transform):
                         f"VecNorm: the state_dict has no entry {name!r}; "
                         f"it has {sorted(state)}"
                     )
-            loaded[key.in_key] = check_moments(names, Moments(*leaves))
+            current = self._state(key)
+            features = key.shape if current is None else current.sum.shape
+            loaded[key.in_key] = check_moments(names, Moments(*leaves), features)
+        if state and not loaded:
+            raise KeyError(
+                f"VecNorm: the state_dict has no statistics of any of the keys "
+                f"{self.in_keys}; it has {sorted(state)}"
+            )
         return loaded
 
     def _adopt(self, loaded: dict[NestedKey, Moments]) -> None:
-        shared = all(m.sum.is_shared() for m in loaded.values())
-        if not shared:
+        """Makes loaded statistics ours: the tensors themselves, in shared memory.
+
+        All that adopt the same tensors update the same statistics: this is how
+        EnvCreator shares them. Only what is private and not in our own layout, as in a
+        checkpoint of ``torchrl.envs.VecNorm``, is copied into it.
+        """
+        self._others_update = all(m.sum.is_shared() for m in loaded.values())
+        if not self._others_update:
             warnings.warn(
                 "VecNorm wasn't initialized and the tensordict is not shared. In single "
                 "process settings, this is ok, but if you need to share the statistics "
@@ -692,13 +700,16 @@ class VecNorm(Transform):
             moments = loaded.get(key.in_key)
             if moments is None:
                 continue
-            if not shared:
-                fresh = Moments.zeros(moments.sum.shape, device=moments.sum.device)
-                copy_moments(fresh, moments)
-                moments = fresh
+            if not moments.sum.is_shared():
+                ours = Moments.zeros(moments.sum.shape, device=moments.sum.device)
+                if moments.finite is None or moments.sum.dtype != ours.sum.dtype:
+                    copy_moments(ours, moments)
+                    moments = ours
+                catch_up(moments)
+                for leaf in moments:
+                    leaf.share_memory_()
             write_moments(td, key.names, moments)
-        self._td = td if shared else td.share_memory_()
-        self._others_update = shared
+        self._td = td
 
     def _write(self, key: _Key, moments: Moments) -> None:
         state = self._state(key)
@@ -707,6 +718,8 @@ class VecNorm(Transform):
             state = Moments.zeros(moments.sum.shape, device=moments.sum.device)
             write_moments(self._td, key.names, state)
         copy_moments(state, moments)
+        if not moments.sum.is_shared():
+            catch_up(state)
 
     def to(self, *args, **kwargs) -> VecNorm:
         """Moves the statistics to a device; they stay float64.
@@ -936,7 +949,7 @@ def _find_mask(
     if mask.ndim > len(samples):
         # A sample counts if any part of it does.
         mask = mask.flatten(len(samples)).any(-1)
-    mask = mask.reshape(*mask.shape, *(1 for _ in range(len(samples) - mask.ndim)))
+    mask = mask[(..., *(None for _ in range(len(samples) - mask.ndim)))]
     return mask.expand(samples).reshape(-1)
 
 

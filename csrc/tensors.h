@@ -1,0 +1,251 @@
+// Copyright (c) the torchrl_vecnorm authors.
+//
+// This source code is licensed under the MIT license found in the
+// LICENSE file in the root directory of this source tree.
+
+// Tensors as the kernels take them: the checks that all backends share, and the keys.
+
+#pragma once
+
+#include <ATen/Functions.h>
+#include <ATen/core/Tensor.h>
+
+#include <utility>
+#include <vector>
+
+#include "key.h"
+
+namespace vecnorm {
+
+using at::Tensor;
+using at::TensorList;
+
+// ------------------------------------------------------------------------- checks
+
+// The state lists of a call, each with one entry a key.
+struct States {
+  TensorList sum;
+  TensorList ssq;
+  TensorList count;
+  TensorList finite;
+};
+
+inline bool has(TensorList list, size_t i) {
+  return !list.empty() && list[i].numel() > 0;
+}
+
+inline void check_length(TensorList list, size_t n, const char* name, bool optional) {
+  TORCH_CHECK_VALUE(list.size() == n || (optional && list.empty()), "expected ", n,
+                    " tensors in ", name, ", one for each key, got ", list.size());
+}
+
+inline bool is_state_dtype(at::ScalarType dtype) {
+  return dtype == at::kDouble || dtype == at::kFloat;
+}
+
+inline void check_state(const States& s, size_t i) {
+  const Tensor& sum = s.sum[i];
+  TORCH_CHECK_VALUE(s.ssq[i].sizes() == sum.sizes(), "key ", i,
+                    ": expected ssq of shape ", sum.sizes(), " as sum, got ",
+                    s.ssq[i].sizes());
+  TORCH_CHECK_VALUE(s.count[i].numel() == 1, "key ", i,
+                    ": expected count with one element, got shape ",
+                    s.count[i].sizes());
+  for (const Tensor* t : {&sum, &s.ssq[i], &s.count[i]}) {
+    TORCH_CHECK_TYPE(is_state_dtype(t->scalar_type()), "key ", i,
+                     ": expected a float64 or float32 state, got ", t->scalar_type());
+    TORCH_CHECK_VALUE(t->is_contiguous(), "key ", i, ": expected a contiguous state");
+  }
+  if (has(s.finite, i)) {
+    const Tensor& finite = s.finite[i];
+    TORCH_CHECK_TYPE(finite.scalar_type() == at::kDouble, "key ", i,
+                     ": expected finite as float64, got ", finite.scalar_type());
+    TORCH_CHECK_VALUE(finite.dim() == sum.dim() + 1 && finite.size(0) == 2 &&
+                          finite.sizes().slice(1) == sum.sizes() &&
+                          finite.is_contiguous(),
+                      "key ", i, ": expected a contiguous finite of shape [2, *",
+                      sum.sizes(), "], got ", finite.sizes());
+  }
+}
+
+inline void check_states(const States& s) {
+  const size_t n = s.sum.size();
+  check_length(s.ssq, n, "ssq", false);
+  check_length(s.count, n, "count", false);
+  check_length(s.finite, n, "finite", true);
+  for (size_t i = 0; i < n; ++i) {
+    check_state(s, i);
+  }
+}
+
+inline void check_values(TensorList x, TensorList y, const States& s) {
+  check_states(s);
+  check_length(x, s.sum.size(), "x", false);
+  check_length(y, s.sum.size(), "y", true);
+  for (size_t i = 0; i < x.size(); ++i) {
+    const Tensor& value = x[i];
+    const at::IntArrayRef features = s.sum[i].sizes();
+    TORCH_CHECK_TYPE(!value.is_complex() && value.layout() == at::kStrided, "key ", i,
+                     ": expected dense real values, got ", value.scalar_type(), " ",
+                     value.layout());
+    const int64_t leading = value.dim() - static_cast<int64_t>(features.size());
+    TORCH_CHECK_VALUE(leading >= 0 && value.sizes().slice(leading) == features, "key ",
+                      i, ": expected features of shape ", features,
+                      ", got values of shape ", value.sizes());
+    if (has(y, i)) {
+      TORCH_CHECK_VALUE(y[i].sizes() == value.sizes(), "key ", i,
+                        ": expected an output of shape ", value.sizes(), ", got ",
+                        y[i].sizes());
+      TORCH_CHECK_TYPE(
+          y[i].is_floating_point() &&
+              (!value.is_floating_point() || value.scalar_type() == y[i].scalar_type()),
+          "key ", i, ": ", value.scalar_type(), " values cannot be written to a ",
+          y[i].scalar_type(), " output");
+    }
+  }
+}
+
+inline void check_floating_point(TensorList list) {
+  for (size_t i = 0; i < list.size(); ++i) {
+    TORCH_CHECK_TYPE(list[i].is_floating_point(), "key ", i,
+                     ": expected floating-point values, got ", list[i].scalar_type());
+  }
+}
+
+// --------------------------------------------------------------------------- keys
+
+inline Dtype dtype_of(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat:
+      return Dtype::kFloat32;
+    case at::kDouble:
+      return Dtype::kFloat64;
+    case at::kHalf:
+      return Dtype::kFloat16;
+    case at::kBFloat16:
+      return Dtype::kBFloat16;
+    case at::kChar:
+      return Dtype::kInt8;
+    case at::kShort:
+      return Dtype::kInt16;
+    case at::kInt:
+      return Dtype::kInt32;
+    case at::kLong:
+      return Dtype::kInt64;
+    case at::kByte:
+      return Dtype::kUInt8;
+    case at::kBool:
+      return Dtype::kBool;
+    default:
+      TORCH_CHECK_TYPE(false, "expected real values, got ", type);
+  }
+}
+
+// Types without a kernel (uint16, float8, …) are read as double.
+inline Tensor readable(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case at::kFloat:
+    case at::kDouble:
+    case at::kHalf:
+    case at::kBFloat16:
+    case at::kChar:
+    case at::kShort:
+    case at::kInt:
+    case at::kLong:
+    case at::kByte:
+    case at::kBool:
+      return x;
+    default:
+      return x.to(at::kDouble);
+  }
+}
+
+inline Matrix matrix_of(const Tensor& t) {
+  return {t.data_ptr(), dtype_of(t.scalar_type()), t.stride(0), t.stride(1)};
+}
+
+inline State state_of(const States& s, size_t i) {
+  State state;
+  state.sum = s.sum[i].data_ptr();
+  state.ssq = s.ssq[i].data_ptr();
+  state.count = s.count[i].data_ptr();
+  state.finite = has(s.finite, i) ? s.finite[i].data_ptr<double>() : nullptr;
+  state.sum_dtype = dtype_of(s.sum[i].scalar_type());
+  state.ssq_dtype = dtype_of(s.ssq[i].scalar_type());
+  state.count_dtype = dtype_of(s.count[i].scalar_type());
+  return state;
+}
+
+// The keys of a call for the kernels. Tensors that no strides can describe as [samples,
+// features] are copied; outputs among them are copied back by write_back().
+struct Keys {
+  std::vector<Key> keys;
+  std::vector<Tensor> alive;
+  std::vector<std::pair<Tensor, Tensor>> copies;
+
+  Keys(TensorList x, TensorList y, TensorList mask, const States& s) {
+    keys.resize(x.size());
+    for (size_t i = 0; i < x.size(); ++i) {
+      Key& key = keys[i];
+      const Tensor& value = x[i];
+      const int64_t features = s.sum[i].numel();
+      int64_t samples = 1;
+      for (int64_t d = 0; d < value.dim() - s.sum[i].dim(); ++d) {
+        samples *= value.size(d);
+      }
+      key.features = features;
+      key.samples = samples;
+      key.state = state_of(s, i);
+      if (has(mask, i)) {
+        const Tensor& m = mask[i];
+        TORCH_CHECK_VALUE(m.scalar_type() == at::kBool && m.numel() == samples, "key ",
+                          i, ": expected a bool mask with ", samples, " elements, got ",
+                          m.scalar_type(), " ", m.sizes());
+        key.mask = keep(m.contiguous()).data_ptr<bool>();
+      }
+      if (samples == 0 || features == 0) {
+        key.samples = 0;
+        continue;
+      }
+      key.x = matrix_of(keep(as_matrix(readable(value), samples, features)));
+      if (has(y, i)) {
+        const Tensor out = as_matrix(y[i], samples, features);
+        const bool supported = out.scalar_type() == key_output_dtype(key, out);
+        if (out.is_alias_of(y[i]) && supported) {
+          key.y = matrix_of(keep(out));
+        } else {
+          const Tensor copy = at::empty(
+              {samples, features}, out.options().dtype(key_output_dtype(key, out)));
+          copies.emplace_back(y[i], copy);
+          key.y = matrix_of(copy);
+        }
+      }
+    }
+  }
+
+  void write_back() const {
+    for (const auto& [y, copy] : copies) {
+      y.copy_(copy.view(y.sizes()));
+    }
+  }
+
+ private:
+  // A value that had to be read as double is normalised as double.
+  static at::ScalarType key_output_dtype(const Key& key, const Tensor& out) {
+    const at::ScalarType type = out.scalar_type();
+    const bool kernel = type == at::kFloat || type == at::kDouble ||
+                        type == at::kHalf || type == at::kBFloat16;
+    return kernel && key.x.dtype != Dtype::kFloat64 ? type : at::kDouble;
+  }
+
+  static Tensor as_matrix(const Tensor& t, int64_t samples, int64_t features) {
+    return t.reshape({samples, features});
+  }
+
+  const Tensor& keep(Tensor t) {
+    alive.push_back(std::move(t));
+    return alive.back();
+  }
+};
+
+}  // namespace vecnorm

@@ -1,0 +1,454 @@
+# Copyright (c) the torchrl_vecnorm authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Statistics that several processes update: section 3 of the contract.
+
+Values are small integers and decay is 1, so that sums are exact in whatever order the
+processes come, and a single update that was lost shows.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+from common import (
+    FIELDS,
+    PATIENCE,
+    AgentsEnv,
+    IntegerEnv,
+    assert_same_state,
+    count,
+    leaf,
+    leaf_name,
+    snapshot,
+    started,
+)
+from tensordict import TensorDict
+from torch import multiprocessing as mp
+from torchrl.envs import GymEnv, TransformedEnv
+from torchrl.testing.mocking_classes import CountingEnv
+
+from torchrl_vecnorm import VecNorm
+
+# A spawned process imports torchrl, which takes longer than its work.
+WORKERS = {"fork": 3, "spawn": 2}
+UPDATES = 2000
+FEATURES = 2
+# An update of this many features takes long enough to be interrupted: without a lock,
+# some hundred of the updates below are lost.
+WIDE = 512
+
+
+def by_hand(*keys, features=(FEATURES,), dtype=torch.float64) -> TensorDict:
+    """A private tensordict in the reference's layout."""
+    td = TensorDict(batch_size=[])
+    for key in keys:
+        for field in FIELDS:
+            shape = (1,) if field == "count" else features
+            td[leaf_name(key, field)] = torch.zeros(shape, dtype=dtype)
+    return td
+
+
+def built(keys=None, memmap=False, env=None) -> TensorDict:
+    return VecNorm.build_td_for_shared_vecnorm(env or IntegerEnv(), keys, memmap=memmap)
+
+
+def entries(*keys) -> set:
+    return {leaf_name(key, field) for key in keys for field in FIELDS}
+
+
+def present(td) -> set:
+    """The entries that the reference knows of."""
+    fields = tuple(f"_{field}" for field in FIELDS)
+    names = td.keys(True, True)
+    last = {name: name if isinstance(name, str) else name[-1] for name in names}
+    return {name for name in names if last[name].endswith(fields)}
+
+
+# ----------------------------------------------------------------------- what is built
+
+
+@pytest.mark.parametrize("memmap", [False, True])
+def test_build(memmap):
+    td = built(["next", "reward"], memmap)
+    assert td.is_memmap() if memmap else td.is_shared()
+    assert td.batch_size == torch.Size([])
+    assert present(td) == entries("observation", "reward")
+    for key, features in (("observation", (2,)), ("reward", (1,))):
+        for field in FIELDS:
+            value = td[leaf_name(key, field)]
+            assert value.shape == ((1,) if field == "count" else features)
+            assert value.dtype == torch.float64
+            assert (value == 0).all()
+    t = VecNorm(shared_td=td)
+    t(TensorDict(observation=torch.ones(2), reward=torch.ones(1)))
+    assert td["observation_count"].item() == td["reward_sum"].item() == 1
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        (None, {"observation", "reward"}),
+        (["next", "reward"], {"observation", "reward"}),
+        (["next"], {"observation", "reward"}),
+        (["observation"], {"observation"}),
+        (["reward"], {"reward"}),
+        ([("next", "observation")], {"observation"}),
+        ([("next", "reward"), "observation"], {"observation", "reward"}),
+        (["observation", ("next", "observation")], {"observation"}),
+    ],
+    ids=str,
+)
+def test_keys(keys, expected):
+    assert present(built(keys)) == entries(*expected)
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        (["next"], {("agents", "observation"), ("agents", "reward")}),
+        ([("agents", "observation")], {("agents", "observation")}),
+        ([("next", "agents", "reward")], {("agents", "reward")}),
+    ],
+    ids=str,
+)
+def test_nested_keys(keys, expected):
+    env = AgentsEnv(worlds=3, agents=2)
+    td = built(keys, env=env)
+    assert present(td) == entries(*expected)
+    t = VecNorm(sorted(expected), shared_td=td, decay=1)
+    TransformedEnv(AgentsEnv(worlds=3, agents=2), t).rollout(4)
+    for key in expected:
+        assert t.loc[key].shape[0] == 2
+        assert count(t, key) == 3 * (5 if key[-1] == "observation" else 4)
+
+
+def test_next_stands_for_what_is_floating_point():
+    # Observations are integers here.
+    assert present(built(["next"], env=CountingEnv())) == entries("reward")
+    td = built(["observation"], env=CountingEnv())
+    assert present(td) == entries("observation")
+    assert td["observation_sum"].dtype == torch.float64
+
+
+def test_batched_environments_share_their_features():
+    td = built(["next", "reward"], env=IntegerEnv(lengths=(9, 9, 9)))
+    assert td["observation_sum"].shape == (2,)
+    t = VecNorm(shared_td=td, decay=1)
+    TransformedEnv(IntegerEnv(lengths=(9, 9, 9)), t).rollout(4)
+    assert count(t) == 3 * 5
+
+
+def test_a_transformed_environment():
+    # The keys are those that come out of the environment that is given.
+    env = TransformedEnv(IntegerEnv(), VecNorm(out_keys=["o", "r"]))
+    td = built(["o", "reward"], env=env)
+    assert present(td) == entries("o", "reward")
+
+
+@pytest.mark.parametrize(
+    "key", ["velocity", ("next", "velocity"), ("agents", "observation")], ids=str
+)
+def test_unknown_keys(key):
+    name = key if isinstance(key, str) else key[-1]
+    with pytest.raises(KeyError, match=f"{name}.*"):
+        built([key])
+
+
+def test_building_leaves_the_environment_alone():
+    t = VecNorm(decay=1)
+    env = TransformedEnv(IntegerEnv(), t)
+    env.rollout(3)
+    before = snapshot(t)
+    built(["next"], env=env)
+    assert_same_state(snapshot(t), before)
+
+
+# ----------------------------------------------------------------- what is taken as it
+
+
+@pytest.mark.parametrize("memmap", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_tensordict_made_by_hand(dtype, memmap):
+    td = by_hand("observation", dtype=dtype)
+    td = td.memmap_() if memmap else td.share_memory_()
+    address = {name: value.data_ptr() for name, value in td.items()}
+    first = VecNorm(["observation"], shared_td=td, decay=1)
+    second = VecNorm(["observation"], shared_td=td, decay=1)
+    for t in (first, second):
+        t(TensorDict(observation=torch.tensor([1.0, 2.0])))
+    assert td["observation_sum"].tolist() == [2, 4]
+    assert td["observation_count"].item() == 2
+    assert td["observation_sum"].dtype == dtype
+    assert {name: value.data_ptr() for name, value in td.items()} == address
+    torch.testing.assert_close(first.loc["observation"], torch.tensor([1.0, 2.0]))
+
+
+@pytest.mark.parametrize("memmap", [False, True])
+def test_a_nested_key_in_the_constructor(memmap):
+    key = ("agents", "observation")
+    td = by_hand(key)
+    td = td.memmap_() if memmap else td.share_memory_()
+    t = VecNorm([key], shared_td=td, decay=1)
+    t(TensorDict({key: torch.ones(5, FEATURES)}, batch_size=[5]))
+    assert td["agents", "observation_sum"].tolist() == [5, 5]
+
+
+def test_a_private_tensordict_is_refused():
+    with pytest.raises(RuntimeError, match="shared memory or a memmap"):
+        VecNorm(["observation"], shared_td=by_hand("observation"))
+
+
+@pytest.mark.parametrize("key", ["reward", ("agents", "reward")], ids=str)
+@pytest.mark.parametrize("field", [*FIELDS, "all"])
+def test_missing_entries(key, field):
+    td = by_hand("observation", key)
+    for name in FIELDS if field == "all" else [field]:
+        del td[leaf_name(key, name)]
+    with pytest.raises(KeyError, match="reward"):
+        VecNorm(["observation", key], shared_td=td.share_memory_())
+
+
+def test_values_of_another_shape_are_refused():
+    td = built(["observation"])
+    t = VecNorm(["observation"], shared_td=td)
+    with pytest.raises(ValueError, match=r"observation.*2.*3"):
+        t(TensorDict(observation=torch.ones(3)))
+    assert (td["observation_count"] == 0).all()
+    # The lock that lives in the tensordict was given back.
+    VecNorm(["observation"], shared_td=td)(TensorDict(observation=torch.ones(2)))
+    assert td["observation_count"].item() > 0
+
+
+def test_loading_a_checkpoint_keeps_the_sharing():
+    td = built(["next"])
+    address = td["observation_sum"].data_ptr()
+    first, second = VecNorm(shared_td=td, decay=1), VecNorm(shared_td=td, decay=1)
+    source = VecNorm(decay=1)
+    TransformedEnv(IntegerEnv(), source).rollout(7)
+    first.load_state_dict(source.state_dict())
+    assert count(second) == 8
+    assert td["observation_sum"].data_ptr() == address
+    second(TensorDict(observation=torch.ones(2), reward=torch.ones(1)))
+    assert count(first) == 9
+
+
+def test_a_frozen_one_reads_what_others_write():
+    td = built(["next"])
+    frozen, live = VecNorm(shared_td=td).freeze(), VecNorm(shared_td=td, decay=1)
+    TransformedEnv(IntegerEnv(), live).rollout(4)
+    x = TensorDict(observation=torch.tensor([2.0, -4.0]), reward=torch.tensor([2.5]))
+    y = frozen(x.clone())
+    assert count(live) == 5
+    torch.testing.assert_close(y["observation"], torch.zeros(2))
+    torch.testing.assert_close(y["reward"], torch.zeros(1))
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [
+        pytest.param(copy.deepcopy, id="deepcopy"),
+        pytest.param(lambda t: pickle.loads(pickle.dumps(t)), id="pickle"),
+    ],
+)
+def test_a_copy_is_on_its_own(copied):
+    t = VecNorm(shared_td=built(["next"]), decay=1)
+    values = TensorDict(observation=torch.ones(2), reward=torch.ones(1))
+    t(values.clone())
+    other = copied(t)
+    other(values.clone())
+    assert (count(t), count(other)) == (1, 2)
+
+
+# --------------------------------------------------------------------------- the lock
+
+
+def test_a_users_lock_is_honoured():
+    lock = mp.get_context("spawn").Lock()
+    td = by_hand("observation").share_memory_()
+    t = VecNorm(["observation"], shared_td=td, lock=lock)
+    assert t.lock is lock
+    values = TensorDict(observation=torch.ones(2))
+    lock.acquire()
+    thread = threading.Thread(target=t, args=(values,), daemon=True)
+    thread.start()
+    thread.join(0.2)
+    assert thread.is_alive()
+    assert td["observation_count"].item() == 0
+    lock.release()
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
+    assert td["observation_count"].item() == 1
+    assert lock.acquire(block=False)
+
+
+def test_threads_with_a_transform_each():
+    td = built(["observation"])
+
+    def update():
+        t = VecNorm(["observation"], shared_td=td, decay=1)
+        for _ in range(500):
+            t(TensorDict(observation=torch.ones(2)))
+
+    threads = [threading.Thread(target=update, daemon=True) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert td["observation_count"].item() == 2000
+    assert td["observation_sum"].tolist() == [2000, 2000]
+
+
+# -------------------------------------------------------------------------- processes
+
+
+def work_as_printed(queue, results):
+    """What the documentation has on its workers."""
+    v = VecNorm(shared_td=queue.get(timeout=PATIENCE))
+    env = TransformedEnv(GymEnv("Pendulum-v1"), v)
+    rollout = env.rollout(50)
+    results.put(rollout["next", "observation"].isfinite().all().item())
+
+
+@pytest.mark.parametrize(
+    ("method", "memmap"), [("fork", False), ("fork", True), ("spawn", False)]
+)
+def test_the_documented_example(method, memmap):
+    context = mp.get_context(method)
+    queue, results = context.Queue(), context.Queue()
+    env = GymEnv("Pendulum-v1")
+    td_shared = VecNorm.build_td_for_shared_vecnorm(
+        env, ["next", "reward"], memmap=memmap
+    )
+    assert td_shared.is_memmap() if memmap else td_shared.is_shared()
+    arguments = [(queue, results)] * 2
+    with started(context, work_as_printed, arguments):
+        for _ in arguments:
+            queue.put(td_shared)
+        assert [results.get(timeout=PATIENCE) for _ in arguments] == [True, True]
+
+    def decayed(calls):
+        return (1 - 0.9999**calls) / (1 - 0.9999)
+
+    # One sample a call, so the count does not depend on who came first.
+    assert td_shared["observation_count"].item() == pytest.approx(
+        decayed(2 * 51), rel=1e-12
+    )
+    assert td_shared["reward_count"].item() == pytest.approx(decayed(2 * 50), rel=1e-12)
+
+
+def values_of(worker: int, step: int) -> TensorDict:
+    """Two samples of small integers."""
+    x = torch.tensor([[step % 7, worker], [step % 5, -step % 3]], dtype=torch.float32)
+    return TensorDict(
+        observation=x.repeat(1, WIDE // 2), reward=x[:, :1] + worker, batch_size=[2]
+    )
+
+
+def wide_by_hand() -> TensorDict:
+    td = by_hand("observation", features=(WIDE,))
+    return td.update(by_hand("reward", features=(1,))).share_memory_()
+
+
+def work(queue, worker, lock, barrier):
+    t = VecNorm(shared_td=queue.get(timeout=PATIENCE), lock=lock, decay=1)
+    # All at once.
+    barrier.wait(PATIENCE)
+    for step in range(UPDATES):
+        t(values_of(worker, step))
+
+
+def assert_exact(td, workers: int) -> None:
+    """Every sample of every worker is in the sums."""
+    every = [values_of(w, s) for w in range(workers) for s in range(UPDATES)]
+    for key in ("observation", "reward"):
+        x = torch.cat([values[key] for values in every]).double()
+        assert td[f"{key}_count"].item() == len(x) == 2 * workers * UPDATES
+        assert torch.equal(td[f"{key}_sum"].double(), x.sum(0))
+        assert torch.equal(td[f"{key}_ssq"].double(), x.pow(2).sum(0))
+
+
+@pytest.mark.parametrize("memmap", [False, True], ids=["shared", "memmap"])
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_no_update_is_lost(method, memmap):
+    context = mp.get_context(method)
+    queue, barrier = context.Queue(), context.Barrier(WORKERS[method])
+    td = built(["next", "reward"], memmap, IntegerEnv(features=WIDE))
+    # No lock is given: each worker's transform has one of its own.
+    arguments = [(queue, worker, None, barrier) for worker in range(WORKERS[method])]
+    with started(context, work, arguments):
+        for _ in arguments:
+            queue.put(td)
+    assert_exact(td, len(arguments))
+    assert all((value == 0).all() for value in VecNorm(shared_td=td).nonfinite.values())
+
+
+def test_no_update_is_lost_under_a_users_lock(method="fork"):
+    # A tensordict in the reference's layout has no lock in it.
+    context = mp.get_context(method)
+    td = wide_by_hand()
+    queue, barrier, lock = (
+        context.Queue(),
+        context.Barrier(WORKERS[method]),
+        context.Lock(),
+    )
+    arguments = [(queue, worker, lock, barrier) for worker in range(WORKERS[method])]
+    with started(context, work, arguments):
+        for _ in arguments:
+            queue.put(td)
+    assert_exact(td, len(arguments))
+
+
+def work_with(t, worker, barrier):
+    barrier.wait(PATIENCE)
+    for step in range(UPDATES):
+        t(values_of(worker, step))
+
+
+def test_a_transform_that_is_sent_to_workers(method="spawn"):
+    # Whole, with its lock.
+    context = mp.get_context(method)
+    td = wide_by_hand()
+    t = VecNorm(shared_td=td, lock=context.Lock(), decay=1)
+    barrier = context.Barrier(WORKERS[method])
+    arguments = [(t, worker, barrier) for worker in range(WORKERS[method])]
+    with started(context, work_with, arguments):
+        pass
+    assert_exact(td, len(arguments))
+    assert leaf(t).data_ptr() == td["observation_count"].data_ptr()
+
+
+def read(queue, done, results):
+    t = VecNorm(["observation"], shared_td=queue.get(timeout=PATIENCE)).freeze()
+    torn = reads = 0
+    while reads < 200 or not done.is_set():
+        state = t.consistent_state_dict()
+        # One sample of threes a call: sum, ssq and count go together.
+        n = state["observation_count"]
+        torn += not (
+            (state["observation_sum"] == 3 * n).all()
+            and (state["observation_ssq"] == 9 * n).all()
+        )
+        reads += 1
+    results.put((torn, reads))
+
+
+def test_a_reader_never_sees_half_an_update():
+    context = mp.get_context("fork")
+    queue, results, done = context.Queue(), context.Queue(), context.Event()
+    td = built(["observation"], env=IntegerEnv(features=WIDE))
+    t = VecNorm(["observation"], shared_td=td, decay=1)
+    with started(context, read, [(queue, done, results)]):
+        queue.put(td)
+        try:
+            for _ in range(5000):
+                t(TensorDict(observation=torch.full((WIDE,), 3.0)))
+        finally:
+            done.set()
+        torn, reads = results.get(timeout=PATIENCE)
+    assert torn == 0 and reads >= 200
