@@ -34,6 +34,9 @@
 
 namespace vecnorm {
 
+template <typename T>
+constexpr T kLargest = std::numeric_limits<T>::max();
+
 // What one batch, or a part of it, says about one feature.
 struct Partial {
   double n = 0;   // values used
@@ -64,8 +67,7 @@ struct Statistic {
 // A value is left out when it, or its square, is not a finite double. The squares
 // of finite float32, float16, bfloat16 and integer values always are.
 VECNORM_HD bool usable(double x) {
-  constexpr double largest = std::numeric_limits<double>::max();
-  return x * x <= largest;  // false for NaN too
+  return x * x <= kLargest<double>;  // false for NaN too
 }
 
 VECNORM_HD Partial reduce(Partial p, double x, double shift) {
@@ -90,8 +92,7 @@ VECNORM_HD bool trustworthy(double n, double d1, double d2) {
   if (d1 == 0 && d2 == 0) {
     return true;
   }
-  constexpr float largest = std::numeric_limits<float>::max();
-  return d2 <= largest && d2 >= 1e-30 * n && 65. * d1 * d1 <= 64. * n * d2;
+  return d2 <= kLargest<float> && d2 >= 1e-30 * n && 65. * d1 * d1 <= 64. * n * d2;
 }
 
 // Moments around zero of a batch that was summed around `shift`.
@@ -155,7 +156,7 @@ struct Affine {
   T rest;
 
   VECNORM_HD static Affine of(Statistic s) {
-    constexpr double largest = std::numeric_limits<T>::max();
+    constexpr double largest = kLargest<T>;
     const double reciprocal = 1. / s.scale;
     const T hi = static_cast<T>(s.loc);
     // Clamped, so that a constant feature under a tiny eps gives 0 and not 0 * inf.
