@@ -11,7 +11,7 @@ VENV ?= .venv
 TESTS ?= tests
 
 bin := $(VENV)/bin
-cxx := $(shell find csrc -name '*.h' -o -name '*.cpp')
+cxx := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 .PHONY: demo test build lint format clean
 
@@ -26,12 +26,12 @@ build: $(VENV)/built
 lint: $(VENV)/installed
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
-	$(bin)/clang-format --dry-run --Werror $(cxx)
+	$(bin)/clang-format --dry-run --Werror $(cxx) tests/cuda_host/*
 
 format: $(VENV)/installed
 	$(bin)/ruff check --fix .
 	$(bin)/ruff format .
-	$(bin)/clang-format -i $(cxx)
+	$(bin)/clang-format -i $(cxx) tests/cuda_host/*
 
 clean:
 	rm -rf $(VENV) build dist demo-output *.egg-info torchrl_vecnorm/_build.py
