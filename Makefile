@@ -2,6 +2,7 @@
 #
 #   make demo     normalise Pendulum-v1, side by side with torchrl's VecNorm
 #   make test     run the tests (make test TESTS="tests/test_ops.py -k opcheck")
+#   make bench    time it against copy_ and torchrl, into bench/results/
 #   make build    compile what has changed
 #   make lint     check style; make format mends it
 #   make clean    remove what was built, and the virtual environment
@@ -13,13 +14,16 @@ TESTS ?= tests
 bin := $(VENV)/bin
 cxx := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: demo test build lint format clean
+.PHONY: demo test bench build lint format clean
 
 demo: build
 	$(bin)/python examples/pendulum.py
 
 test: build
 	$(bin)/python -m pytest $(TESTS)
+
+bench: build
+	$(bin)/python bench/compare.py
 
 build: $(VENV)/built
 

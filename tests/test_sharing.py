@@ -452,3 +452,26 @@ def test_a_reader_never_sees_half_an_update():
             done.set()
         torn, reads = results.get(timeout=PATIENCE)
     assert torn == 0 and reads >= 200
+
+
+@pytest.mark.parametrize("updating", [True, False])
+def test_staging(updating):
+    """Values elsewhere than the statistics: moments travel, the result is the same.
+
+    There is one device here, so the path is entered by hand.
+    """
+    td = TensorDict(
+        {"observation": torch.randn(20, 3), "reward": torch.randn(20, 1)}, [20]
+    )
+    direct, staged = VecNorm(decay=0.9), VecNorm(decay=0.9)
+    for t in (direct, staged):
+        t(td.clone())
+    staged._compute_here = lambda known: staged._compute_staged(known, updating)
+    staged._common_call = lambda td: False
+    for t in (direct, staged):
+        t.train(updating)
+    a, b = direct(td.clone()), staged(td.clone())
+    for key in td.keys():
+        torch.testing.assert_close(a[key], b[key])
+    for name in direct._td.keys():
+        torch.testing.assert_close(direct._td[name], staged._td[name])

@@ -1,0 +1,207 @@
+# Copyright (c) the torchrl_vecnorm authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""On a GPU: against the oracle, the CPU, graphs and compiled code."""
+
+import pytest
+import torch
+from samples import FLOATS, INTEGERS, LAYOUTS, SHAPES, data, op_samples
+from tensordict import TensorDict
+from test_ops import TOLERANCE, assert_same, check, clone
+
+from torchrl_vecnorm import Moments, VecNorm, _build, _ops
+from torchrl_vecnorm import functional as F
+
+pytestmark = pytest.mark.cuda
+ids = {"ids": str}
+
+
+def zeros(features) -> Moments:
+    return Moments.zeros(features, device="cuda")
+
+
+def test_has_kernels():
+    """Not the composite implementation."""
+    assert _build.has_cuda
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(
+        "torchrl_vecnorm::update", "CUDA"
+    )
+
+
+@pytest.mark.parametrize("dtype", (*FLOATS, *INTEGERS), **ids)
+@pytest.mark.parametrize("samples,features", SHAPES, **ids)
+def test_update(samples, features, dtype):
+    state = zeros(features)
+    for _ in range(3):
+        check(data(samples, features, dtype).cuda(), state)
+
+
+@pytest.mark.parametrize("shape", [(1_000_003, 3), (40, 100_003), (4096, 256)], **ids)
+def test_large(shape):
+    check(data(shape[:1], shape[1:]).cuda(), zeros(shape[1:]), calls=2)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("shape", [(700, 3), (700, 40), (50, 20, 6)], **ids)
+def test_strides(layout, shape):
+    x = layout(data(shape[:-1], shape[-1:]))
+    strided = torch.empty_strided(x.shape, x.stride(), device="cuda").copy_(x)
+    check(strided, zeros(shape[-1:]), calls=2)
+
+
+@pytest.mark.parametrize("offset", [1, 2, 3])
+def test_misaligned(offset):
+    flat = data((64 * 16 + offset,), ()).cuda()
+    check(flat[offset:].view(64, 16), zeros([16]), calls=2)
+
+
+@pytest.mark.parametrize("features", [(1,), (3,), (70,)], **ids)
+def test_mask(features):
+    mask = (torch.rand(3000) < 0.3).cuda()
+    check(data((3000,), features).cuda(), zeros(features), mask=mask, calls=2)
+
+
+def test_samples_agree_with_the_cpu():
+    for sample in op_samples():
+        here = F.columns(sample.states)
+        there = F.columns([clone(s).to("cuda") for s in sample.states])
+        x = [v.cuda() for v in sample.x]
+        mask = [m.cuda() for m in sample.mask]
+        ours = _ops.update(sample.x, *here, sample.mask, 0.9, 1.0, 1e-4)
+        theirs = _ops.update(x, *there, mask, 0.9, 1.0, 1e-4)
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b.cpu(), **TOLERANCE[a.dtype])
+        for left, right in zip(here, there, strict=True):
+            for a, b in zip(left, right, strict=True):
+                torch.testing.assert_close(a, b.cpu(), rtol=1e-6, atol=1e-6)
+
+
+def test_33_keys():
+    xs = [data((50,), (k % 5 + 1,)).cuda() for k in range(33)]
+    states, alone = ([zeros(x.shape[1:]) for x in xs] for _ in range(2))
+    ys = F.update_(xs, states)
+    for x, y, s, a in zip(xs, ys, states, alone, strict=True):
+        assert torch.equal(F.update_(x, a), y)
+        assert_same(s, a)
+
+
+def test_deterministic():
+    x = data((200_000,), (64,)).cuda()
+    results = []
+    for _ in range(5):
+        state = zeros([64])
+        results.append([F.update_(x, state), F.update_(x, state), *state])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_nothing_reads_the_host():
+    x, state = data((4096,), (64,)).cuda(), zeros([64])
+    F.update_(x, state)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        F.update_(x, state, mask=x[:, 0] > 3)
+        F.normalize(x, state)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def batch() -> TensorDict:
+    return TensorDict(
+        {"observation": torch.randn(512, 17), "reward": torch.randn(512, 1)}, [512]
+    ).cuda()
+
+
+def test_graph():
+    """1,000 replays give what 1,000 calls give, to the bit."""
+    eager, captured = VecNorm(), VecNorm()
+    td, static = batch(), batch()
+    source = td.clone()
+    static.copy_(source)
+    for t, d in ((eager, td), (captured, static)):
+        t(d.copy_(source))
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = captured(static.clone())
+    # Capturing records, it does not run.
+    noise = torch.randn(512, 17, device="cuda")
+    for i in range(1000):
+        source["observation"] = noise * (i % 7)
+        static.copy_(source)
+        graph.replay()
+        want = eager(source.clone())
+    for key in want.keys():
+        assert torch.equal(out[key], want[key])
+    for key in eager._td.keys():
+        assert torch.equal(eager._td[key], captured._td[key])
+
+
+def test_streams():
+    """Each state has a workspace of its own."""
+    x = data((65536,), (64,)).cuda()
+    alone = zeros([64])
+    want = F.update_(x, alone)
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    states = [zeros([64]) for _ in streams]
+    torch.cuda.synchronize()
+    results = []
+    for _ in range(20):
+        for state in states:
+            for leaf in state:
+                leaf.zero_()
+        torch.cuda.synchronize()
+        for stream, state in zip(streams, states, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(F.update_(x, state))
+        torch.cuda.synchronize()
+    assert all(torch.equal(want, y) for y in results)
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_compile(mode):
+    eager, other = VecNorm(), VecNorm()
+    source = batch()
+    eager(source.clone()), other(source.clone())
+    compiled = torch.compile(other, fullgraph=True, mode=mode)
+    for _ in range(4):
+        source = batch()
+        want, got = eager(source.clone()), compiled(source.clone())
+        for key in want.keys():
+            torch.testing.assert_close(want[key], got[key])
+
+
+def test_gradients():
+    x, state = data((300,), (5,)).cuda().requires_grad_(), zeros([5])
+    F.update_(x, state).sum().backward()
+    _, scale = F.loc_scale(state)
+    torch.testing.assert_close(x.grad, (1 / scale).float().expand_as(x))
+
+
+def test_the_state_follows():
+    t = VecNorm()
+    t(batch().cpu())
+    t(batch())
+    assert t._td["observation_sum"].is_cuda
+    assert t._td["observation_count"].item() == pytest.approx(1024, rel=1e-4)
+    t.to("cpu")
+    assert t._td["observation_sum"].device.type == "cpu"
+
+
+def test_shared_statistics_stay_on_the_cpu():
+    source = VecNorm(["observation"])
+    source(batch().cpu())
+    shared = source._td.clone().share_memory_()
+    t = VecNorm(["observation"], shared_td=shared)
+    td = batch()
+    y = t(td.clone())["observation"]
+    assert y.is_cuda and t._td["observation_sum"].device.type == "cpu"
+    want = source(td.cpu())["observation"]
+    torch.testing.assert_close(y.cpu(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_another_device():
+    x = data((300,), (5,)).to("cuda:1")
+    check(x, Moments.zeros([5], device="cuda:1"))
