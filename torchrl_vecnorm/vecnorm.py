@@ -131,6 +131,7 @@ class VecNorm(Transform):
         >>> t = VecNorm(decay=0.9)
         >>> env = GymEnv("Pendulum-v1")
         >>> env = TransformedEnv(env, t)
+        >>> _ = env.reset()
         >>> tds = []
         >>> for _ in range(1000):
         ...     td = env.rand_step()
