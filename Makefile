@@ -12,7 +12,7 @@ VENV ?= .venv
 TESTS ?= tests
 
 bin := $(VENV)/bin
-cxx := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+cxx := $(shell find csrc -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
 
 .PHONY: demo test bench build lint format clean
 

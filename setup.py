@@ -136,7 +136,7 @@ def extension():
         "torchrl_vecnorm._C",
         [s for s in sources("*.cpp") if not s.startswith("csrc/cuda")],
         # setuptools rebuilds when one of these changes.
-        depends=sources("*.h"),
+        depends=sources("*.h") + sources("*.inl"),
         extra_compile_args={"cxx": flags},
     )
     ext.cuda_sources = []

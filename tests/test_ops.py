@@ -5,6 +5,10 @@
 """The operators against the oracle, torch and exact arithmetic."""
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -177,6 +181,30 @@ def test_default_dtype_of_integers():
             torch.set_default_dtype(before)
         assert y.dtype == dtype
         torch.testing.assert_close(y.mean(0).float(), torch.zeros(3), atol=2e-2, rtol=0)
+
+
+_ON_ONE_SET = """
+import sys
+sys.path.insert(0, {tests!r})
+from test_ops import SHAPES, FLOATS, LAYOUTS, Moments, check, data
+for dtype in FLOATS:
+    for samples, features in SHAPES:
+        check(data(samples, features, dtype), Moments.zeros(features), calls=2)
+    for layout in LAYOUTS:
+        check(layout(data((50, 20), (6,), dtype)), Moments.zeros([6]), calls=2)
+"""
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_instruction_sets(capability):
+    """Each build of the CPU kernels, where the processor has the instructions."""
+    result = subprocess.run(
+        [sys.executable, "-c", _ON_ONE_SET.format(tests=str(Path(__file__).parent))],
+        env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
 
 
 # ---------------------------------------------------------------------- accuracy
