@@ -132,12 +132,17 @@ def extension():
     """The module torchrl_vecnorm._C."""
     flags = ["-O0", "-g"] if flag("DEBUG") else ["-O3", "-g0"]
     flags += ["-Wall", "-Wextra", "-Wno-unused-parameter", "-fvisibility=hidden"]
+    # at::parallel_for is a header: without the flag it would run on one thread.
+    openmp = ["-fopenmp"] if torch.backends.openmp.is_available() else []
+    if sys.platform == "darwin":
+        openmp = []  # Apple's compiler does not know it
     ext = cpp_extension.CppExtension(
         "torchrl_vecnorm._C",
         [s for s in sources("*.cpp") if not s.startswith("csrc/cuda")],
         # setuptools rebuilds when one of these changes.
         depends=sources("*.h") + sources("*.inl"),
-        extra_compile_args={"cxx": flags},
+        extra_compile_args={"cxx": flags + openmp},
+        extra_link_args=openmp,
     )
     ext.cuda_sources = []
     if build_cuda():
