@@ -109,7 +109,7 @@ class build_ext(cpp_extension.BuildExtension):
             if not target.exists() or target.stat().st_mtime < newest:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 command = [home / "bin" / "nvcc", "-c", source, "-o", target]
-                command += ["-std=c++17", "-Xcompiler", "-fPIC", "--threads", "0"]
+                command += ["-Xcompiler", "-fPIC", "--threads", "0"]
                 command += ["-O0", "-g", "-G"] if flag("DEBUG") else ["-O3"]
                 command += cpp_extension._get_cuda_arch_flags()
                 print(*command, flush=True)

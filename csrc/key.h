@@ -21,14 +21,14 @@ struct Matrix {
   int64_t feature_stride = 1;
 };
 
-// The state of one key. `sum` and `ssq` are [features], `count` is [1]; `finite` is
-// [2, features]: the number of values used, which decays as `count` does, and the
-// number of values left out so far, which does not.
+// The state of one key. `sum` and `ssq` are [features], `count` is [1]; `nonfinite` is
+// [2, features]: of the samples in `count` those whose value was left out, and how many
+// values were left out so far, which does not decay.
 struct State {
   void* sum = nullptr;
   void* ssq = nullptr;
   void* count = nullptr;
-  double* finite = nullptr;  // null: the state has no such counter
+  double* nonfinite = nullptr;  // null: the state has no such counter
   Dtype sum_dtype = Dtype::kFloat64;
   Dtype ssq_dtype = Dtype::kFloat64;
   Dtype count_dtype = Dtype::kFloat64;

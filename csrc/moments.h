@@ -45,12 +45,20 @@ struct Partial {
 };
 
 // The running moments of one feature. `count` is the number of samples (shared by
-// the features of a key), `finite` the number of values that were used.
+// the features of a key), `missing` the number of values among them that were left out.
 struct Moments {
   double sum = 0;
   double ssq = 0;
   double count = 0;
-  double finite = 0;
+  double missing = 0;
+
+  // The number of values behind the sums. More values missing than there are samples
+  // says that somebody has updated the others without knowing of `missing`.
+  VECNORM_HD double used() const {
+    const double n = count - missing;
+    const double rounding = 1e-9 * count;
+    return n < -rounding ? count : n <= rounding ? 0. : n;
+  }
 };
 
 // A decay once a call is {decay, 1}; other schedules are other numbers.
@@ -64,10 +72,10 @@ struct Statistic {
   double scale;
 };
 
-// A value is left out when it, or its square, is not a finite double. The squares
-// of finite float32, float16, bfloat16 and integer values always are.
+// A value is left out when it is not finite, or so large that sums of its square would
+// not be: beyond 1e145. Finite float32, float16, bfloat16 and integers never are.
 VECNORM_HD bool usable(double x) {
-  return x * x <= kLargest<double>;  // false for NaN too
+  return x * x <= 1e290;  // false for NaN too
 }
 
 VECNORM_HD Partial reduce(Partial p, double x, double shift) {
@@ -101,24 +109,23 @@ VECNORM_HD Moments unshift(Partial p, double shift, double samples) {
   m.sum = p.d1 + p.n * shift;
   m.ssq = p.d2 + shift * (2 * p.d1 + p.n * shift);
   m.count = samples;
-  m.finite = p.n;
+  m.missing = samples - p.n;
   return m;
 }
 
-// A state without a counter of finite values cannot leave a value out: it is taken
-// to have been at the running mean, or at the batch's mean when there is none yet.
+// A state without a counter of missing values cannot leave a value out: it is taken to
+// have been at the running mean, or at the batch's mean when there is none yet.
 VECNORM_HD Moments impute(Moments batch, Moments state) {
-  const double missing = batch.count - batch.finite;
-  if (missing > 0) {
+  if (batch.missing > 0) {
     double at = 0;
     if (state.count > 0) {
       at = state.sum / state.count;
-    } else if (batch.finite > 0) {
-      at = batch.sum / batch.finite;
+    } else if (batch.used() > 0) {
+      at = batch.sum / batch.used();
     }
-    batch.sum += missing * at;
-    batch.ssq += missing * at * at;
-    batch.finite = batch.count;
+    batch.sum += batch.missing * at;
+    batch.ssq += batch.missing * at * at;
+    batch.missing = 0;
   }
   return batch;
 }
@@ -131,17 +138,18 @@ VECNORM_HD Moments fold(Moments state, Moments batch, Weights w) {
   state.sum = w.keep * state.sum + w.weight * batch.sum;
   state.ssq = w.keep * state.ssq + w.weight * batch.ssq;
   state.count = w.keep * state.count + w.weight * batch.count;
-  state.finite = w.keep * state.finite + w.weight * batch.finite;
+  state.missing = w.keep * state.missing + w.weight * batch.missing;
   return state;
 }
 
 // loc and scale of a feature; identity while nothing was seen.
 VECNORM_HD Statistic statistic(Moments m, double eps) {
-  if (!(m.finite > 0)) {
+  const double n = m.used();
+  if (!(n > 0)) {
     return {0., 1.};
   }
-  const double loc = m.sum / m.finite;
-  const double var = m.ssq / m.finite - loc * loc;
+  const double loc = m.sum / n;
+  const double var = m.ssq / n - loc * loc;
   // Written so that a NaN stays one: fmax would hide it.
   const double std = std::sqrt(var < 0 ? 0. : var);
   return {loc, std < eps ? eps : std};

@@ -11,12 +11,12 @@
 //   sum[i]     [*features]            Σ x, float64 (float32 in the reference's layout)
 //   ssq[i]     [*features]            Σ x²
 //   count[i]   [1]                    number of samples
-//   finite[i]  [2, *features]         float64: values used; values left out. No
+//   nonfinite[i]  [2, *features]         float64: values used; values left out. No
 //                                     elements: the state keeps no such counter
 //   y[i]       like x[i]              floating point; x's own dtype where x is
 //   mask[i]    [samples]              bool: which samples count. No elements: all
 //
-// `finite`, `y` and `mask` may be empty lists. Outputs are mutated and nothing is
+// `nonfinite`, `y` and `mask` may be empty lists. Outputs are mutated and nothing is
 // returned: a mutating schema that returns a list of tensors cannot be compiled.
 
 #include "ops.h"
@@ -40,12 +40,18 @@ namespace {
 
 // ---------------------------------------------------------------------------- CPU
 
-// Set in forked children: the thread pool of their parent is gone there, and a
-// parallel region would wait for it for ever.
+// Set in forked children: the thread pool of their parent is gone there, and whatever
+// would use it, a copy of torch's too, waits for it for ever.
 std::atomic<bool> forked{false};
 
+void leave_the_pool_after_fork() {
+  if (forked.exchange(false)) {
+    at::set_num_threads(1);
+  }
+}
+
 void parallel_for(int64_t n, const cpu::Body& body) {
-  if (n <= 1 || forked.load(std::memory_order_relaxed)) {
+  if (n <= 1) {
     body(0, n);
   } else {
     at::parallel_for(0, n, 1, body);
@@ -53,9 +59,10 @@ void parallel_for(int64_t n, const cpu::Body& body) {
 }
 
 void update_cpu(TensorList x, TensorList sum, TensorList ssq, TensorList count,
-                TensorList finite, TensorList y, TensorList mask, double keep,
+                TensorList nonfinite, TensorList y, TensorList mask, double keep,
                 double weight, double eps) {
-  const States s{sum, ssq, count, finite};
+  leave_the_pool_after_fork();
+  const States s{sum, ssq, count, nonfinite};
   check_values(x, y, s);
   check_length(mask, x.size(), "mask", true);
   const Keys keys(x, y, mask, s);
@@ -64,8 +71,9 @@ void update_cpu(TensorList x, TensorList sum, TensorList ssq, TensorList count,
 }
 
 void normalize_cpu(TensorList x, TensorList sum, TensorList ssq, TensorList count,
-                   TensorList finite, TensorList y, double eps) {
-  const States s{sum, ssq, count, finite};
+                   TensorList nonfinite, TensorList y, double eps) {
+  leave_the_pool_after_fork();
+  const States s{sum, ssq, count, nonfinite};
   check_values(x, y, s);
   const Keys keys(x, y, {}, s);
   cpu::normalize(keys.keys, eps, parallel_for);
@@ -73,8 +81,9 @@ void normalize_cpu(TensorList x, TensorList sum, TensorList ssq, TensorList coun
 }
 
 void denormalize_cpu(TensorList y, TensorList sum, TensorList ssq, TensorList count,
-                     TensorList finite, TensorList x, double eps) {
-  const States s{sum, ssq, count, finite};
+                     TensorList nonfinite, TensorList x, double eps) {
+  leave_the_pool_after_fork();
+  const States s{sum, ssq, count, nonfinite};
   check_floating_point(y);
   check_values(y, x, s);
   const Keys keys(y, x, {}, s);
@@ -82,11 +91,11 @@ void denormalize_cpu(TensorList y, TensorList sum, TensorList ssq, TensorList co
   keys.write_back();
 }
 
-void merge_cpu(TensorList sum, TensorList ssq, TensorList count, TensorList finite,
+void merge_cpu(TensorList sum, TensorList ssq, TensorList count, TensorList nonfinite,
                TensorList other_sum, TensorList other_ssq, TensorList other_count,
-               TensorList other_finite, double keep, double weight) {
-  const States s{sum, ssq, count, finite};
-  const States other{other_sum, other_ssq, other_count, other_finite};
+               TensorList other_nonfinite, double keep, double weight) {
+  const States s{sum, ssq, count, nonfinite};
+  const States other{other_sum, other_ssq, other_count, other_nonfinite};
   check_states(s);
   check_states(other);
   check_length(other_sum, sum.size(), "other_sum", false);
@@ -132,43 +141,32 @@ const auto& merge_op() {
 
 // ----------------------------------------------------------------------- autograd
 
-bool needs_grad(TensorList x) {
-  if (at::GradMode::is_enabled()) {
-    for (const Tensor& t : x) {
-      if (t.requires_grad()) {
-        return true;
-      }
-    }
+// The scale of a key, shaped to broadcast over its values. Sizes may be symbolic here.
+Tensor scale_of(const States& s, size_t i, double eps) {
+  Tensor n = s.count[i].reshape({}).to(at::kDouble);
+  if (!s.nonfinite.empty() && s.nonfinite[i].sym_numel() > 0) {
+    // As Moments::used() has it.
+    const Tensor used = n - s.nonfinite[i].select(0, 0);
+    const Tensor rounding = n * 1e-9;
+    n = at::where(used < -rounding, n, at::where(used <= rounding, 0., used));
   }
-  return false;
-}
-
-// The scale of each key, shaped to broadcast over its values. Sizes may be symbolic
-// here.
-std::vector<Tensor> scales_of(const States& s, double eps) {
-  std::vector<Tensor> scales;
-  for (size_t i = 0; i < s.sum.size(); ++i) {
-    const bool counted = !s.finite.empty() && s.finite[i].sym_numel() > 0;
-    const Tensor n = counted ? s.finite[i].select(0, 0) : s.count[i].reshape({});
-    const Tensor loc = s.sum[i] / n;
-    const Tensor std = (s.ssq[i] / n - loc * loc).clamp_min(0).sqrt().clamp_min(eps);
-    scales.push_back(at::where(n > 0, std, at::ones_like(std)));
-  }
-  return scales;
+  const Tensor loc = s.sum[i].to(at::kDouble) / n;
+  const Tensor var = s.ssq[i].to(at::kDouble) / n - loc * loc;
+  const Tensor std = var.clamp_min(0).sqrt().clamp_min(eps);
+  return at::where(n > 0, std, at::ones_like(std));
 }
 
 // An affine map whose coefficients are constants: the gradient of an output is divided
 // by the scale (normalize) or multiplied by it (denormalize).
 struct AffineGrad : public torch::autograd::Function<AffineGrad> {
-  using Forward = std::function<std::vector<Tensor>()>;
+  using Run = std::function<std::vector<Tensor>()>;
 
   static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx,
                                                 TensorList x, TensorList y,
-                                                const Forward& run, bool inverse) {
+                                                const Run& run, bool inverse) {
     const torch::autograd::variable_list outputs = y.vec();
     ctx->saved_data["scales"] = run();
     ctx->saved_data["inverse"] = inverse;
-    ctx->saved_data["inputs"] = static_cast<int64_t>(x.size());
     ctx->mark_dirty(outputs);
     return outputs;
   }
@@ -192,103 +190,110 @@ struct AffineGrad : public torch::autograd::Function<AffineGrad> {
   }
 };
 
-void update_autograd(TensorList x, TensorList sum, TensorList ssq, TensorList count,
-                     TensorList finite, TensorList y, TensorList mask, double keep,
-                     double weight, double eps) {
+// Runs an operator, and connects the outputs whose inputs need gradients.
+void with_gradients(TensorList x, TensorList y, const States& s, double eps,
+                    bool inverse, const std::function<void()>& call) {
   const auto run = [&] {
     at::AutoDispatchBelowADInplaceOrView guard;
-    update_op().call(x, sum, ssq, count, finite, y, mask, keep, weight, eps);
+    call();
   };
-  if (y.empty() || !needs_grad(x)) {
-    return run();
+  std::vector<Tensor> inputs;
+  std::vector<Tensor> outputs;
+  std::vector<size_t> keys;
+  for (size_t i = 0; i < y.size() && at::GradMode::is_enabled(); ++i) {
+    if (x[i].requires_grad()) {
+      inputs.push_back(x[i]);
+      outputs.push_back(y[i]);
+      keys.push_back(i);
+    }
   }
-  AffineGrad::apply(
-      x, y,
-      [&] {
-        run();
-        return scales_of({sum, ssq, count, finite}, eps);
-      },
-      false);
+  if (inputs.empty()) {
+    run();
+  } else {
+    AffineGrad::apply(
+        TensorList(inputs), TensorList(outputs),
+        [&] {
+          run();
+          std::vector<Tensor> scales;
+          for (size_t i : keys) {
+            scales.push_back(scale_of(s, i, eps));
+          }
+          return scales;
+        },
+        inverse);
+  }
+  // An output that a graph has saved must not be used by its backward pass any more.
+  for (const Tensor& t : y) {
+    if (!t.is_inference()) {
+      t.unsafeGetTensorImpl()->bump_version();
+    }
+  }
+}
+
+void update_autograd(TensorList x, TensorList sum, TensorList ssq, TensorList count,
+                     TensorList nonfinite, TensorList y, TensorList mask, double keep,
+                     double weight, double eps) {
+  with_gradients(x, y, {sum, ssq, count, nonfinite}, eps, false, [&] {
+    update_op().call(x, sum, ssq, count, nonfinite, y, mask, keep, weight, eps);
+  });
 }
 
 void normalize_autograd(TensorList x, TensorList sum, TensorList ssq, TensorList count,
-                        TensorList finite, TensorList y, double eps) {
-  const auto run = [&] {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    normalize_op().call(x, sum, ssq, count, finite, y, eps);
-  };
-  if (!needs_grad(x)) {
-    return run();
-  }
-  AffineGrad::apply(
-      x, y,
-      [&] {
-        run();
-        return scales_of({sum, ssq, count, finite}, eps);
-      },
-      false);
+                        TensorList nonfinite, TensorList y, double eps) {
+  with_gradients(x, y, {sum, ssq, count, nonfinite}, eps, false,
+                 [&] { normalize_op().call(x, sum, ssq, count, nonfinite, y, eps); });
 }
 
 void denormalize_autograd(TensorList y, TensorList sum, TensorList ssq,
-                          TensorList count, TensorList finite, TensorList x,
+                          TensorList count, TensorList nonfinite, TensorList x,
                           double eps) {
-  const auto run = [&] {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    denormalize_op().call(y, sum, ssq, count, finite, x, eps);
-  };
-  if (!needs_grad(y)) {
-    return run();
-  }
-  AffineGrad::apply(
-      y, x,
-      [&] {
-        run();
-        return scales_of({sum, ssq, count, finite}, eps);
-      },
-      true);
+  with_gradients(y, x, {sum, ssq, count, nonfinite}, eps, true,
+                 [&] { denormalize_op().call(y, sum, ssq, count, nonfinite, x, eps); });
 }
 
 }  // namespace
 
 void update(TensorList x, TensorList sum, TensorList ssq, TensorList count,
-            TensorList finite, TensorList y, TensorList mask, double keep,
+            TensorList nonfinite, TensorList y, TensorList mask, double keep,
             double weight, double eps) {
-  update_op().call(x, sum, ssq, count, finite, y, mask, keep, weight, eps);
+  update_op().call(x, sum, ssq, count, nonfinite, y, mask, keep, weight, eps);
 }
 
 void normalize(TensorList x, TensorList sum, TensorList ssq, TensorList count,
-               TensorList finite, TensorList y, double eps) {
-  normalize_op().call(x, sum, ssq, count, finite, y, eps);
+               TensorList nonfinite, TensorList y, double eps) {
+  normalize_op().call(x, sum, ssq, count, nonfinite, y, eps);
 }
 
 void denormalize(TensorList y, TensorList sum, TensorList ssq, TensorList count,
-                 TensorList finite, TensorList x, double eps) {
-  denormalize_op().call(y, sum, ssq, count, finite, x, eps);
+                 TensorList nonfinite, TensorList x, double eps) {
+  denormalize_op().call(y, sum, ssq, count, nonfinite, x, eps);
 }
 
-void merge(TensorList sum, TensorList ssq, TensorList count, TensorList finite,
+void merge(TensorList sum, TensorList ssq, TensorList count, TensorList nonfinite,
            TensorList other_sum, TensorList other_ssq, TensorList other_count,
-           TensorList other_finite, double keep, double weight) {
-  merge_op().call(sum, ssq, count, finite, other_sum, other_ssq, other_count,
-                  other_finite, keep, weight);
+           TensorList other_nonfinite, double keep, double weight) {
+  merge_op().call(sum, ssq, count, nonfinite, other_sum, other_ssq, other_count,
+                  other_nonfinite, keep, weight);
 }
 
 TORCH_LIBRARY(torchrl_vecnorm, m) {
   pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
   m.def(
       "update(Tensor[] x, Tensor(a!)[] sum, Tensor(b!)[] ssq, Tensor(c!)[] count, "
-      "Tensor(d!)[] finite, Tensor(e!)[] y, Tensor[] mask, float keep, float weight, "
+      "Tensor(d!)[] nonfinite, Tensor(e!)[] y, Tensor[] mask, float keep, float "
+      "weight, "
       "float eps) -> ()");
   m.def(
       "normalize(Tensor[] x, Tensor[] sum, Tensor[] ssq, Tensor[] count, "
-      "Tensor[] finite, Tensor(a!)[] y, float eps) -> ()");
+      "Tensor[] nonfinite, Tensor(a!)[] y, float eps) -> ()");
   m.def(
       "denormalize(Tensor[] y, Tensor[] sum, Tensor[] ssq, Tensor[] count, "
-      "Tensor[] finite, Tensor(a!)[] x, float eps) -> ()");
+      "Tensor[] nonfinite, Tensor(a!)[] x, float eps) -> ()");
   m.def(
       "merge(Tensor(a!)[] sum, Tensor(b!)[] ssq, Tensor(c!)[] count, "
-      "Tensor(d!)[] finite, Tensor[] other_sum, Tensor[] other_ssq, "
-      "Tensor[] other_count, Tensor[] other_finite, float keep, float weight) -> ()");
+      "Tensor(d!)[] nonfinite, Tensor[] other_sum, Tensor[] other_ssq, "
+      "Tensor[] other_count, Tensor[] other_nonfinite, float keep, float weight) -> "
+      "()");
 }
 
 TORCH_LIBRARY_IMPL(torchrl_vecnorm, CPU, m) {

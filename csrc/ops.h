@@ -13,20 +13,20 @@
 namespace vecnorm {
 
 void update(at::TensorList x, at::TensorList sum, at::TensorList ssq,
-            at::TensorList count, at::TensorList finite, at::TensorList y,
+            at::TensorList count, at::TensorList nonfinite, at::TensorList y,
             at::TensorList mask, double keep, double weight, double eps);
 
 void normalize(at::TensorList x, at::TensorList sum, at::TensorList ssq,
-               at::TensorList count, at::TensorList finite, at::TensorList y,
+               at::TensorList count, at::TensorList nonfinite, at::TensorList y,
                double eps);
 
 void denormalize(at::TensorList y, at::TensorList sum, at::TensorList ssq,
-                 at::TensorList count, at::TensorList finite, at::TensorList x,
+                 at::TensorList count, at::TensorList nonfinite, at::TensorList x,
                  double eps);
 
 void merge(at::TensorList sum, at::TensorList ssq, at::TensorList count,
-           at::TensorList finite, at::TensorList other_sum, at::TensorList other_ssq,
-           at::TensorList other_count, at::TensorList other_finite, double keep,
+           at::TensorList nonfinite, at::TensorList other_sum, at::TensorList other_ssq,
+           at::TensorList other_count, at::TensorList other_nonfinite, double keep,
            double weight);
 
 }  // namespace vecnorm

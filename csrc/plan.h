@@ -5,8 +5,9 @@
 
 // How a key is cut into pieces of work: plain data that every backend reads.
 //
-// The cut is a function of the shape alone. Sums are then added in the same order on
-// every run and with every number of threads, and results are the same to the bit.
+// The cut is a function of the shape, on CUDA also of what allows for 16-byte loads,
+// and never of the number of threads. Sums are then added in the same order on every
+// run, and results are the same to the bit.
 
 #pragma once
 

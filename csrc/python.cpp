@@ -38,19 +38,19 @@ Tensors outputs_like(const Tensors& x) {
 }
 
 Tensors update_and_normalize(const Tensors& x, const Tensors& sum, const Tensors& ssq,
-                             const Tensors& count, const Tensors& finite,
+                             const Tensors& count, const Tensors& nonfinite,
                              const Tensors& mask, double keep, double weight,
                              double eps, std::optional<Tensors> out) {
   Tensors y = out.has_value() ? std::move(*out) : outputs_like(x);
-  update(x, sum, ssq, count, finite, y, mask, keep, weight, eps);
+  update(x, sum, ssq, count, nonfinite, y, mask, keep, weight, eps);
   return y;
 }
 
 Tensors normalized(const Tensors& x, const Tensors& sum, const Tensors& ssq,
-                   const Tensors& count, const Tensors& finite, double eps,
+                   const Tensors& count, const Tensors& nonfinite, double eps,
                    std::optional<Tensors> out) {
   Tensors y = out.has_value() ? std::move(*out) : outputs_like(x);
-  normalize(x, sum, ssq, count, finite, y, eps);
+  normalize(x, sum, ssq, count, nonfinite, y, eps);
   return y;
 }
 
@@ -88,10 +88,10 @@ bool mutex_acquire(const Tensor& t, double timeout) {
 
 PYBIND11_MODULE(_C, m) {
   m.def("update", &update_and_normalize, py::arg("x"), py::arg("sum"), py::arg("ssq"),
-        py::arg("count"), py::arg("finite"), py::arg("mask"), py::arg("keep"),
+        py::arg("count"), py::arg("nonfinite"), py::arg("mask"), py::arg("keep"),
         py::arg("weight"), py::arg("eps"), py::arg("out") = py::none());
   m.def("normalize", &normalized, py::arg("x"), py::arg("sum"), py::arg("ssq"),
-        py::arg("count"), py::arg("finite"), py::arg("eps"),
+        py::arg("count"), py::arg("nonfinite"), py::arg("eps"),
         py::arg("out") = py::none());
   m.def("mutex_size", &shared::mutex_size);
   m.def("mutex_init", [](const Tensor& t) { shared::mutex_init(memory_of(t)); });

@@ -8,8 +8,10 @@
 #pragma once
 
 #include <ATen/Functions.h>
+#include <ATen/MemoryOverlap.h>
 #include <ATen/core/Tensor.h>
 
+#include <deque>
 #include <utility>
 #include <vector>
 
@@ -27,7 +29,7 @@ struct States {
   TensorList sum;
   TensorList ssq;
   TensorList count;
-  TensorList finite;
+  TensorList nonfinite;
 };
 
 inline bool has(TensorList list, size_t i) {
@@ -56,15 +58,15 @@ inline void check_state(const States& s, size_t i) {
                      ": expected a float64 or float32 state, got ", t->scalar_type());
     TORCH_CHECK_VALUE(t->is_contiguous(), "key ", i, ": expected a contiguous state");
   }
-  if (has(s.finite, i)) {
-    const Tensor& finite = s.finite[i];
-    TORCH_CHECK_TYPE(finite.scalar_type() == at::kDouble, "key ", i,
-                     ": expected finite as float64, got ", finite.scalar_type());
-    TORCH_CHECK_VALUE(finite.dim() == sum.dim() + 1 && finite.size(0) == 2 &&
-                          finite.sizes().slice(1) == sum.sizes() &&
-                          finite.is_contiguous(),
-                      "key ", i, ": expected a contiguous finite of shape [2, *",
-                      sum.sizes(), "], got ", finite.sizes());
+  if (has(s.nonfinite, i)) {
+    const Tensor& nonfinite = s.nonfinite[i];
+    TORCH_CHECK_TYPE(nonfinite.scalar_type() == at::kDouble, "key ", i,
+                     ": expected nonfinite as float64, got ", nonfinite.scalar_type());
+    TORCH_CHECK_VALUE(nonfinite.dim() == sum.dim() + 1 && nonfinite.size(0) == 2 &&
+                          nonfinite.sizes().slice(1) == sum.sizes() &&
+                          nonfinite.is_contiguous(),
+                      "key ", i, ": expected a contiguous nonfinite of shape [2, *",
+                      sum.sizes(), "], got ", nonfinite.sizes());
   }
 }
 
@@ -72,7 +74,7 @@ inline void check_states(const States& s) {
   const size_t n = s.sum.size();
   check_length(s.ssq, n, "ssq", false);
   check_length(s.count, n, "count", false);
-  check_length(s.finite, n, "finite", true);
+  check_length(s.nonfinite, n, "nonfinite", true);
   for (size_t i = 0; i < n; ++i) {
     check_state(s, i);
   }
@@ -92,7 +94,9 @@ inline void check_values(TensorList x, TensorList y, const States& s) {
     TORCH_CHECK_VALUE(leading >= 0 && value.sizes().slice(leading) == features, "key ",
                       i, ": expected features of shape ", features,
                       ", got values of shape ", value.sizes());
-    if (has(y, i)) {
+    if (!y.empty()) {
+      at::assert_no_internal_overlap(y[i]);
+      at::assert_no_partial_overlap(y[i], value);
       TORCH_CHECK_VALUE(y[i].sizes() == value.sizes(), "key ", i,
                         ": expected an output of shape ", value.sizes(), ", got ",
                         y[i].sizes());
@@ -160,8 +164,35 @@ inline Tensor readable(const Tensor& x) {
   }
 }
 
-inline Matrix matrix_of(const Tensor& t) {
-  return {t.data_ptr(), dtype_of(t.scalar_type()), t.stride(0), t.stride(1)};
+// One stride for the dimensions [begin, end) of a tensor, if one describes them.
+inline bool collapse(const Tensor& t, int64_t begin, int64_t end, int64_t* stride) {
+  int64_t extent = 0;
+  for (int64_t d = end - 1; d >= begin; --d) {
+    if (t.size(d) == 1) {
+      continue;
+    }
+    if (extent == 0) {
+      *stride = t.stride(d);
+      extent = 1;
+    } else if (t.stride(d) != *stride * extent) {
+      return false;
+    }
+    extent *= t.size(d);
+  }
+  return true;
+}
+
+// A tensor as [samples, features], its last `feature_dims` dimensions being features;
+// false where no two strides describe it.
+inline bool as_matrix(const Tensor& t, int64_t feature_dims, int64_t features,
+                      Matrix* m) {
+  const int64_t rows = t.dim() - feature_dims;
+  m->dtype = dtype_of(t.scalar_type());
+  m->feature_stride = 1;
+  m->row_stride = features;  // of a single row, whatever
+  m->data = t.data_ptr();
+  return collapse(t, rows, t.dim(), &m->feature_stride) &&
+         collapse(t, 0, rows, &m->row_stride);
 }
 
 inline State state_of(const States& s, size_t i) {
@@ -169,7 +200,7 @@ inline State state_of(const States& s, size_t i) {
   state.sum = s.sum[i].data_ptr();
   state.ssq = s.ssq[i].data_ptr();
   state.count = s.count[i].data_ptr();
-  state.finite = has(s.finite, i) ? s.finite[i].data_ptr<double>() : nullptr;
+  state.nonfinite = has(s.nonfinite, i) ? s.nonfinite[i].data_ptr<double>() : nullptr;
   state.sum_dtype = dtype_of(s.sum[i].scalar_type());
   state.ssq_dtype = dtype_of(s.ssq[i].scalar_type());
   state.count_dtype = dtype_of(s.count[i].scalar_type());
@@ -180,7 +211,7 @@ inline State state_of(const States& s, size_t i) {
 // features] are copied; outputs among them are copied back by write_back().
 struct Keys {
   std::vector<Key> keys;
-  std::vector<Tensor> alive;
+  std::deque<Tensor> alive;
   std::vector<std::pair<Tensor, Tensor>> copies;
 
   Keys(TensorList x, TensorList y, TensorList mask, const States& s) {
@@ -207,17 +238,20 @@ struct Keys {
         key.samples = 0;
         continue;
       }
-      key.x = matrix_of(keep(as_matrix(readable(value), samples, features)));
+      const int64_t feature_dims = s.sum[i].dim();
+      const Tensor& in = keep(readable(value));
+      if (!as_matrix(in, feature_dims, features, &key.x)) {
+        as_matrix(keep(in.contiguous()), feature_dims, features, &key.x);
+      }
       if (has(y, i)) {
-        const Tensor out = as_matrix(y[i], samples, features);
-        const bool supported = out.scalar_type() == key_output_dtype(key, out);
-        if (out.is_alias_of(y[i]) && supported) {
-          key.y = matrix_of(keep(out));
-        } else {
+        const at::ScalarType dtype = output_dtype(key, y[i]);
+        if (y[i].scalar_type() != dtype ||
+            !as_matrix(y[i], feature_dims, features, &key.y)) {
           const Tensor copy = at::empty(
-              {samples, features}, out.options().dtype(key_output_dtype(key, out)));
+              y[i].sizes(),
+              y[i].options().dtype(dtype).memory_format(at::MemoryFormat::Contiguous));
+          as_matrix(copy, feature_dims, features, &key.y);
           copies.emplace_back(y[i], copy);
-          key.y = matrix_of(copy);
         }
       }
     }
@@ -225,21 +259,17 @@ struct Keys {
 
   void write_back() const {
     for (const auto& [y, copy] : copies) {
-      y.copy_(copy.view(y.sizes()));
+      y.copy_(copy);
     }
   }
 
  private:
-  // A value that had to be read as double is normalised as double.
-  static at::ScalarType key_output_dtype(const Key& key, const Tensor& out) {
+  // A value that is read as double is written as double.
+  static at::ScalarType output_dtype(const Key& key, const Tensor& out) {
     const at::ScalarType type = out.scalar_type();
     const bool kernel = type == at::kFloat || type == at::kDouble ||
                         type == at::kHalf || type == at::kBFloat16;
     return kernel && key.x.dtype != Dtype::kFloat64 ? type : at::kDouble;
-  }
-
-  static Tensor as_matrix(const Tensor& t, int64_t samples, int64_t features) {
-    return t.reshape({samples, features});
   }
 
   const Tensor& keep(Tensor t) {

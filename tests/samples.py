@@ -113,12 +113,12 @@ def op_samples(requires_grad: bool = False) -> list[Sample]:
         x = data(shape[:1], shape[1:], dtype)
         return x.requires_grad_(requires_grad and dtype.is_floating_point)
 
-    uncounted = Moments.zeros([3], dtype=torch.float32)._replace(finite=None)
+    uncounted = Moments.zeros([3], dtype=torch.float32)._replace(nonfinite=None)
     seen = Moments(
         torch.tensor([2.0, 4.0], dtype=torch.float64),
         torch.tensor([6.0, 20.0], dtype=torch.float64),
         torch.tensor([2.0], dtype=torch.float64),
-        torch.tensor([[2.0, 2.0], [0.0, 1.0]], dtype=torch.float64),
+        torch.tensor([[0.0, 1.0], [0.0, 1.0]], dtype=torch.float64),
     )
     return [
         Sample("one key", [leaf(7, 3)], [Moments.zeros([3])], []),

@@ -311,7 +311,7 @@ def test_not_finite(samples, dtype, features):
     y = check(x, state, calls=2)
     assert torch.equal(y.isfinite(), x.isfinite())
     left_out = 2 * (~x.isfinite()).sum(0)
-    assert torch.equal(state.finite[1], left_out.double())
+    assert torch.equal(state.nonfinite[1], left_out.double())
     clean = Moments.zeros(features)
     for _ in range(2):
         for f in range(features[0]):
@@ -322,7 +322,7 @@ def test_not_finite(samples, dtype, features):
 
 
 def test_not_finite_in_the_reference_layout():
-    state = Moments.zeros([2])._replace(finite=None)
+    state = Moments.zeros([2])._replace(nonfinite=None)
     x = data((100,), (2,))
     check(x, state)
     x[5, 0] = math.nan
@@ -334,7 +334,7 @@ def test_not_finite_in_the_reference_layout():
 def test_float32_state(counted):
     """The reference's layout, updated in place in its own dtype."""
     state = Moments.zeros([4], dtype=torch.float32)
-    state = state._replace(finite=state.finite.double() if counted else None)
+    state = state._replace(nonfinite=state.nonfinite.double() if counted else None)
     address = [t.data_ptr() for t in state if t is not None]
     for _ in range(20):
         check(data((64,), (4,)), state)
@@ -386,12 +386,12 @@ def test_moments_and_merge_are_update(decay, weight):
 def test_merge_into_the_reference_layout():
     x = data((200,), (3,))
     x[4, 1] = math.inf
-    state = Moments.zeros([3], dtype=torch.float32)._replace(finite=None)
+    state = Moments.zeros([3], dtype=torch.float32)._replace(nonfinite=None)
     want = clone(state)
     for _ in range(3):
         F.merge_(state, F.moments(x), decay=0.9)
         want = oracle.fold(want, oracle.batch_moments(x, 1), 0.9)
-    assert_same(state._replace(finite=state.sum), want._replace(finite=want.sum))
+    assert_same(state._replace(nonfinite=state.sum), want._replace(nonfinite=want.sum))
 
 
 @pytest.mark.parametrize("dtype", FLOATS, **ids)
@@ -456,6 +456,7 @@ def test_no_graph_from_call_to_call():
 def test_only_what_needs_gradients():
     xs = [data((4,), (3,)).requires_grad_(), data((4,), (2,))]
     ys = F.update_(xs, [Moments.zeros([3]), Moments.zeros([2])])
+    assert [y.requires_grad for y in ys] == [True, False]
     (ys[0].sum() + ys[1].sum()).backward()
     assert xs[0].grad is not None and xs[1].grad is None
 
@@ -559,7 +560,7 @@ def test_refused():
         ),
         (x, good._replace(ssq=torch.zeros(2).double()), ValueError, "ssq"),
         (x, good._replace(count=torch.zeros(2).double()), ValueError, "count"),
-        (x, good._replace(finite=torch.zeros(3).double()), ValueError, "finite"),
+        (x, good._replace(nonfinite=torch.zeros(3).double()), ValueError, "finite"),
         (x, good._replace(sum=torch.zeros(3).half()), TypeError, "float64 or float32"),
     ]
     for value, state, error, message in bad:
@@ -580,3 +581,64 @@ def test_refused():
         F.normalize(x, good, out=torch.empty(5, 3, dtype=torch.float64))
     with pytest.raises(TypeError, match="floating-point"):
         F.denormalize(torch.ones(5, 3, dtype=torch.int64), good)
+
+
+def test_outputs_that_overlap():
+    x = data((6,), (3,))
+    state = Moments.zeros([3])
+    F.update_(x, state)
+    for out in (torch.zeros(1, 3).expand(6, 3), torch.empty(0)):
+        with pytest.raises((RuntimeError, ValueError)):
+            F.normalize(x, state, out=out)
+    buffer = torch.zeros(7, 3)
+    with pytest.raises(RuntimeError, match="overlap"):
+        F.normalize(buffer[:-1], state, out=buffer[1:])
+
+
+def test_an_output_that_a_graph_has_saved():
+    x, saved = data((5,), (3,)), torch.ones(5, 3)
+    w = torch.ones(5, 3, requires_grad=True)
+    z = (saved * w).sum()
+    F.update_(x, Moments.zeros([3]), out=saved)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        z.backward()
+
+
+def test_feature_ndim():
+    with pytest.raises(ValueError, match="feature_ndim from 0 to 1"):
+        F.moments(torch.ones(5), feature_ndim=2)
+
+
+def test_functorch_and_forward_mode():
+    """They know plain torch only, and get it."""
+    state = Moments.zeros([3])
+    F.update_(data((50,), (3,)), state)
+    _, scale = F.loc_scale(state)
+    x, ones = data((4,), (3,)), torch.ones(4, 3)
+    _, tangent = torch.func.jvp(lambda v: F.normalize(v, state), (x,), (ones,))
+    torch.testing.assert_close(tangent, (1 / scale).float().expand(4, 3))
+    _, tangent = torch.func.jvp(lambda v: F.denormalize(v, state), (x,), (ones,))
+    torch.testing.assert_close(tangent, scale.float().expand(4, 3))
+    grad = torch.func.grad(lambda v: F.normalize(v, state).sum())(x)
+    torch.testing.assert_close(grad, (1 / scale).float().expand(4, 3))
+    mapped = torch.func.vmap(lambda v: F.normalize(v, state))(x)
+    torch.testing.assert_close(mapped, F.normalize(x, state))
+
+
+def _update_what_needs_a_copy(queue):
+    x = torch.randn(40, 50, 60, 17).permute(2, 1, 0, 3)[::2, :, ::2]
+    queue.put(F.update_(x, Moments.zeros([17])).mean().item())
+
+
+def test_after_a_fork():
+    """A forked child has no thread pool: copies of torch's must not wait for it."""
+    F.update_(torch.randn(300_000, 7), Moments.zeros([7]))
+    context = torch.multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_update_what_needs_a_copy, args=(queue,))
+    child.start()
+    try:
+        assert abs(queue.get(timeout=60)) < 0.01
+    finally:
+        child.kill()
+        child.join()

@@ -77,14 +77,14 @@ def test_left_out():
         finite = x[:, f][x[:, f].isfinite()]
         torch.testing.assert_close(loc[f], finite.mean())
         torch.testing.assert_close(scale[f], finite.std(correction=0))
-    assert state.finite[1].tolist() == [1, 2, 0]
+    assert state.nonfinite[1].tolist() == [1, 2, 0]
     assert state.count.item() == 50
 
 
 def test_imputed():
     """Without a counter, a value that is left out counts as one at the running mean."""
     old = data((50,), (1,), torch.float64)
-    zeros = Moments.zeros([1])._replace(finite=None)
+    zeros = Moments.zeros([1])._replace(nonfinite=None)
     _, state = oracle.update(old, zeros, keep=1.0)
     _, state = oracle.update(torch.tensor([[math.nan]]), state, keep=1.0)
     loc, _ = oracle.loc_scale(state, 1e-4)

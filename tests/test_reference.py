@@ -693,3 +693,29 @@ def test_agents_env_is_sound():
     for t in (ours, theirs):
         TransformedEnv(AgentsEnv(), t).rollout(10)
     assert_agree(ours, theirs, [key], rtol=1e-5, count_rtol=1e-6)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_updates_of_the_reference_in_between(shared):
+    """It does not know of our counter, and must not spoil what is read with it."""
+    ours = VecNorm(["observation"], decay=0.9)
+    theirs = torchrl.envs.VecNorm(["observation"], decay=0.9, new_api=False)
+
+    def batch(n):
+        return TensorDict({"observation": torch.randn(n, 2) + 5}, [n])
+
+    for _ in range(5):
+        ours(batch(10))
+    ours(TensorDict({"observation": torch.full((900, 2), float("nan"))}, [900]))
+    if shared:
+        theirs._td = ours._td
+        other = ours
+    else:
+        theirs.load_state_dict(ours.state_dict())
+        other = VecNorm(["observation"], decay=0.9)
+    for _ in range(300):
+        theirs(batch(1))
+    if not shared:
+        other.load_state_dict(theirs.state_dict())
+    assert ((other.loc["observation"] - 5).abs() < 1.5).all()
+    assert (other.scale["observation"] < 3).all()

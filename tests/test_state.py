@@ -39,6 +39,7 @@ from torchrl.envs import (
     TransformedEnv,
     VecNormV2,
 )
+from torchrl.testing.mocking_classes import CountingEnv
 
 from torchrl_vecnorm import VecNorm
 
@@ -246,7 +247,7 @@ def test_a_float32_state_keeps_its_dtype():
     state = {
         k: v.float().share_memory_()
         for k, v in trained(2).get_extra_state().items()
-        if not k.endswith("_finite")
+        if not k.endswith("_nonfinite")
     }
     t = VecNorm(KEYS)
     t.set_extra_state(state)
@@ -413,7 +414,7 @@ def test_loading_brings_a_key_that_was_not_seen_here():
 
 def test_the_skipped_values_are_optional_on_load():
     state = trained(5).get_extra_state()
-    bare = {k: v for k, v in state.items() if not k.endswith("_finite")}
+    bare = {k: v for k, v in state.items() if not k.endswith("_nonfinite")}
     t = trained(3)
     t(observations_with_nan())
     t.set_extra_state(bare)
@@ -1164,3 +1165,76 @@ def test_threads_lose_no_update():
     for thread in threads:
         thread.join(PATIENCE)
     assert count(t) == leaf(t, field="sum").item() == 2001
+
+
+def test_a_checkpoint_of_scalar_features():
+    t, other = VecNorm(["r"]), VecNorm(["r"])
+    td = TensorDict({"r": torch.randn(5)}, [5])
+    t(td.clone())
+    for _ in range(2):  # fresh, then initialised
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            other.load_state_dict(copy.deepcopy(t.state_dict()))
+        assert torch.equal(other(td.clone())["r"], copy.deepcopy(t)(td.clone())["r"])
+
+
+def test_statistics_from_inference_mode():
+    """They can be loaded into, and updated, outside of it."""
+    t, td = VecNorm(["r"]), TensorDict({"r": torch.randn(5, 2)}, [5])
+    with torch.inference_mode():
+        t(td.clone())
+    t(td.clone())
+    t.load_state_dict(copy.deepcopy(t.state_dict()))
+
+
+def test_a_locked_tensordict_leaves_the_statistics_alone():
+    t, td = VecNorm(["r"], ["n"]), TensorDict({"r": torch.randn(5, 2)}, [5])
+    for _ in range(2):
+        t(td.clone())
+    before = t._td.clone()
+    with pytest.raises(RuntimeError, match="locked"):
+        t(td.clone().lock_())
+    assert (t._td == before).all()
+
+
+def test_to_decides_where_loaded_statistics_are():
+    t, td = VecNorm(["r"]), TensorDict({"r": torch.randn(5, 2)}, [5])
+    t(td.clone())
+    loaded = VecNorm(["r"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded.load_state_dict(copy.deepcopy(t.state_dict()))
+    assert loaded.to("meta")._td["r_sum"].device.type == "meta"
+
+
+@pytest.mark.parametrize("memmap", [False, True])
+def test_given_statistics_stay_where_they_are(memmap):
+    td = VecNorm.build_td_for_shared_vecnorm(CountingEnv(), memmap=memmap)
+    t = VecNorm(["reward"], shared_td=td)
+    assert t.to("meta")._td is td
+
+
+def test_a_frozen_copy_follows_keys_seen_later():
+    t = VecNorm()
+    td = TensorDict({"observation": torch.randn(5, 2), "reward": torch.ones(5, 1)}, [5])
+    t._reset(TensorDict({}, [5]), td.select("observation"))
+    frozen = t.frozen_copy()
+    t(td.clone())
+    assert "reward" in frozen.loc.keys()
+
+
+def test_fresh_shared_statistics_are_identity_with_a_warning():
+    td = VecNorm.build_td_for_shared_vecnorm(CountingEnv())
+    t = VecNorm(["reward"], shared_td=td).freeze()
+    data = TensorDict({"reward": torch.randn(5, 1)}, [5])
+    with pytest.warns(UserWarning, match="no statistics"):
+        assert torch.equal(t(data.clone())["reward"], data["reward"])
+
+
+def test_an_eval_that_torchrl_means():
+    """Only placing a transform is not the user's wish."""
+    t = VecNorm()
+    namespace = {"__name__": "torchrl.trainers.trainers"}
+    exec("def validate(policy):\n    policy.eval()\n", namespace)
+    namespace["validate"](torch.nn.Sequential(t))
+    assert not t.training

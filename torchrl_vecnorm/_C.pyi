@@ -7,7 +7,7 @@ def update(
     sum: list[Tensor],
     ssq: list[Tensor],
     count: list[Tensor],
-    finite: list[Tensor],
+    nonfinite: list[Tensor],
     mask: list[Tensor],
     keep: float,
     weight: float,
@@ -21,7 +21,7 @@ def normalize(
     sum: list[Tensor],
     ssq: list[Tensor],
     count: list[Tensor],
-    finite: list[Tensor],
+    nonfinite: list[Tensor],
     eps: float,
     out: list[Tensor] | None = None,
 ) -> list[Tensor]:

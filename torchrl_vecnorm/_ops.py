@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from torchrl_vecnorm import oracle
 from torchrl_vecnorm._load import _C
@@ -36,12 +37,12 @@ for _name in ("update", "normalize", "denormalize", "merge"):
 
 
 def _states(
-    sum: Tensors, ssq: Tensors, count: Tensors, finite: Tensors
+    sum: Tensors, ssq: Tensors, count: Tensors, nonfinite: Tensors
 ) -> list[Moments]:
-    finite = finite or [torch.empty(0)] * len(sum)
+    nonfinite = nonfinite or [torch.empty(0)] * len(sum)
     return [
         Moments(*leaves, f if f.numel() else None)
-        for *leaves, f in zip(sum, ssq, count, finite, strict=True)
+        for *leaves, f in zip(sum, ssq, count, nonfinite, strict=True)
     ]
 
 
@@ -57,14 +58,14 @@ def _update(
     sum: Tensors,
     ssq: Tensors,
     count: Tensors,
-    finite: Tensors,
+    nonfinite: Tensors,
     y: Tensors,
     mask: Tensors,
     keep: float,
     weight: float,
     eps: float,
 ) -> None:
-    states = _states(sum, ssq, count, finite)
+    states = _states(sum, ssq, count, nonfinite)
     masks = [m if m.numel() else None for m in mask] or [None] * len(x)
     results = [
         oracle.update(value, state, keep=keep, weight=weight, eps=eps, mask=m)
@@ -81,11 +82,13 @@ def _normalize(
     sum: Tensors,
     ssq: Tensors,
     count: Tensors,
-    finite: Tensors,
+    nonfinite: Tensors,
     y: Tensors,
     eps: float,
 ) -> None:
-    for value, state, out in zip(x, _states(sum, ssq, count, finite), y, strict=True):
+    for value, state, out in zip(
+        x, _states(sum, ssq, count, nonfinite), y, strict=True
+    ):
         out.copy_(oracle.normalize(value, state, eps))
 
 
@@ -94,11 +97,13 @@ def _denormalize(
     sum: Tensors,
     ssq: Tensors,
     count: Tensors,
-    finite: Tensors,
+    nonfinite: Tensors,
     x: Tensors,
     eps: float,
 ) -> None:
-    for value, state, out in zip(y, _states(sum, ssq, count, finite), x, strict=True):
+    for value, state, out in zip(
+        y, _states(sum, ssq, count, nonfinite), x, strict=True
+    ):
         out.copy_(oracle.denormalize(value, state, eps))
 
 
@@ -106,16 +111,16 @@ def _merge(
     sum: Tensors,
     ssq: Tensors,
     count: Tensors,
-    finite: Tensors,
+    nonfinite: Tensors,
     other_sum: Tensors,
     other_ssq: Tensors,
     other_count: Tensors,
-    other_finite: Tensors,
+    other_nonfinite: Tensors,
     keep: float,
     weight: float,
 ) -> None:
-    states = _states(sum, ssq, count, finite)
-    others = _states(other_sum, other_ssq, other_count, other_finite)
+    states = _states(sum, ssq, count, nonfinite)
+    others = _states(other_sum, other_ssq, other_count, other_nonfinite)
     new = [oracle.fold(s, o, keep, weight) for s, o in zip(states, others, strict=True)]
     _store(states, new)
 
@@ -139,12 +144,23 @@ def outputs_like(x: Tensors) -> list[Tensor]:
     ]
 
 
+def needs_plain_torch() -> bool:
+    """Whether functorch or forward-mode derivatives look into the operators.
+
+    They know plain torch only.
+    """
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
 def update(
     x: list[Tensor],
     sum: list[Tensor],
     ssq: list[Tensor],
     count: list[Tensor],
-    finite: list[Tensor],
+    nonfinite: list[Tensor],
     mask: list[Tensor],
     keep: float,
     weight: float,
@@ -156,10 +172,10 @@ def update(
     if torch.compiler.is_compiling():
         y = outputs_like(x) if out is None else out
         torch.ops.torchrl_vecnorm.update(
-            x, sum, ssq, count, finite, y, mask, keep, weight, eps
+            x, sum, ssq, count, nonfinite, y, mask, keep, weight, eps
         )
         return y
-    return _C.update(x, sum, ssq, count, finite, mask, keep, weight, eps, out)
+    return _C.update(x, sum, ssq, count, nonfinite, mask, keep, weight, eps, out)
 
 
 def normalize(
@@ -167,13 +183,16 @@ def normalize(
     sum: list[Tensor],
     ssq: list[Tensor],
     count: list[Tensor],
-    finite: list[Tensor],
+    nonfinite: list[Tensor],
     eps: float,
     out: list[Tensor] | None = None,
 ) -> list[Tensor]:
     """Returns x normalised with the state as it is."""
     if torch.compiler.is_compiling():
         y = outputs_like(x) if out is None else out
-        torch.ops.torchrl_vecnorm.normalize(x, sum, ssq, count, finite, y, eps)
+        torch.ops.torchrl_vecnorm.normalize(x, sum, ssq, count, nonfinite, y, eps)
         return y
-    return _C.normalize(x, sum, ssq, count, finite, eps, out)
+    if out is None and needs_plain_torch():
+        states = _states(sum, ssq, count, nonfinite)
+        return [oracle.normalize(v, s, eps) for v, s in zip(x, states, strict=True)]
+    return _C.normalize(x, sum, ssq, count, nonfinite, eps, out)

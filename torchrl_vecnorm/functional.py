@@ -46,14 +46,16 @@ def _listed(value) -> list | None:
 
 def columns(states: list[Moments]) -> tuple[list, list, list, list]:
     """The states as the operators take them: one list for each kind of leaf."""
-    finite: list[Tensor] = []
-    if any(s.finite is not None for s in states):
-        finite = [s.sum.new_empty(0) if s.finite is None else s.finite for s in states]
+    nonfinite: list[Tensor] = []
+    if any(s.nonfinite is not None for s in states):
+        nonfinite = [
+            s.sum.new_empty(0) if s.nonfinite is None else s.nonfinite for s in states
+        ]
     return (
         [s.sum for s in states],
         [s.ssq for s in states],
         [s.count for s in states],
-        finite,
+        nonfinite,
     )
 
 
@@ -100,7 +102,7 @@ def update_(
         integers). Differentiable in ``x``, with the statistics as constants.
 
     Values that are NaN or infinite are left out of the statistics and counted in
-    ``state.finite[1]``. An empty batch changes nothing.
+    ``state.nonfinite[1]``. An empty batch changes nothing.
 
     Raises:
         ValueError: the trailing shape of ``x`` is not that of the state.
@@ -148,6 +150,12 @@ def moments(
         Moments(x.double().sum(0), x.double().pow(2).sum(0), torch.tensor([x.shape[0]]))
     """
     xs = _listed(x)
+    for v in xs:
+        if not 0 <= feature_ndim <= v.ndim:
+            raise ValueError(
+                f"expected feature_ndim from 0 to {v.ndim} for values of shape "
+                f"{tuple(v.shape)}, got {feature_ndim}"
+            )
     batch = [
         Moments.zeros(v.shape[v.ndim - feature_ndim :], device=v.device) for v in xs
     ]
@@ -222,9 +230,12 @@ def denormalize(
         loc, scale = loc_scale(state, eps=eps)
         x = (y * scale + loc).to(y.dtype)
     """
-    ys = _listed(y)
+    ys, states = _listed(y), _listed(state)
+    if _ops.needs_plain_torch():
+        plain = zip(ys, states, strict=True)
+        return _like(y, [oracle.denormalize(v, s, eps) for v, s in plain])
     x = [torch.empty_like(v) for v in ys]
-    torch.ops.torchrl_vecnorm.denormalize(ys, *columns(_listed(state)), x, float(eps))
+    torch.ops.torchrl_vecnorm.denormalize(ys, *columns(states), x, float(eps))
     return _like(y, x)
 
 

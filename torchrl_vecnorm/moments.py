@@ -23,12 +23,12 @@ class Moments(NamedTuple):
         sum: ``[*features]``, Σ x over the samples, decayed.
         ssq: ``[*features]``, Σ x², decayed.
         count: ``[1]``, the number of samples, decayed.
-        finite: ``[2, *features]``, float64. ``finite[0]`` is the number of values that
-            ``sum`` and ``ssq`` were taken over and decays as ``count`` does;
-            ``finite[1]`` is the number of values left out so far because they were NaN
-            or infinite, and does not decay. ``None`` in the layout of
-            ``torchrl.envs.VecNorm``, which has no such counter: there a value that
-            cannot be used counts as one at the running mean.
+        nonfinite: ``[2, *features]``, float64. ``nonfinite[0]`` is how many of the
+            samples in ``count`` are missing from ``sum`` and ``ssq``, because their
+            value was NaN or infinite, and decays as ``count`` does; ``nonfinite[1]`` is
+            how many values were left out so far, and does not decay. ``None`` in the
+            layout of ``torchrl.envs.VecNorm``, which has no such counter: there a value
+            that cannot be used counts as one at the running mean.
 
     A state is kept in float64. float32 is accepted and updated in its own precision.
     """
@@ -36,7 +36,7 @@ class Moments(NamedTuple):
     sum: Tensor
     ssq: Tensor
     count: Tensor
-    finite: Tensor | None = None
+    nonfinite: Tensor | None = None
 
     @classmethod
     def zeros(
@@ -56,9 +56,20 @@ class Moments(NamedTuple):
             torch.zeros((2, *features), dtype=dtype, device=device),
         )
 
-    def seen(self) -> Tensor:
-        """The number of values behind each feature, to divide ``sum`` and ``ssq`` by."""
-        return self.count.reshape(()) if self.finite is None else self.finite[0]
+    def used(self) -> Tensor:
+        """The number of values behind each feature, to divide ``sum`` and ``ssq`` by.
+
+        More values missing than there are samples says that somebody has updated the
+        others without knowing of ``nonfinite``: then it is ``count``.
+        """
+        count = self.count.reshape(())
+        if self.nonfinite is None:
+            return count
+        used = count - self.nonfinite[0]
+        rounding = 1e-9 * count
+        zero = torch.zeros_like(used)
+        known = torch.where(used <= rounding, zero, used)
+        return torch.where(used < -rounding, count.expand_as(used), known)
 
     def to(self, device: torch.device) -> Moments:
         """The same moments on another device."""

@@ -21,13 +21,13 @@ class StateNames(NamedTuple):
     """The entries of one key, in the order of :class:`Moments`.
 
     ``"obs"`` has ``"obs_sum"``, ``("agents", "obs")`` has ``("agents", "obs_sum")``.
-    ``finite`` is ours; the others are those of ``torchrl.envs.VecNorm``.
+    ``nonfinite`` is ours; the others are those of ``torchrl.envs.VecNorm``.
     """
 
     sum: NestedKey
     ssq: NestedKey
     count: NestedKey
-    finite: NestedKey
+    nonfinite: NestedKey
 
     @classmethod
     def of(cls, key: NestedKey) -> StateNames:

@@ -25,7 +25,8 @@ def batch_moments(x: Tensor, feature_ndim: int, mask: Tensor | None = None) -> M
         feature_ndim: how many trailing dimensions are features.
         mask: bool with one element a sample: which samples count. All by default.
 
-    A value counts where it and its square are finite.
+    A value is left out where it is not finite, or beyond 1e145: sums of its square would
+    not be.
     """
     features = x.shape[x.ndim - feature_ndim :]
     dtype = state_dtype(x.device)
@@ -34,25 +35,25 @@ def batch_moments(x: Tensor, feature_ndim: int, mask: Tensor | None = None) -> M
     if mask is None:
         mask = torch.ones(samples, dtype=torch.bool, device=x.device)
     mask = mask.reshape(samples, *(1 for _ in features)).to(x.device)
-    used = mask & torch.isfinite(x * x)
+    used = mask & (x * x <= (1e290 if dtype == torch.float64 else 1e37))
     left_out = mask & ~used
     x = torch.where(used, x, 0.0)
     return Moments(
         sum=x.sum(0),
         ssq=(x * x).sum(0),
         count=mask.sum().to(dtype).reshape(1),
-        finite=torch.stack([used.sum(0), left_out.sum(0)]).to(dtype),
+        nonfinite=torch.stack([left_out.sum(0)] * 2).to(dtype),
     )
 
 
 def impute(batch: Moments, state: Moments) -> Moments:
     """Values that were left out, taken to have been at the running mean.
 
-    For states without the counter of finite values. While there is no running mean the
+    For states without the counter of missing values. While there is no running mean the
     mean of the batch stands in for it.
     """
-    missing = batch.count.reshape(()) - batch.finite[0]
-    batch_mean = batch.sum / batch.finite[0].clamp_min(1)
+    missing = batch.nonfinite[0]
+    batch_mean = batch.sum / batch.used().clamp_min(1)
     count = state.count.reshape(())
     at = torch.where(count > 0, state.sum.to(batch.sum.dtype) / count, batch_mean)
     at = torch.where(missing > 0, at, 0.0)
@@ -64,7 +65,7 @@ def fold(state: Moments, batch: Moments, keep: float, weight: float = 1.0) -> Mo
 
     The result has the dtypes of the state, as rounding goes with each update.
     """
-    if state.finite is None and batch.finite is not None:
+    if state.nonfinite is None and batch.nonfinite is not None:
         batch = impute(batch, state)
     some = batch.count.reshape(()) > 0
 
@@ -72,18 +73,17 @@ def fold(state: Moments, batch: Moments, keep: float, weight: float = 1.0) -> Mo
         folded = keep * old.to(new.dtype) + weight * new
         return torch.where(some, folded.to(old.dtype), old)
 
-    finite = state.finite
-    if finite is not None:
-        used, left_out = batch.finite if batch.finite is not None else (None, None)
-        if used is None:
-            used = batch.count.expand_as(finite[0])
-            left_out = torch.zeros_like(finite[1])
-        finite = torch.stack([add(finite[0], used), finite[1] + left_out])
+    nonfinite = state.nonfinite
+    if nonfinite is not None:
+        new = batch.nonfinite
+        if new is None:
+            new = torch.zeros_like(nonfinite)
+        nonfinite = torch.stack([add(nonfinite[0], new[0]), nonfinite[1] + new[1]])
     return Moments(
         add(state.sum, batch.sum),
         add(state.ssq, batch.ssq),
         add(state.count, batch.count),
-        finite,
+        nonfinite,
     )
 
 
@@ -93,7 +93,7 @@ def loc_scale(state: Moments, eps: float) -> tuple[Tensor, Tensor]:
     0 and 1 where nothing was seen yet, so that normalising is the identity there.
     """
     dtype = state_dtype(state.sum.device)
-    n = state.seen().to(dtype)
+    n = state.used().to(dtype)
     loc = state.sum.to(dtype) / n
     var = (state.ssq.to(dtype) / n - loc * loc).clamp_min(0)
     scale = var.sqrt().clamp_min(eps)

@@ -34,15 +34,6 @@ MUTEX = "_vecnorm_mutex"
 LOCK_TIMEOUT = 60.0
 
 
-def is_shared(td: TensorDictBase) -> bool:
-    """Whether other processes may see the entries of a tensordict.
-
-    Sharedness is that of the leaves: a tensordict that was pickled says it is shared
-    while its leaves are private.
-    """
-    return any(leaf.is_shared() for leaf in td.values(True, True))
-
-
 class StateLock:
     """Holds the transform's lock and, where there is one, the tensordict's own.
 
@@ -103,15 +94,21 @@ def _step_keys(spec: Composite, keys: Sequence[NestedKey]) -> list[NestedKey]:
     return list(dict.fromkeys(selected))
 
 
-def _features(env: EnvBase, spec: TensorSpec) -> torch.Size:
-    return spec.shape[len(env.batch_size) :]
+def _features(env: EnvBase, key: NestedKey, spec: TensorSpec) -> torch.Size:
+    features = spec.shape[len(env.batch_size) :]
+    if -1 in features:
+        raise ValueError(
+            f"key {key!r}: expected features of one shape, got {tuple(features)}: entries "
+            "of different shapes are stacked there"
+        )
+    return features
 
 
 def build_td(
     env: EnvBase, keys: Sequence[NestedKey] | None, memmap: bool
 ) -> TensorDictBase:
     """See :meth:`VecNorm.build_td_for_shared_vecnorm`."""
-    keys = ["next", "reward"] if keys is None else keys
+    keys = ["next"] if keys is None else keys
     keys = [keys] if isinstance(keys, (str, tuple)) else keys
     spec = env.full_observation_spec.clone()
     spec.update(env.full_reward_spec.clone())
@@ -119,7 +116,7 @@ def build_td(
     for key in _step_keys(spec, keys):
         names = StateNames.of(key)
         for name, leaf in zip(
-            names, Moments.zeros(_features(env, spec[key])), strict=True
+            names, Moments.zeros(_features(env, key, spec[key])), strict=True
         ):
             td.set(name, leaf)
     td.set(MUTEX, torch.zeros(_C.mutex_size(), dtype=torch.uint8))

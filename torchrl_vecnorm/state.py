@@ -61,16 +61,14 @@ def write_moments(td: TensorDictBase, names: StateNames, moments: Moments) -> No
 
 
 def copy_moments(target: Moments, source: Moments) -> None:
-    """Writes moments in place, with or without the counter of finite values."""
+    """Writes moments in place, with or without the counter of missing values."""
     for old, new in zip(target[:3], source[:3], strict=True):
         old.copy_(new)
-    if target.finite is not None:
-        if source.finite is not None:
-            target.finite.copy_(source.finite)
+    if target.nonfinite is not None:
+        if source.nonfinite is not None:
+            target.nonfinite.copy_(source.nonfinite)
         else:
-            # All values were used, or taken to have been.
-            target.finite[0] = source.count.to(target.finite.device)
-            target.finite[1] = 0
+            target.nonfinite.zero_()
 
 
 def check_moments(
@@ -97,23 +95,11 @@ def check_moments(
         if leaf is not None:
             got = tuple(leaf.shape)
             expect(got == wanted, name, f"shape {wanted}", got)
-    for name, leaf in ((names[2], moments.count), (names[3], moments.finite)):
+    for name, leaf in ((names[2], moments.count), (names[3], moments.nonfinite)):
         if leaf is not None:
             good = bool((leaf >= 0).all())
             expect(good, name, "counts that are not negative and not NaN", leaf)
     return moments
-
-
-def catch_up(moments: Moments) -> None:
-    """Mends the counter of finite values after updates that did not know of it.
-
-    ``torchrl.envs.VecNorm`` carries an entry that it does not know from one checkpoint
-    to the next, while its ``count`` goes on. No more can be missing from the count than
-    the number of values that were ever left out.
-    """
-    if moments.finite is not None:
-        used, left_out = moments.finite
-        used.copy_(torch.maximum(used, moments.count - left_out))
 
 
 class Binding:
@@ -126,14 +112,20 @@ class Binding:
         td: the statistics.
         names: the entries of each key.
         moments: what ``td`` has there.
+        mutex: the lock that ``td`` carries, or None.
     """
 
-    __slots__ = ("columns", "device", "ndims", "parts", "td")
+    __slots__ = ("columns", "device", "mutex", "ndims", "parts", "td")
 
     def __init__(
-        self, td: TensorDict, names: Sequence[StateNames], moments: Sequence[Moments]
+        self,
+        td: TensorDict,
+        names: Sequence[StateNames],
+        moments: Sequence[Moments],
+        mutex: Tensor | None,
     ) -> None:
         self.td = td
+        self.mutex = mutex
         self.columns = functional.columns(moments)
         self.device = moments[0].sum.device
         self.ndims = [m.sum.ndim for m in moments]
@@ -153,6 +145,7 @@ class Binding:
         td: TensorDictBase | None,
         names: Sequence[StateNames],
         moments: Sequence[Moments],
+        mutex: Tensor | None,
     ) -> Binding | None:
         """A binding, where all keys are plain entries on one device."""
         plain = type(td) is TensorDict and all(
@@ -163,7 +156,7 @@ class Binding:
         )
         if not plain or len({m.sum.device for m in moments}) != 1:
             return None
-        return cls(td, names, moments)
+        return cls(td, names, moments, mutex)
 
     def holds(self, td: TensorDictBase | None) -> bool:
         """Whether the leaves are still those of the statistics."""

@@ -30,7 +30,6 @@ from torchrl_vecnorm.moments import Moments
 from torchrl_vecnorm.names import StateNames, as_path
 from torchrl_vecnorm.state import (
     Binding,
-    catch_up,
     check_moments,
     copy_moments,
     get_entry,
@@ -184,7 +183,9 @@ class VecNorm(Transform):
         if shared_td is not None:
             _check_shared_td(shared_td, self._keys)
         self.lock = mp.Lock() if lock is None else lock
-        # Whether the statistics came from elsewhere, in shared memory.
+        # Whether the statistics came from elsewhere, in shared memory: others may update
+        # them, so they stay where they are. The leaves cannot tell: CUDA tensors always
+        # say that they are shared, memory maps never do.
         self._others_update = shared_td is not None
         # The dtype of the normalised values of each in_key, once one was seen.
         self._dtypes: dict[NestedKey, torch.dtype] = {}
@@ -219,9 +220,7 @@ class VecNorm(Transform):
             raise RuntimeError(
                 "Make sure the VecNorm has been initialized before creating a frozen copy."
             )
-        clone = self.clone()
-        clone._td = self._td.copy()
-        return clone.freeze()
+        return self.clone().freeze()
 
     def train(self, mode: bool = True) -> VecNorm:
         """Sets training mode (statistics are updated) or eval mode (they are not).
@@ -301,6 +300,12 @@ class VecNorm(Transform):
                 )
         if not values:
             return td
+        if td.is_locked:
+            # Said now: after the update it would be too late.
+            raise RuntimeError(
+                "VecNorm: the tensordict is locked, so the normalised values cannot be "
+                "written; unlock it with `tensordict.unlock_()`, or pass a copy"
+            )
         updating = self.training and not self.frozen
         with self._locked():
             entries = [
@@ -324,12 +329,17 @@ class VecNorm(Transform):
         False when there is something special, or wrong: nothing has happened then.
         """
         binding = self._binding
-        if binding is None or not binding.holds(self._td):
+        if (
+            binding is None
+            or type(td) is not TensorDict
+            or td.is_locked
+            or not binding.holds(self._td)
+        ):
             return False
         values = []
         batch_dims = td.batch_dims
         for key, ndim in zip(self._keys, binding.ndims, strict=True):
-            value = get_entry(td, key.in_key)
+            value = td._get_tuple(as_path(key.in_key), None)
             if (
                 type(value) is not Tensor
                 or value.device != binding.device
@@ -338,8 +348,11 @@ class VecNorm(Transform):
             ):
                 return False
             values.append(value)
+        lock = self.lock
+        if lock is None or binding.mutex is not None:
+            lock = sharing.StateLock(lock, binding.mutex)
         try:
-            with self._locked():
+            with lock:
                 normalized = self._apply_columns(values, binding.columns, [])
         except (TypeError, ValueError):
             # The operator has refused a value. The other path says which.
@@ -393,10 +406,12 @@ class VecNorm(Transform):
             mask = _find_mask(masks_td, key.in_key, mask_name, samples)
         is_new = state is None and updating and samples.numel() > 0
         if is_new:
-            state = Moments.zeros(features, device=value.device)
+            state = _new_moments(features, value.device)
         elif state is None:
             self._warn_identity()
-        elif state.sum.device != value.device and not sharing.is_shared(self._td):
+        elif not updating and state.sum.device.type == "cpu":
+            self._warn_identity(state.count)
+        elif state.sum.device != value.device and not self._others_update:
             # A private state follows the values.
             self._td = self._td.to(value.device)
             state = self._state(key)
@@ -415,7 +430,10 @@ class VecNorm(Transform):
         self._keep_new(known)
         if len(known) == len(self._keys) and not torch.compiler.is_compiling():
             self._binding = Binding.of(
-                self._td, [e.key.names for e in known], [e.state for e in known]
+                self._td,
+                [e.key.names for e in known],
+                [e.state for e in known],
+                self._mutex(),
             )
         return [
             next(results) if e.state is not None else _identity(e.value)
@@ -425,6 +443,15 @@ class VecNorm(Transform):
     def _compute_here(self, known: list[_Entry]) -> list[Tensor]:
         if not known:
             return []
+        devices = {e.value.device for e in known}
+        if len(devices) > 1:
+            results = {}
+            for device in devices:
+                part = [e for e in known if e.value.device == device]
+                results.update(
+                    zip(map(id, part), self._compute_here(part), strict=True)
+                )
+            return [results[id(e)] for e in known]
         values = [e.value for e in known]
         masks = []
         if any(e.mask is not None for e in known):
@@ -456,8 +483,8 @@ class VecNorm(Transform):
                     self._td = TensorDict({}, batch_size=[])
                 write_moments(self._td, e.key.names, e.state)
 
-    def _warn_identity(self) -> None:
-        if torch.compiler.is_compiling():
+    def _warn_identity(self, count: Tensor | None = None) -> None:
+        if torch.compiler.is_compiling() or (count is not None and count.item() > 0):
             return
         if not self._warned and (self.frozen or not self.training):
             self._warned = True
@@ -508,8 +535,8 @@ class VecNorm(Transform):
         td = TensorDict()
         with self._locked():
             for key, state in self._seen():
-                if state.finite is not None:
-                    td.set(key.in_key, state.finite[1].to(torch.int64))
+                if state.nonfinite is not None:
+                    td.set(key.in_key, state.nonfinite[1].to(torch.int64))
         return td
 
     @property
@@ -592,7 +619,7 @@ class VecNorm(Transform):
     def get_extra_state(self) -> dict[str, Tensor] | None:
         """The statistics, for ``state_dict()``: the live tensors, flat.
 
-        ``<key>_sum``, ``<key>_ssq``, ``<key>_count`` and ``<key>_finite`` for each key
+        ``<key>_sum``, ``<key>_ssq``, ``<key>_count`` and ``<key>_nonfinite`` for each key
         seen so far, nested keys joined with ``VecNorm.SEP``; None before any data.
         """
         if self._td is None:
@@ -685,7 +712,7 @@ class VecNorm(Transform):
         EnvCreator shares them. Only what is private and not in our own layout, as in a
         checkpoint of ``torchrl.envs.VecNorm``, is copied into it.
         """
-        self._others_update = all(m.sum.is_shared() for m in loaded.values())
+        self._others_update = all(_in_shared_memory(m.sum) for m in loaded.values())
         if not self._others_update:
             warnings.warn(
                 "VecNorm wasn't initialized and the tensordict is not shared. In single "
@@ -701,14 +728,13 @@ class VecNorm(Transform):
             moments = loaded.get(key.in_key)
             if moments is None:
                 continue
-            if not moments.sum.is_shared():
+            if not _in_shared_memory(moments.sum):
                 ours = Moments.zeros(moments.sum.shape, device=moments.sum.device)
-                if moments.finite is None or moments.sum.dtype != ours.sum.dtype:
+                if moments.nonfinite is None or moments.sum.dtype != ours.sum.dtype:
                     copy_moments(ours, moments)
                     moments = ours
-                catch_up(moments)
                 for leaf in moments:
-                    leaf.share_memory_()
+                    leaf.share_memory_()  # of a CUDA tensor: nothing to do
             write_moments(td, key.names, moments)
         self._td = td
 
@@ -719,8 +745,6 @@ class VecNorm(Transform):
             state = Moments.zeros(moments.sum.shape, device=moments.sum.device)
             write_moments(self._td, key.names, state)
         copy_moments(state, moments)
-        if not moments.sum.is_shared():
-            catch_up(state)
 
     def to(self, *args, **kwargs) -> VecNorm:
         """Moves the statistics to a device; they stay float64.
@@ -728,11 +752,7 @@ class VecNorm(Transform):
         Shared statistics stay where they are.
         """
         device = torch._C._nn._parse_to(*args, **kwargs)[0]
-        if (
-            device is not None
-            and self._td is not None
-            and not sharing.is_shared(self._td)
-        ):
+        if device is not None and self._td is not None and not self._others_update:
             self._td = self._td.to(device)
         return super().to(*args, **kwargs)
 
@@ -786,8 +806,8 @@ class VecNorm(Transform):
         Args:
             env (EnvBase): example environment to be used to create the tensordict.
             keys (sequence of NestedKey, optional): entries of the step's output that
-                have to be normalized; ``"next"`` stands for all floating-point ones.
-                Default is ``["next", "reward"]``.
+                have to be normalized; ``"next"`` stands for all floating-point ones,
+                rewards among them. Default is ``["next"]``.
             memmap (bool): if ``True``, the resulting tensordict will be cast into
                 memory map (using ``memmap_()``). Otherwise, the tensordict will be
                 placed in shared memory.
@@ -797,6 +817,7 @@ class VecNorm(Transform):
 
         Raises:
             KeyError: a key is not an entry of the step's output.
+            ValueError: an entry stacks values of different shapes.
 
         Examples:
             >>> from torch import multiprocessing as mp
@@ -882,19 +903,30 @@ def _check_shared_td(shared_td: TensorDictBase, keys: list[_Key]) -> None:
             )
 
 
-def _called_by_torchrl() -> bool:
-    """Whether ``train()`` was called by TorchRL's code that adopts a transform.
+_PLACING = {
+    "__init__",
+    "_maybe_make_transform",
+    "append",
+    "append_transform",
+    "insert",
+    "insert_transform",
+    "transform",
+}
 
-    ``eval()`` reaches us through nn.Module, then comes whoever called it. A TorchRL
-    method of that very name passes on what a user asked for; any other one
-    (``TransformedEnv.transform``, ``Compose.append``, ``ReplayBuffer``) acts for itself.
+
+def _called_by_torchrl() -> bool:
+    """Whether ``train()`` was called by TorchRL's code that places a transform.
+
+    ``eval()`` reaches us through nn.Module, then comes whoever called it. The setter
+    ``TransformedEnv.transform``, ``Compose.append`` and ``insert``, and replay buffers
+    do so for themselves; everybody else means it.
     """
     frame = sys._getframe(2)
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
         if module != "torch.nn.modules.module":
             name = frame.f_code.co_name
-            return module.startswith("torchrl.") and name not in ("eval", "train")
+            return module.startswith("torchrl.") and name in _PLACING
         frame = frame.f_back
     return False
 
@@ -952,6 +984,18 @@ def _find_mask(
         mask = mask.flatten(len(samples)).any(-1)
     mask = mask[(..., *(None for _ in range(len(samples) - mask.ndim)))]
     return mask.expand(samples).reshape(-1)
+
+
+def _new_moments(features: torch.Size, device: torch.device) -> Moments:
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        return Moments.zeros(features, device=device)
+    # Statistics outlive the block: nothing else could update them.
+    with torch.inference_mode(False):
+        return Moments.zeros(features, device=device)
+
+
+def _in_shared_memory(leaf: Tensor) -> bool:
+    return leaf.device.type == "cpu" and leaf.is_shared()
 
 
 def _identity(value: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ Moments read_state(const State& s, int64_t f) {
   m.sum = read(s.sum, s.sum_dtype, f);
   m.ssq = read(s.ssq, s.ssq_dtype, f);
   m.count = read(s.count, s.count_dtype, 0);
-  m.finite = s.finite != nullptr ? s.finite[f] : m.count;
+  m.missing = s.nonfinite != nullptr ? s.nonfinite[f] : 0.;
   return m;
 }
 
@@ -80,11 +80,12 @@ Moments write_state(const State& s, int64_t f, int64_t features, Moments m,
   write(s.ssq, s.ssq_dtype, f, m.ssq);
   m.sum = read(s.sum, s.sum_dtype, f);
   m.ssq = read(s.ssq, s.ssq_dtype, f);
-  if (s.finite != nullptr) {
-    s.finite[f] = m.finite;
-    s.finite[features + f] += left_out;
-  } else if (s.count_dtype == Dtype::kFloat32) {
-    m.finite = static_cast<float>(m.finite);
+  if (s.count_dtype == Dtype::kFloat32) {
+    m.count = static_cast<float>(m.count);
+  }
+  if (s.nonfinite != nullptr) {
+    s.nonfinite[f] = m.missing;
+    s.nonfinite[features + f] += left_out;
   }
   return m;
 }
@@ -107,12 +108,24 @@ struct Work {
   }
 };
 
-double* workspace(size_t doubles) {
+std::vector<double>& workspace_block() {
   thread_local std::vector<double> block;
+  return block;
+}
+
+double* workspace(size_t doubles) {
+  std::vector<double>& block = workspace_block();
   if (block.size() < doubles) {
     block.resize(doubles);
   }
   return block.data();
+}
+
+// What a thread keeps from call to call is 8 MB at most.
+void trim_workspace() {
+  if (workspace_block().size() > (1 << 20)) {
+    std::vector<double>().swap(workspace_block());
+  }
 }
 
 struct Piece {
@@ -352,8 +365,8 @@ double shift_of(const Key& key, const Moments& state, int64_t f) {
   using C = typename Compute<T>::type;
   double shift =
       load<double>(static_cast<const T*>(key.x.data)[f * key.x.feature_stride]);
-  if (state.finite > 0) {
-    shift = state.sum / state.finite;
+  if (state.used() > 0) {
+    shift = state.sum / state.used();
   }
   shift = static_cast<double>(static_cast<C>(shift));
   return usable(shift) ? shift : 0.;
@@ -373,9 +386,9 @@ void finish(const Key& key, const Work& work, Range features, Weights weights,
       p = combine(p, work.partial(c, f));
     }
     Moments batch = unshift(p, work.shift[f], samples);
-    const double left_out = batch.count - batch.finite;
+    const double left_out = batch.missing;
     Moments state = read_state(key.state, f);
-    if (key.state.finite == nullptr) {
+    if (key.state.nonfinite == nullptr) {
       batch = impute(batch, state);
     }
     if (samples > 0) {
@@ -543,6 +556,7 @@ void apply_state(const std::vector<Key>& keys, double eps, ApplyPiece apply_piec
     }
   }
   apply_all(keys, work, Pieces(work), apply_piece, parallel_for);
+  trim_workspace();
 }
 
 }  // namespace
@@ -586,6 +600,7 @@ void update(const std::vector<Key>& keys, Weights weights, double eps,
     finish_count(keys[k], work[k], weights);
   }
   apply_all(keys, work, pieces, normalize_piece, parallel_for);
+  trim_workspace();
 }
 
 void normalize(const std::vector<Key>& keys, double eps, ParallelFor parallel_for) {
@@ -601,8 +616,9 @@ void merge(const State& state, const State& batch, int64_t features, Weights wei
   for (int64_t f = 0; f < features; ++f) {
     const Moments old = read_state(state, f);
     Moments b = read_state(batch, f);
-    const double left_out = batch.finite != nullptr ? batch.finite[features + f] : 0.;
-    if (state.finite == nullptr) {
+    const double left_out =
+        batch.nonfinite != nullptr ? batch.nonfinite[features + f] : 0.;
+    if (state.nonfinite == nullptr) {
       b = impute(b, old);
     }
     if (b.count > 0) {

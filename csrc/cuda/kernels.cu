@@ -100,14 +100,14 @@ __device__ Moments read_state(const State& s, int64_t f) {
   m.sum = read(s.sum, s.sum_dtype, f);
   m.ssq = read(s.ssq, s.ssq_dtype, f);
   m.count = read(s.count, s.count_dtype, 0);
-  m.finite = s.finite != nullptr ? s.finite[f] : m.count;
+  m.missing = s.nonfinite != nullptr ? s.nonfinite[f] : 0.;
   return m;
 }
 
 // The running mean, or the first sample while there is none.
 __device__ double shift_of(const Key& key, int64_t f) {
   const Moments state = read_state(key.state, f);
-  double shift = state.finite > 0 ? state.sum / state.finite : load_any(key.x, 0, f);
+  double shift = state.used() > 0 ? state.sum / state.used() : load_any(key.x, 0, f);
   const Dtype d = key.x.dtype;
   if (d != Dtype::kFloat64 && d != Dtype::kInt32 && d != Dtype::kInt64) {
     shift = static_cast<double>(static_cast<float>(shift));
@@ -376,18 +376,18 @@ __device__ void finish(Shared& s, const Params& p, const DeviceKey& k, double sa
         sum = reduce(sum, load_any(k.key.x, r, f), shift);
       }
       Moments batch = unshift(sum, shift, samples);
-      const double left_out = batch.count - batch.finite;
+      const double left_out = batch.missing;
       Moments state = read_state(k.key.state, f);
-      if (k.key.state.finite == nullptr) {
+      if (k.key.state.nonfinite == nullptr) {
         batch = impute(batch, state);
       }
       if (samples > 0) {
         state = fold(state, batch, p.weights);
         write(k.key.state.sum, k.key.state.sum_dtype, f, state.sum);
         write(k.key.state.ssq, k.key.state.ssq_dtype, f, state.ssq);
-        if (k.key.state.finite != nullptr) {
-          k.key.state.finite[f] = state.finite;
-          k.key.state.finite[features + f] += left_out;
+        if (k.key.state.nonfinite != nullptr) {
+          k.key.state.nonfinite[f] = state.missing;
+          k.key.state.nonfinite[features + f] += left_out;
         }
       }
     }

@@ -31,7 +31,7 @@ void check_launch(cudaError_t error) {
 
 void check_devices(TensorList x, const States& s, TensorList y, TensorList mask) {
   const at::Device device = x[0].device();
-  for (TensorList list : {x, s.sum, s.ssq, s.count, s.finite, y, mask}) {
+  for (TensorList list : {x, s.sum, s.ssq, s.count, s.nonfinite, y, mask}) {
     for (const Tensor& t : list) {
       TORCH_CHECK_VALUE(t.device() == device || t.numel() == 0,
                         "expected all tensors on ", device, ", got one on ",
@@ -124,9 +124,9 @@ Workspaces& workspaces() {
 }
 
 void update_cuda(TensorList x, TensorList sum, TensorList ssq, TensorList count,
-                 TensorList finite, TensorList y, TensorList mask, double keep,
+                 TensorList nonfinite, TensorList y, TensorList mask, double keep,
                  double weight, double eps) {
-  const States s{sum, ssq, count, finite};
+  const States s{sum, ssq, count, nonfinite};
   check_values(x, y, s);
   check_length(mask, x.size(), "mask", true);
   if (x.empty()) {
@@ -157,14 +157,14 @@ void apply_cuda(TensorList x, const States& s, TensorList y, double eps, Apply a
 }
 
 void normalize_cuda(TensorList x, TensorList sum, TensorList ssq, TensorList count,
-                    TensorList finite, TensorList y, double eps) {
-  apply_cuda(x, {sum, ssq, count, finite}, y, eps, cuda::normalize);
+                    TensorList nonfinite, TensorList y, double eps) {
+  apply_cuda(x, {sum, ssq, count, nonfinite}, y, eps, cuda::normalize);
 }
 
 void denormalize_cuda(TensorList y, TensorList sum, TensorList ssq, TensorList count,
-                      TensorList finite, TensorList x, double eps) {
+                      TensorList nonfinite, TensorList x, double eps) {
   check_floating_point(y);
-  apply_cuda(y, {sum, ssq, count, finite}, x, eps, cuda::denormalize);
+  apply_cuda(y, {sum, ssq, count, nonfinite}, x, eps, cuda::denormalize);
 }
 
 }  // namespace

@@ -77,7 +77,7 @@ struct Buffers {
   Guarded<double> x;  // reused as raw bytes of any dtype
   Guarded<double> y;
   Guarded<bool> mask;
-  Guarded<double> sum, ssq, count, finite;
+  Guarded<double> sum, ssq, count, nonfinite;
   std::vector<long double> want_sum, want_ssq, want_finite, want_left_out;
   long double want_count = 0;
 
@@ -90,7 +90,7 @@ struct Buffers {
         sum(in.features),
         ssq(in.features),
         count(1),
-        finite(2 * in.features),
+        nonfinite(2 * in.features),
         want_sum(in.features),
         want_ssq(in.features),
         want_finite(in.features),
@@ -161,7 +161,7 @@ struct Buffers {
     k.state.sum = sum.data();
     k.state.ssq = ssq.data();
     k.state.count = count.data();
-    k.state.finite = c.counted ? finite.data() : nullptr;
+    k.state.nonfinite = c.counted ? nonfinite.data() : nullptr;
     if (c.float_state) {
       k.state.sum_dtype = k.state.ssq_dtype = k.state.count_dtype = Dtype::kFloat32;
     }
@@ -232,8 +232,8 @@ struct Buffers {
       near("sum", 0, f, state(sum, f), want_sum[f], exact);
       near("ssq", 0, f, state(ssq, f), want_ssq[f], exact);
       if (c.counted) {
-        near("finite", 0, f, finite[f], want_finite[f], 1e-12);
-        near("left out", 0, f, finite[c.features + f], want_left_out[f], 0);
+        near("missing", 0, f, nonfinite[f], want_count - want_finite[f], 1e-12);
+        near("left out", 0, f, nonfinite[c.features + f], want_left_out[f], 0);
       }
       if (want_finite[f] > 0) {
         loc[f] = want_sum[f] / want_finite[f];
@@ -259,7 +259,7 @@ struct Buffers {
       }
     }
     for (bool intact : {x.intact(), y.intact(), sum.intact(), ssq.intact(),
-                        count.intact(), finite.intact()}) {
+                        count.intact(), nonfinite.intact()}) {
       if (!intact) {
         fail("a write outside of the memory", 0, 0, 0, 0);
       }
