@@ -25,7 +25,7 @@ from torchrl.data.tensor_specs import TensorSpec
 from torchrl.envs import VecNorm as _TorchRLVecNorm
 from torchrl.envs.transforms import Compose, ObservationNorm, Transform
 
-from torchrl_vecnorm import _ops, functional, sharing, specs
+from torchrl_vecnorm import _ops, functional, oracle, sharing, specs
 from torchrl_vecnorm.moments import Moments
 from torchrl_vecnorm.names import StateNames, as_path
 from torchrl_vecnorm.state import (
@@ -452,12 +452,33 @@ class VecNorm(Transform):
                     zip(map(id, part), self._compute_here(part), strict=True)
                 )
             return [results[id(e)] for e in known]
+        if torch.compiler.is_compiling() and any(
+            e.is_new and e.value.requires_grad for e in known
+        ):
+            return self._compute_plain(known)
         values = [e.value for e in known]
         masks = []
         if any(e.mask is not None for e in known):
             masks = functional.mask_column([e.mask for e in known], values)
         columns = functional.columns([e.state for e in known])
         return self._apply_columns(values, columns, masks)
+
+    def _compute_plain(self, known: list[_Entry]) -> list[Tensor]:
+        """The first call, compiled and with gradients, in plain torch.
+
+        Inductor (torch 2.13) gives the backward pass the zeros that a state begins with
+        where the same graph makes the state, updates it in place and reads it.
+        """
+        normalized = []
+        for e in known:
+            batch = oracle.batch_moments(e.value.detach(), e.state.sum.ndim, e.mask)
+            state = oracle.fold(e.state, batch, float(self.decay))
+            if e.is_new:
+                e.state = state
+            else:
+                copy_moments(e.state, state)
+            normalized.append(oracle.normalize(e.value, state, float(self.eps)))
+        return normalized
 
     def _compute_staged(self, known: list[_Entry], updating: bool) -> list[Tensor]:
         """Shared statistics stay where they are; the values may be elsewhere.
