@@ -12,7 +12,8 @@ VENV ?= .venv
 TESTS ?= tests
 
 bin := $(VENV)/bin
-cxx := $(shell find csrc -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
+cxx := $(shell find csrc -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu' \
+	-o -name '*.cuh')
 
 .PHONY: demo test bench build lint format clean
 

@@ -140,7 +140,7 @@ def extension():
         "torchrl_vecnorm._C",
         [s for s in sources("*.cpp") if not s.startswith("csrc/cuda")],
         # setuptools rebuilds when one of these changes.
-        depends=sources("*.h") + sources("*.inl"),
+        depends=sources("*.h") + sources("*.inl") + sources("*.cuh"),
         extra_compile_args={"cxx": flags + openmp},
         extra_link_args=openmp,
     )
@@ -150,6 +150,7 @@ def extension():
         home = cuda_home()
         ext.cuda_sources = sources("*.cu")
         ext.sources += [s for s in sources("*.cpp") if s.startswith("csrc/cuda")]
+        ext.define_macros.append(("VECNORM_WITH_CUDA", None))
         ext.include_dirs.append(str(home / "include"))
         ext.library_dirs += [str(home / "lib64"), str(home / "lib")]
         ext.libraries += ["cudart_static", "rt", "dl", "pthread"]

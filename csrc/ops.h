@@ -10,6 +10,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <string>
+
 namespace vecnorm {
 
 void update(at::TensorList x, at::TensorList sum, at::TensorList ssq,
@@ -28,5 +30,10 @@ void merge(at::TensorList sum, at::TensorList ssq, at::TensorList count,
            at::TensorList nonfinite, at::TensorList other_sum, at::TensorList other_ssq,
            at::TensorList other_count, at::TensorList other_nonfinite, double keep,
            double weight);
+
+// In builds with CUDA kernels, for tests and benchmarks: which of them update() is to
+// take where it can, and which it took last.
+void set_cuda_path(const std::string& name);
+std::string last_cuda_path();
 
 }  // namespace vecnorm

@@ -93,6 +93,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("normalize", &normalized, py::arg("x"), py::arg("sum"), py::arg("ssq"),
         py::arg("count"), py::arg("nonfinite"), py::arg("eps"),
         py::arg("out") = py::none());
+#ifdef VECNORM_WITH_CUDA
+  m.def("cuda_path", &set_cuda_path, py::arg("name"));
+  m.def("last_cuda_path", &last_cuda_path);
+#endif
   m.def("mutex_size", &shared::mutex_size);
   m.def("mutex_init", [](const Tensor& t) { shared::mutex_init(memory_of(t)); });
   m.def("mutex_acquire", &mutex_acquire, py::arg("mutex"), py::arg("timeout"));

@@ -18,3 +18,11 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--all-architectures",
+        action="store_true",
+        help="compile the CUDA kernels for every GPU; takes minutes",
+    )

@@ -66,7 +66,7 @@ def test_sdist_has_what_a_build_needs(tmp_path):
     with tarfile.open(archive) as tar:
         names = {name.split("/", 1)[-1] for name in tar.getnames()}
     for folder, patterns in {
-        "csrc": ("*.h", "*.inl", "*.cpp", "*.cu"),
+        "csrc": ("*.h", "*.inl", "*.cpp", "*.cu", "*.cuh"),
         "torchrl_vecnorm": ("*.py", "*.pyi", "py.typed"),
     }.items():
         for pattern in patterns:

@@ -10,7 +10,7 @@ from samples import FLOATS, INTEGERS, LAYOUTS, SHAPES, data, op_samples
 from tensordict import TensorDict
 from test_ops import TOLERANCE, assert_same, check, clone
 
-from torchrl_vecnorm import Moments, VecNorm, _build, _ops
+from torchrl_vecnorm import _C, Moments, VecNorm, _build, _ops
 from torchrl_vecnorm import functional as F
 
 pytestmark = pytest.mark.cuda
@@ -40,6 +40,64 @@ def test_update(samples, features, dtype):
 @pytest.mark.parametrize("shape", [(1_000_003, 3), (40, 100_003), (4096, 256)], **ids)
 def test_large(shape):
     check(data(shape[:1], shape[1:]).cuda(), zeros(shape[1:]), calls=2)
+
+
+PATHS = ("cluster", "resident", "two_kernels")
+
+
+@pytest.fixture
+def path(request):
+    """Which kernels update takes, where they can run the keys."""
+    _C.cuda_path(request.param)
+    yield request.param
+    _C.cuda_path("auto")
+
+
+@pytest.mark.parametrize("path", PATHS, indirect=True)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", [(5, 3), (4096, 64), (4097, 17), (700, 235)], **ids)
+def test_paths(shape, dtype, path):
+    if path == "cluster" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("clusters need sm_90")
+    state = zeros(shape[1:])
+    for _ in range(3):
+        check(data(shape[:1], shape[1:], dtype).cuda(), state)
+    assert _C.last_cuda_path() == path
+
+
+@pytest.mark.parametrize("path", PATHS, indirect=True)
+def test_paths_leave_out(path):
+    """Masked rows, and values that are not finite."""
+    x = data((3000,), (40,)).cuda()
+    mask = torch.rand(3000, device="cuda") < 0.3
+    check(x, zeros([40]), mask=mask, calls=2)
+    x[torch.rand_like(x) < 0.1] = float("nan")
+    check(x, zeros([40]), calls=2)
+    check(x, zeros([40]), mask=mask, calls=2)
+
+
+@pytest.mark.parametrize("path", ["resident", "two_kernels"], indirect=True)
+@pytest.mark.parametrize(
+    "shape", [(1_000_003, 64), (400_000, 256), (2_000_001, 3)], **ids
+)
+def test_more_than_the_chip_holds(shape, path):
+    check(data(shape[:1], shape[1:]).cuda(), zeros(shape[1:]), calls=2)
+    assert _C.last_cuda_path() == path
+
+
+def test_paths_agree_to_the_bit_on_integers():
+    """Sums of small integers are exact, in whatever order."""
+    x = torch.randint(-8, 8, (5000, 48), device="cuda").float()
+    results = []
+    try:
+        for name in PATHS:
+            _C.cuda_path(name)
+            state = zeros([48])
+            results.append([F.update_(x, state), *state])
+    finally:
+        _C.cuda_path("auto")
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)

@@ -27,6 +27,16 @@ def normalize(
 ) -> list[Tensor]:
     """Returns x normalised with the state as it is."""
 
+def cuda_path(name: str) -> None:
+    """In builds with CUDA kernels, for tests and benchmarks: which of them update takes.
+
+    "auto", "cluster", "resident" or "two_kernels"; where a call cannot be run as wished,
+    two_kernels.
+    """
+
+def last_cuda_path() -> str:
+    """How the last update on a GPU ran (in builds with CUDA kernels)."""
+
 def mutex_size() -> int:
     """Bytes of the uint8 tensor that a mutex lives in."""
 

@@ -12,7 +12,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "../plan.h"
+#include "plan.h"
 #include "isa.h"
 
 // Only what follows may use these instructions: functions of the headers above are

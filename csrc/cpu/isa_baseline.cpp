@@ -10,7 +10,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "../plan.h"
+#include "plan.h"
 #include "isa.h"
 
 #define VECNORM_ISA baseline

@@ -12,22 +12,91 @@
 #include VECNORM_CUDA_ON_HOST
 #else
 
+#ifdef __CUDACC__
+#include <cooperative_groups.h>
+#endif
 #include <cuda_runtime_api.h>
+
+#include <utility>
+
+#include "launch.h"
+#include "plan.h"
 
 namespace vecnorm {
 namespace cuda {
 
+// ---------------------------------------------------------------------------- host
+
 using Stream = cudaStream_t;
+
+inline cudaError_t current_device(int* device) { return cudaGetDevice(device); }
+
+inline cudaError_t query(int device, Limits* limits) {
+  int shared = 0;
+  int cooperative = 0;
+  int clusters = 0;
+  for (const auto& [attribute, value] :
+       {std::pair(cudaDevAttrMultiProcessorCount, &limits->processors),
+        std::pair(cudaDevAttrMaxSharedMemoryPerBlockOptin, &shared),
+        std::pair(cudaDevAttrCooperativeLaunch, &cooperative),
+        std::pair(cudaDevAttrClusterLaunch, &clusters)}) {
+    if (const cudaError_t error = cudaDeviceGetAttribute(value, attribute, device)) {
+      return error;
+    }
+  }
+  limits->shared = static_cast<size_t>(shared);
+  limits->cooperative = cooperative != 0;
+  limits->clusters = clusters != 0;
+  return cudaSuccess;
+}
 
 #ifdef __CUDACC__
 
 template <typename Params>
-cudaError_t launch(void (*kernel)(Params), int blocks, int threads, Stream stream,
+cudaError_t launch(void (*kernel)(Params), const Launch& shape, Stream stream,
                    const Params& params) {
-  // clang-format off: in a header it does not know the launch syntax
-  kernel<<<blocks, threads, 0, stream>>>(params);
-  // clang-format on
-  return cudaGetLastError();
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
+  config.blockDim = dim3(static_cast<unsigned>(shape.threads));
+  config.dynamicSmemBytes = shape.shared;
+  config.stream = stream;
+  cudaLaunchAttribute attributes[2];
+  config.attrs = attributes;
+  if (shape.cluster > 1) {
+    cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = static_cast<unsigned>(shape.cluster);
+    cluster.val.clusterDim.y = 1;
+    cluster.val.clusterDim.z = 1;
+  }
+  if (shape.cooperative) {
+    cudaLaunchAttribute& cooperative = attributes[config.numAttrs++];
+    cooperative.id = cudaLaunchAttributeCooperative;
+    cooperative.val.cooperative = 1;
+  }
+  return cudaLaunchKernelEx(&config, kernel, params);
+}
+
+// Lets a kernel have more shared memory than the 48 KB that are there unasked.
+template <typename Params>
+cudaError_t allow_shared(void (*kernel)(Params), size_t bytes) {
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              static_cast<int>(bytes));
+}
+
+// How many such blocks run at once on one processor of the current GPU.
+template <typename Params>
+cudaError_t blocks_at_once(void (*kernel)(Params), int threads, size_t bytes,
+                           int* blocks) {
+  return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, kernel, threads, bytes);
+}
+
+// -------------------------------------------------------------------------- device
+
+// The shared memory of the block, aligned to 16 bytes.
+__device__ __forceinline__ char* shared_memory() {
+  extern __shared__ int4 bytes[];
+  return reinterpret_cast<char*>(bytes);
 }
 
 // A 16-byte store that will not be read again soon: it should not push x out of the L2
@@ -37,6 +106,55 @@ __device__ __forceinline__ void store_streaming(T* to, const T& value) {
   static_assert(sizeof(T) == sizeof(int4), "16 bytes at once");
   __stcs(reinterpret_cast<int4*>(to), *reinterpret_cast<const int4*>(&value));
 }
+
+__device__ __forceinline__ double shuffle_xor(double value, int lanes) {
+  return __shfl_xor_sync(0xffffffffu, value, lanes);
+}
+
+// Adds to a word that other blocks wait for. What the thread wrote before can be read
+// by those who have seen the sum, and what they wrote before, by the thread.
+__device__ __forceinline__ unsigned fetch_add(unsigned* to, unsigned value) {
+  __threadfence();
+  const unsigned before = atomicAdd(to, value);
+  __threadfence();
+  return before;
+}
+
+__device__ __forceinline__ unsigned load_acquire(const unsigned* from) {
+  unsigned value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
+               : "=r"(value)
+               : "l"(from)
+               : "memory");
+  return value;
+}
+
+// Called while waiting for another block.
+__device__ __forceinline__ void pause() {}
+
+// Clusters, from sm_90 on.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+constexpr bool kHasClusters = true;
+
+// All threads of the cluster's blocks arrive, later they wait for each other. What they
+// wrote before they arrived can be read after.
+__device__ __forceinline__ void cluster_arrive() {
+  cooperative_groups::this_cluster().barrier_arrive();
+}
+__device__ __forceinline__ void cluster_wait() {
+  cooperative_groups::this_cluster().barrier_wait();
+}
+
+// Where another block of the cluster has what this one has at `mine`.
+__device__ __forceinline__ const double* peer(double* mine, int rank) {
+  return cooperative_groups::this_cluster().map_shared_rank(mine, rank);
+}
+#else
+constexpr bool kHasClusters = false;
+__device__ inline void cluster_arrive() {}
+__device__ inline void cluster_wait() {}
+__device__ inline const double* peer(double* mine, int) { return mine; }
+#endif
 
 #endif  // __CUDACC__
 

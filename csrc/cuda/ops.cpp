@@ -7,6 +7,8 @@
 // to compile and to load. merge() has no kernel here: it is a few additions of
 // [features] tensors, and plain torch (CompositeExplicitAutograd) does them.
 
+#include "../ops.h"
+
 #include <ATen/DeviceAccelerator.h>
 #include <ATen/Functions.h>
 #include <c10/core/DeviceGuard.h>
@@ -14,8 +16,11 @@
 #include <c10/util/intrusive_ptr.h>
 #include <torch/library.h>
 
+#include <atomic>
 #include <mutex>
+#include <string>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "../tensors.h"
@@ -123,6 +128,9 @@ Workspaces& workspaces() {
   return *all;
 }
 
+std::atomic<cuda::Path> wished_path = cuda::Path::kAuto;
+std::atomic<cuda::Path> last_path = cuda::Path::kAuto;
+
 void update_cuda(TensorList x, TensorList sum, TensorList ssq, TensorList count,
                  TensorList nonfinite, TensorList y, TensorList mask, double keep,
                  double weight, double eps) {
@@ -136,9 +144,10 @@ void update_cuda(TensorList x, TensorList sum, TensorList ssq, TensorList count,
   const c10::DeviceGuard guard(x[0].device());
   const Keys keys(x, y, mask, s);
   const cuda::Stream stream = current_stream(x[0].device());
-  const Buffers buffers =
-      workspaces().find(count[0], cuda::workspace_size(keys.keys), stream);
-  check_launch(cuda::update(keys.keys, {keep, weight}, eps, buffers.get(), stream));
+  cuda::Update update(keys.keys, {keep, weight}, eps, wished_path);
+  const Buffers buffers = workspaces().find(count[0], update.workspace(), stream);
+  check_launch(update.run(buffers.get(), stream));
+  last_path = update.path();
   keys.write_back();
 }
 
@@ -167,7 +176,33 @@ void denormalize_cuda(TensorList y, TensorList sum, TensorList ssq, TensorList c
   apply_cuda(y, {sum, ssq, count, nonfinite}, x, eps, cuda::denormalize);
 }
 
+constexpr std::pair<const char*, cuda::Path> kPaths[] = {
+    {"auto", cuda::Path::kAuto},
+    {"cluster", cuda::Path::kCluster},
+    {"resident", cuda::Path::kResident},
+    {"two_kernels", cuda::Path::kTwoKernels}};
+
 }  // namespace
+
+void set_cuda_path(const std::string& name) {
+  for (const auto& [known, path] : kPaths) {
+    if (name == known) {
+      wished_path = path;
+      return;
+    }
+  }
+  TORCH_CHECK_VALUE(false, "expected auto, cluster, resident or two_kernels, got ",
+                    name);
+}
+
+std::string last_cuda_path() {
+  for (const auto& [name, path] : kPaths) {
+    if (last_path == path) {
+      return name;
+    }
+  }
+  return "auto";
+}
 
 TORCH_LIBRARY_IMPL(torchrl_vecnorm, CUDA, m) {
   m.impl("update", update_cuda);

@@ -3,12 +3,13 @@
 // This source code is licensed under the MIT license found in the
 // LICENSE file in the root directory of this source tree.
 
-// Runs csrc/cuda/kernels.cu on the host, in place of csrc/cuda/device.h.
+// Runs csrc/cuda/*.cu on the host, in place of csrc/cuda/device.h.
 //
-// Blocks run one after the other. The threads of a block are fibers on one host thread,
-// each running up to its next barrier, in ascending or in descending order; or, with
-// VECNORM_HOST_THREADS, host threads, so that ThreadSanitizer sees a missing barrier as
-// the data race it is. Shared memory is static: one block is there at a time.
+// Blocks that wait for each other are all there at once, others run one after the
+// other. Threads are fibers on one host thread, in ascending or in descending order,
+// each running until it has to wait; or, with VECNORM_HOST_THREADS, host threads, so
+// that ThreadSanitizer sees a missing barrier as the data race it is. A barrier waits
+// for the threads of a block that are still running, as it does on a GPU.
 
 #pragma once
 
@@ -16,23 +17,28 @@
 
 #include <algorithm>
 #include <atomic>
-#include <barrier>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <thread>
 #include <vector>
 
+#include "csrc/cuda/launch.h"
+#include "csrc/cuda/plan.h"
+
 #define __global__
 #define __device__
-#define __shared__ static
 #define __grid_constant__
-#define __launch_bounds__(threads)
+#define __forceinline__ inline
+#define __launch_bounds__(...)
 
 using cudaError_t = int;
 constexpr cudaError_t cudaSuccess = 0;
+constexpr cudaError_t cudaErrorCooperativeLaunchTooLarge = 720;
 
 namespace emulation {
 
@@ -40,150 +46,305 @@ struct Index {
   unsigned x;
 };
 
-// How many threads of a block wait at a barrier, and what they bring to it.
-struct Vote {
-  std::atomic<int> count[2] = {0, 0};
+inline bool descending = false;
+// The emulated GPUs have few processors and little memory, so that small inputs already
+// overflow; the last one knows neither clusters nor cooperative launches.
+inline const vecnorm::cuda::Limits devices[] = {{7, 24 * 1024, true, true},
+                                                {9, 96 * 1024, true, true},
+                                                {5, 64 * 1024, false, false}};
+inline int device = 0;
+// A cooperative launch is refused, as it is when another process holds processors.
+inline bool busy = false;
+
+// Threads that meet: the last one lets the others go on.
+class Meeting {
+ public:
+  explicit Meeting(int threads) : running_(threads) {}
+
+  // Returns the round to wait for.
+  unsigned arrive() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const unsigned round = round_.load();
+    ++arrived_;
+    go_on();
+    return round;
+  }
+
+  bool is_over(unsigned round) const { return round_.load() != round; }
+
+  // Returns how many stay.
+  int leave() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    --running_;
+    go_on();
+    return running_;
+  }
+
+ private:
+  void go_on() {
+    if (arrived_ == running_ && running_ > 0) {
+      arrived_ = 0;
+      ++round_;
+    }
+  }
+
+  std::mutex mutex_;
+  int running_;
+  int arrived_ = 0;
+  std::atomic<unsigned> round_{0};
 };
 
-inline bool descending = false;
-inline Vote votes;
+struct Block {
+  Index index;
+  Meeting all;
+  std::vector<std::unique_ptr<Meeting>> warps;
+  std::vector<double> lanes;  // what the threads of a warp show each other
+  std::atomic<int> votes[2] = {0, 0};
+  size_t bytes;
+  std::unique_ptr<char[]> memory;
+  Meeting* cluster;
+
+  Block(int i, const vecnorm::cuda::Launch& shape, Meeting* together)
+      : index{static_cast<unsigned>(i)},
+        all(shape.threads),
+        lanes(shape.threads),
+        bytes(shape.shared + 16),
+        memory(new char[shape.shared + 16]),
+        cluster(together) {
+    for (int t = 0; t < shape.threads; t += vecnorm::cuda::kWarp) {
+      warps.push_back(
+          std::make_unique<Meeting>(std::min(vecnorm::cuda::kWarp, shape.threads - t)));
+    }
+    poison();
+  }
+
+  void poison() { std::memset(memory.get(), 0xff, bytes); }  // NaN
+
+  char* shared() const {
+    const auto at = reinterpret_cast<uintptr_t>(memory.get());
+    return memory.get() + (16 - at % 16) % 16;
+  }
+};
+
+struct Thread {
+  Block* block = nullptr;
+  Index index = {0};
+  int phase = 0;               // of the votes
+  unsigned cluster_round = 0;  // when it arrived
+#ifndef VECNORM_HOST_THREADS
+  ucontext_t context;
+  bool done = false;
+#endif
+};
+
+inline std::vector<std::unique_ptr<Block>> blocks;
+inline Index block_dim;
+inline Index grid_dim;
+inline int cluster_size;
+inline const std::function<void()>* body;
 
 #ifdef VECNORM_HOST_THREADS
 
-inline thread_local Index thread_index;
-inline thread_local int phase;
-inline std::unique_ptr<std::barrier<>> meeting;
+inline thread_local Thread* current;
 
-inline void wait() { meeting->arrive_and_wait(); }
+inline void yield() { std::this_thread::yield(); }
 
-inline void leave() { meeting->arrive_and_drop(); }
+#else
 
-inline void run_block(int threads, const std::function<void()>& body) {
-  meeting = std::make_unique<std::barrier<>>(threads);
+inline Thread* current;
+inline ucontext_t scheduler;
+
+inline void yield() { swapcontext(&current->context, &scheduler); }
+
+#endif
+
+inline void wait(const Meeting& m, unsigned round) {
+  while (!m.is_over(round)) {
+    yield();
+  }
+}
+
+inline void meet(Meeting& m) { wait(m, m.arrive()); }
+
+inline Meeting& warp() {
+  return *current->block->warps[current->index.x / vecnorm::cuda::kWarp];
+}
+
+// The counter of one vote is cleared during the next.
+inline int vote(bool yes) {
+  int& phase = current->phase;
+  Block& block = *current->block;
+  if (yes) {
+    block.votes[phase].fetch_add(1);
+  }
+  meet(block.all);
+  const int count = block.votes[phase].load();
+  meet(block.all);
+  block.votes[phase].store(0);
+  phase = 1 - phase;
+  return count;
+}
+
+inline void run_thread() {
+  (*body)();
+  warp().leave();
+  if (current->block->all.leave() == 0) {
+    current->block->poison();  // a block's memory ends with it
+  }
+}
+
+#ifdef VECNORM_HOST_THREADS
+
+inline void run_blocks(const std::vector<Block*>& together, int threads) {
+  std::vector<std::unique_ptr<Thread>> all;
   std::vector<std::thread> pool;
-  for (int t = 0; t < threads; ++t) {
-    pool.emplace_back([&body, t] {
-      thread_index.x = static_cast<unsigned>(t);
-      phase = 0;
-      body();
-      leave();
-    });
+  for (Block* block : together) {
+    for (int t = 0; t < threads; ++t) {
+      all.push_back(std::make_unique<Thread>());
+      all.back()->block = block;
+      all.back()->index.x = static_cast<unsigned>(t);
+      pool.emplace_back([thread = all.back().get()] {
+        current = thread;
+        run_thread();
+      });
+    }
   }
   for (std::thread& t : pool) {
     t.join();
   }
 }
 
-inline int& phase_of_thread() { return phase; }
-
 #else
 
-struct Fiber {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack;
-  bool done;
-  int phase;
-};
-
-constexpr size_t kStack = 128 * 1024;
-inline std::vector<Fiber> fibers;
-inline ucontext_t scheduler;
-inline int current;
-inline Index thread_index;
-inline const std::function<void()>* block_body;
-
-inline void wait() { swapcontext(&fibers[current].context, &scheduler); }
+constexpr size_t kStack = 96 * 1024;
 
 inline void enter() {
-  (*block_body)();
-  fibers[current].done = true;
-  swapcontext(&fibers[current].context, &scheduler);
+  run_thread();
+  current->done = true;
+  yield();
 }
 
-inline void run_block(int threads, const std::function<void()>& body) {
-  block_body = &body;
-  fibers.resize(threads);
-  for (Fiber& fiber : fibers) {
-    if (fiber.stack == nullptr) {
-      fiber.stack = std::make_unique<char[]>(kStack);
+inline std::unique_ptr<Thread> start(Block* block, int index, char* stack) {
+  auto thread = std::make_unique<Thread>();
+  thread->block = block;
+  thread->index.x = static_cast<unsigned>(index);
+  getcontext(&thread->context);
+  thread->context.uc_stack.ss_sp = stack;
+  thread->context.uc_stack.ss_size = kStack;
+  thread->context.uc_link = nullptr;
+  makecontext(&thread->context, enter, 0);
+  return thread;
+}
+
+inline void run_blocks(const std::vector<Block*>& together, int threads) {
+  static std::vector<std::unique_ptr<char[]>> stacks;
+  std::vector<std::unique_ptr<Thread>> all;
+  for (Block* block : together) {
+    for (int t = 0; t < threads; ++t) {
+      if (stacks.size() == all.size()) {
+        stacks.emplace_back(new char[kStack]);
+      }
+      all.push_back(start(block, t, stacks[all.size()].get()));
     }
-    fiber.done = false;
-    fiber.phase = 0;
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStack;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, enter, 0);
   }
-  for (bool running = true; running;) {
-    running = false;
-    for (int i = 0; i < threads; ++i) {
-      current = descending ? threads - 1 - i : i;
-      if (!fibers[current].done) {
-        thread_index.x = static_cast<unsigned>(current);
-        swapcontext(&scheduler, &fibers[current].context);
-        running = running || !fibers[current].done;
+  if (descending) {
+    std::reverse(all.begin(), all.end());
+  }
+  for (size_t left = all.size(); left > 0;) {
+    for (const auto& thread : all) {
+      if (!thread->done) {
+        current = thread.get();
+        swapcontext(&scheduler, &thread->context);
+        left -= thread->done;
       }
     }
   }
 }
 
-inline int& phase_of_thread() { return fibers[current].phase; }
-
 #endif
-
-inline Index block_index;
-inline Index block_dim;
-inline Index grid_dim;
-
-// Two barriers a vote; the counter of one vote is cleared during the next.
-inline int vote(bool yes) {
-  int& phase = phase_of_thread();
-  if (yes) {
-    votes.count[phase].fetch_add(1);
-  }
-  wait();
-  const int count = votes.count[phase].load();
-  wait();
-  votes.count[phase].store(0);
-  phase = 1 - phase;
-  return count;
-}
 
 }  // namespace emulation
 
-#define threadIdx (emulation::thread_index)
-#define blockIdx (emulation::block_index)
+#define threadIdx (emulation::current->index)
+#define blockIdx (emulation::current->block->index)
 #define blockDim (emulation::block_dim)
 #define gridDim (emulation::grid_dim)
 
-inline void __syncthreads() { emulation::wait(); }
+inline void __syncthreads() { emulation::meet(emulation::current->block->all); }
 inline int __syncthreads_or(bool yes) { return emulation::vote(yes) != 0; }
 inline int __syncthreads_count(bool yes) { return emulation::vote(yes); }
-inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
-
-inline unsigned atomicAdd(unsigned* to, unsigned value) {
-  return std::atomic_ref<unsigned>(*to).fetch_add(value);
-}
 
 namespace vecnorm {
 namespace cuda {
 
 using Stream = void*;
 
+inline cudaError_t current_device(int* device) {
+  *device = emulation::device;
+  return cudaSuccess;
+}
+
+inline cudaError_t query(int device, Limits* limits) {
+  *limits = emulation::devices[device];
+  return cudaSuccess;
+}
+
 template <typename Params>
-cudaError_t launch(void (*kernel)(Params), int blocks, int threads, Stream,
+cudaError_t allow_shared(void (*)(Params), size_t) {
+  return cudaSuccess;
+}
+
+template <typename Params>
+cudaError_t blocks_at_once(void (*)(Params), int, size_t, int* blocks) {
+  *blocks = 1;
+  return cudaSuccess;
+}
+
+template <typename Params>
+cudaError_t launch(void (*kernel)(Params), const Launch& shape, Stream,
                    const Params& params) {
-  emulation::block_dim.x = static_cast<unsigned>(threads);
-  emulation::grid_dim.x = static_cast<unsigned>(blocks);
-  // Blocks may run in any order: nothing may depend on it.
-  for (int i = 0; i < blocks; ++i) {
-    const int block = emulation::descending ? blocks - 1 - i : i;
-    emulation::block_index.x = static_cast<unsigned>(block);
-    emulation::run_block(threads, [&] { kernel(params); });
+  const Limits& limits = emulation::devices[emulation::device];
+  if (shape.cooperative && (emulation::busy || shape.blocks > limits.processors)) {
+    return cudaErrorCooperativeLaunchTooLarge;
+  }
+  // Every real GPU has 64 KB; the emulated ones have less, for what adapts to it.
+  const bool adapts = shape.cooperative || shape.cluster > 1;
+  if (shape.shared > (adapts ? limits.shared : 64 * 1024) ||
+      shape.blocks % shape.cluster != 0 || (shape.cooperative && !limits.cooperative) ||
+      (shape.cluster > 1 && !limits.clusters)) {
+    std::fprintf(stderr, "a launch that a GPU would refuse\n");
+    std::abort();
+  }
+  emulation::block_dim.x = static_cast<unsigned>(shape.threads);
+  emulation::grid_dim.x = static_cast<unsigned>(shape.blocks);
+  emulation::cluster_size = shape.cluster;
+  const std::function<void()> body = [&] { kernel(params); };
+  emulation::body = &body;
+  emulation::blocks.clear();
+  std::vector<std::unique_ptr<emulation::Meeting>> clusters;
+  for (int i = 0; i < shape.blocks; ++i) {
+    if (i % shape.cluster == 0) {
+      clusters.push_back(
+          std::make_unique<emulation::Meeting>(shape.cluster * shape.threads));
+    }
+    emulation::blocks.push_back(
+        std::make_unique<emulation::Block>(i, shape, clusters.back().get()));
+  }
+  // Groups of blocks that need each other; the groups may run in any order.
+  const int together = shape.cooperative ? shape.blocks : shape.cluster;
+  const int groups = shape.blocks / together;
+  for (int g = 0; g < groups; ++g) {
+    const int first = (emulation::descending ? groups - 1 - g : g) * together;
+    std::vector<emulation::Block*> group;
+    for (int i = 0; i < together; ++i) {
+      group.push_back(emulation::blocks[first + i].get());
+    }
+    emulation::run_blocks(group, shape.threads);
   }
   return cudaSuccess;
 }
+
+inline char* shared_memory() { return emulation::current->block->shared(); }
 
 template <typename T>
 void store_streaming(T* to, const T& value) {
@@ -192,6 +353,46 @@ void store_streaming(T* to, const T& value) {
     std::abort();
   }
   *to = value;
+}
+
+inline double shuffle_xor(double value, int lanes) {
+  emulation::Block& block = *emulation::current->block;
+  const unsigned thread = emulation::current->index.x;
+  block.lanes[thread] = value;
+  emulation::meet(emulation::warp());
+  const double other = block.lanes[thread ^ static_cast<unsigned>(lanes)];
+  emulation::meet(emulation::warp());
+  return other;
+}
+
+inline unsigned fetch_add(unsigned* to, unsigned value) {
+  return std::atomic_ref<unsigned>(*to).fetch_add(value);
+}
+
+inline unsigned load_acquire(const unsigned* from) {
+  return std::atomic_ref<unsigned>(*const_cast<unsigned*>(from)).load();
+}
+
+inline void pause() { emulation::yield(); }
+
+constexpr bool kHasClusters = true;
+
+inline void cluster_arrive() {
+  emulation::current->cluster_round = emulation::current->block->cluster->arrive();
+}
+
+inline void cluster_wait() {
+  emulation::wait(*emulation::current->block->cluster,
+                  emulation::current->cluster_round);
+}
+
+inline const double* peer(double* mine, int rank) {
+  const emulation::Block& block = *emulation::current->block;
+  const int first = static_cast<int>(block.index.x) / emulation::cluster_size *
+                    emulation::cluster_size;
+  const emulation::Block* other = emulation::blocks[first + rank].get();
+  return reinterpret_cast<const double*>(
+      other->shared() + (reinterpret_cast<char*>(mine) - block.shared()));
 }
 
 }  // namespace cuda
