@@ -84,12 +84,6 @@ def device_name(device: str) -> str:
     return platform.processor() or platform.machine()
 
 
-def default_folder(device: str) -> Path:
-    """Where results of this machine go."""
-    name = re.sub(r"[^A-Za-z0-9.]+", "-", device_name(device)).strip("-")
-    return Path(__file__).parent / "results" / name
-
-
 def output_of(*command: str) -> str | None:
     """What a program prints, if it is there and works."""
     if shutil.which(command[0]) is None:
@@ -449,7 +443,7 @@ def _lines(axis, records: list[dict], x: str, y) -> None:
     axis.grid(alpha=0.3)
 
 
-def figures(folder: Path, records: list[dict], device: str) -> list[str]:
+def figures(folder: Path, machine: str, records: list[dict], device: str) -> list[str]:
     """Draws what there are records for; returns the names of the files."""
     method = "graph" if device == "cuda" else "eager"
     measured = [r for r in records if "microseconds" in r]
@@ -463,7 +457,7 @@ def figures(folder: Path, records: list[dict], device: str) -> list[str]:
     axes[0].set(xlabel="samples, of 64 features", ylabel="µs a call")
     axes[1].set(xlabel="features, of 4096 samples")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
-    figure.suptitle(f"Time of a call, {device_name(device)}")
+    figure.suptitle(f"Time of a call, {machine}")
     figure.savefig(folder / "growth.png", dpi=110)
     plt.close(figure)
 
@@ -476,7 +470,7 @@ def figures(folder: Path, records: list[dict], device: str) -> list[str]:
     _lines(axis, samples, "samples", gigabytes)
     axis.set(xlabel="samples, of 64 features", ylabel="GB/s of x read and y written")
     figure.legend(*axis.get_legend_handles_labels(), loc="outside right center")
-    figure.suptitle(f"Bytes against the floor, {device_name(device)}")
+    figure.suptitle(f"Bytes against the floor, {machine}")
     figure.savefig(folder / "bandwidth.png", dpi=110)
     plt.close(figure)
     return ["growth.png", "bandwidth.png"]
@@ -507,7 +501,7 @@ def write(folder: Path, about: dict, records: list[dict], device: str) -> None:
     )
     parts = [f"# {about['device']}\n\n{head}\n"]
     parts += [table.markdown() for table in tables(records, device)]
-    names = figures(folder, records, device)
+    names = figures(folder, about["device"], records, device)
     parts += [f"![{Path(name).stem}]({name})\n" for name in names]
     (folder / "README.md").write_text("\n".join(parts))
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from bench import accuracy, env, measure, peers, report
+from bench import accuracy, env, measure, peers, report, results_folder
 from torchrl_vecnorm import functional as F
 
 Size = tuple[int, int]
@@ -98,7 +98,7 @@ def timed(
     device: str,
     dtype: torch.dtype = torch.float32,
     threads: int | None = None,
-    who: list[peers.Peer] = peers.PEERS,
+    who: list[peers.Peer] | None = None,
 ) -> list[dict]:
     """The time of each peer on one key for each shape."""
     threads = threads or torch.get_num_threads()
@@ -110,6 +110,7 @@ def timed(
         "dtype": str(dtype).removeprefix("torch."),
         "threads": threads,
     }
+    who = peers.PEERS if who is None else who
     if not plan.compiled or section != "main":
         who = [peer for peer in who if peer.name != peers.COMPILED_V2]
     xs = [measure.random(*shape, dtype, device) for shape in shapes]
@@ -345,6 +346,7 @@ def run(plan: Plan, device: str, folder: Path) -> list[dict]:
     folder.mkdir(parents=True, exist_ok=True)
     about = report.about(device)
     records: list[dict] = []
+    gc.freeze()  # modules are here to stay: collections need not look at them
     begin = time.perf_counter()
     todo = tasks(plan, device)
     with tqdm(todo, unit="task") as bar:
@@ -379,7 +381,7 @@ def main(arguments: list[str] | None = None) -> int:
     plan = QUICK if args.quick else FULL
     if args.device == "cuda":
         plan = on_cuda(plan)
-    folder = args.out or report.default_folder(args.device)
+    folder = args.out or results_folder(report.device_name(args.device))
     records = run(plan, args.device, folder)
     report.show(records, args.device)
     print(f"\nwritten to {folder}")
