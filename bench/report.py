@@ -18,6 +18,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,7 +64,8 @@ class Table:
         """For the terminal."""
         table = RichTable(title=self.title, caption=self.note or None)
         for i, name in enumerate(self.header):
-            table.add_column(name, justify="right" if i else "left")
+            justify = "right" if i else "left"
+            table.add_column(name, justify=justify, overflow="fold")
         for row in self.rows:
             table.add_row(*row)
         return table
@@ -413,8 +415,8 @@ def tables(records: list[dict], device: str) -> list[Table]:
         ("dtypes", "Dtypes", lambda r: f"{_size(r)} {r['dtype']}", best),
         ("keys", "Keys", lambda r: f"{r['keys']} × {_size(r)}", "eager"),
         ("threads", "Threads", lambda r: f"{_size(r)}, {r['threads']}", "eager"),
-        ("samples", "Growth with the number of samples", _size, best),
-        ("features", "Growth with the number of features", _size, best),
+        ("samples", "Growth with the number of samples", _size, "eager"),
+        ("features", "Growth with the number of features", _size, "eager"),
     ]:
         if some := _of(records, section, method=method):
             found.append(_timed(title, some, column))
@@ -445,10 +447,9 @@ def _lines(axis, records: list[dict], x: str, y) -> None:
 
 def figures(folder: Path, machine: str, records: list[dict], device: str) -> list[str]:
     """Draws what there are records for; returns the names of the files."""
-    method = "graph" if device == "cuda" else "eager"
     measured = [r for r in records if "microseconds" in r]
-    samples = _of(measured, "samples", method=method)
-    features = _of(measured, "features", method=method)
+    samples = _of(measured, "samples", method="eager")
+    features = _of(measured, "features", method="eager")
     if not samples or not features:
         return []
     figure, axes = plt.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
@@ -462,6 +463,8 @@ def figures(folder: Path, machine: str, records: list[dict], device: str) -> lis
     plt.close(figure)
 
     figure, axis = plt.subplots(figsize=(9, 5.5), layout="constrained")
+    best = "graph" if device == "cuda" else "eager"
+    samples = _of(measured, "samples", method=best)
 
     def gigabytes(r: dict) -> float:
         moved = 8 * r["samples"] * r["features"]  # float32: 4 bytes read, 4 written
@@ -508,6 +511,7 @@ def write(folder: Path, about: dict, records: list[dict], device: str) -> None:
 
 def show(records: list[dict], device: str) -> None:
     """The tables on the terminal."""
-    console = Console()
+    # A log has no width to respect.
+    console = Console(width=None if sys.stdout.isatty() else 200)
     for table in tables(records, device):
         console.print(table.rich())

@@ -8,8 +8,10 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -221,6 +223,73 @@ def test_memory_sees_a_temporary():
     x = torch.ones(1 << 24)
     assert measure.peak_memory(lambda: x + 1, "cpu") == pytest.approx(x.nbytes, rel=0.1)
     assert measure.peak_memory(lambda: x.add_(1), "cpu") < x.nbytes / 10
+
+
+class FakeGraph:
+    """Runs when it is captured, and not again."""
+
+    replays = 0
+
+    def replay(self):
+        FakeGraph.replays += 1
+
+
+class FakeEvent:
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = FakeGraph.replays
+
+    def elapsed_time(self, other):
+        return 2.0 * (other.at - self.at)  # two milliseconds a replay
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    """What runs on a GPU runs on the CPU, and what asks for one gets an answer."""
+    path = ["auto"]
+    anything = SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in {
+        "CUDAGraph": FakeGraph,
+        "Event": FakeEvent,
+        "Stream": lambda: anything,
+        "current_stream": lambda: anything,
+        "stream": lambda stream: nullcontext(),
+        "graph": lambda graph: nullcontext(),
+        "synchronize": lambda: None,
+        "get_device_properties": lambda i: SimpleNamespace(L2_cache_size=1000),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    random = measure.random
+    monkeypatch.setattr(
+        measure, "random", lambda n, f, t, device: random(n, f, t, "cpu")
+    )
+    paths = SimpleNamespace(
+        cuda_path=lambda name: path.__setitem__(0, name), last_cuda_path=lambda: path[0]
+    )
+    monkeypatch.setattr(measure, "_C", paths)
+
+
+def test_graphs(fake_gpu):
+    records = run.timed(TINY, "main", [(40, 4)], "cuda")
+    graph = {r["name"]: r for r in records if r["method"] == "graph"}
+    assert len(records) > len(graph) >= 5
+    for name in (peers.COPY, peers.OPERATOR, peers.TRANSFORM, peers.TORCHRL):
+        assert graph[name]["buffers"] == 3
+        assert graph[name]["microseconds"] == pytest.approx(2000 / 3)
+        assert len(graph[name]["rounds"]) == 3 * TINY.rounds
+    assert "reason" in graph[peers.TORCHRL_V2]
+
+
+def test_paths(fake_gpu):
+    records = run.paths(TINY, 40, 4)
+    ours = [r for r in records if r["name"] == peers.OPERATOR]
+    assert [(r["path"], r["ran"]) for r in ours] == [(p, p) for p in measure.PATHS]
+    assert {r["method"] for r in records} == {"graph"}
+    assert measure.last_path() == "auto"
+    (table,) = (t for t in report.tables(records, "cuda") if t.title == "CUDA kernels")
+    assert [row[0] for row in table.rows] == [peers.COPY, *measure.PATHS]
 
 
 # --------------------------------------------------------------------- gpu-check
