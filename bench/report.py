@@ -14,6 +14,7 @@ import csv
 import datetime
 import importlib.metadata
 import json
+import os
 import platform
 import re
 import shutil
@@ -118,6 +119,7 @@ def about(device: str) -> dict[str, str | int | None]:
     found["torch"] = torch.__version__
     if device == "cpu":
         found["threads"] = torch.get_num_threads()
+        found["load before"] = round(os.getloadavg()[0], 2)
         found["instructions"] = torch.backends.cpu.get_cpu_capability()
         return found
     properties = torch.cuda.get_device_properties(0)
@@ -222,10 +224,10 @@ def _faster(ours: str):
     return cell
 
 
-def _faster_than(ours: str, records: list[dict]) -> Table:
+def _faster_than(ours: str, records: list[dict], where: str = "") -> Table:
     header, rows = _grid(records, _size, _faster(ours))
     rows = [row for row in rows if row[0] != ours]
-    return Table(f"How much faster {ours} is than", header, rows)
+    return Table(f"How much faster {ours} is{where} than", header, rows)
 
 
 def _timed(title: str, records: list[dict], column=_size, note: str = "") -> Table:
@@ -344,7 +346,9 @@ def _accuracy(records: list[dict]) -> list[Table]:
 
         def cell(mine: dict, others: dict, key=key) -> str:
             value = mine[key]
-            return NOTHING if value is None else f"{value:.1e}"
+            if value is None or value != value:
+                return number(value)
+            return f"{value:.1e}"
 
         header, rows = _grid(good, column, cell)
         if key == "scale":
@@ -401,7 +405,7 @@ def tables(records: list[dict], device: str) -> list[Table]:
     if some := _of(records, "pair"):
         note = "Observation [N, F] and reward [N, 1]."
         found.append(_timed("Two keys, as environments have them", some, note=note))
-        found.append(_faster_than(peers.TRANSFORM, some))
+        found.append(_faster_than(peers.TRANSFORM, some, " on two keys"))
     if some := _of(records, "step"):
         found.append(_steps(some))
     if some := _of(records, "accuracy"):

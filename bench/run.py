@@ -301,12 +301,15 @@ def tasks(plan: Plan, device: str) -> list[Task]:
             for path in which:
                 label = f"{n} × {f} {dtype} {path}"
                 add("correctness", label, correct, n, f, dtype, path, device)
+    one_key = peers.without(peers.FORWARD)
     for n, f in plan.sizes:
-        add("main", f"{n} × {f}", timed, plan, "main", [(n, f)], device)
+        add("main", f"{n} × {f}", timed, plan, "main", [(n, f)], device, who=one_key)
     usual = peers.select(
         peers.COPY, peers.OPERATOR, peers.TRANSFORM, peers.TORCHRL, peers.BATCH_NORM
     )
-    transforms = peers.select(peers.TRANSFORM, peers.TORCHRL, peers.TORCHRL_V2)
+    transforms = peers.select(
+        peers.TRANSFORM, peers.FORWARD, peers.TORCHRL, peers.TORCHRL_V2
+    )
     for n, f in plan.pairs:
         shapes = [(n, f), (n, 1)]
         add("pair", f"{n} × {f}", timed, plan, "pair", shapes, device, who=transforms)
@@ -341,11 +344,10 @@ def tasks(plan: Plan, device: str) -> list[Task]:
                 label, shapes = f"{n} × {f}, {threads}", [(n, f)]
                 add("threads", label, timed, plan, "threads", shapes, device, **kwargs)
     short = replace(plan, rounds=min(plan.rounds, 3))
-    who = peers.without(peers.FORWARD)
     sweeps = [("samples", (n, 64)) for n in plan.samples]
     sweeps += [("features", (4096, f)) for f in plan.features]
     for section, (n, f) in sweeps:
-        add(section, f"{n} × {f}", timed, short, section, [(n, f)], device, who=who)
+        add(section, f"{n} × {f}", timed, short, section, [(n, f)], device, who=one_key)
     return found
 
 
@@ -353,6 +355,11 @@ def run(plan: Plan, device: str, folder: Path) -> list[dict]:
     """Measures everything and writes it into a folder, as it goes."""
     folder.mkdir(parents=True, exist_ok=True)
     about = report.about(device)
+    if device == "cpu" and about["load before"] > 0.5:
+        busy = (
+            "other programs are running: threads that wait for each other will show it"
+        )
+        print(busy, file=sys.stderr)
     records: list[dict] = []
     gc.freeze()  # modules are here to stay: collections need not look at them
     begin = time.perf_counter()
