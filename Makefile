@@ -2,20 +2,26 @@
 #
 #   make demo     normalise Pendulum-v1, side by side with torchrl's VecNorm
 #   make test     run the tests (make test TESTS="tests/test_ops.py -k opcheck")
-#   make bench    time it against copy_ and torchrl, into bench/results/
+#   make bench    measure it against copy_ and other normalisers, into bench/results/
+#                 (make bench BENCH="--quick" for a couple of minutes)
 #   make build    compile what has changed
 #   make lint     check style; make format mends it
 #   make clean    remove what was built, and the virtual environment
+#
+# and one thing happens outside of it, with the interpreter PYTHON and no network:
+#
+#   make gpu-check  on a machine with a CUDA GPU: build, test, sanitize and measure
 
 PYTHON ?= python3
 VENV ?= .venv
 TESTS ?= tests
+BENCH ?=
 
 bin := $(VENV)/bin
 cxx := $(shell find csrc -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu' \
 	-o -name '*.cuh')
 
-.PHONY: demo test bench build lint format clean
+.PHONY: demo test bench gpu-check build lint format clean
 
 demo: build
 	$(bin)/python examples/pendulum.py
@@ -23,8 +29,11 @@ demo: build
 test: build
 	$(bin)/python -m pytest $(TESTS)
 
-bench: build
-	$(bin)/python bench/compare.py
+bench: build $(VENV)/peers
+	$(bin)/python -m bench.run $(BENCH)
+
+gpu-check:
+	$(PYTHON) -m bench.gpu_check
 
 build: $(VENV)/built
 
@@ -46,6 +55,14 @@ $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(bin)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
+
+# A peer that cannot be had is shown as such, and tried again the next time.
+$(VENV)/peers: $(VENV)/installed bench/requirements.txt
+	@missing=; for peer in $$(grep -v '^#' bench/requirements.txt); do \
+		$(bin)/python -m pip install --quiet --disable-pip-version-check \
+			--no-deps $$peer || missing="$$missing $$peer"; \
+	done; \
+	if [ -z "$$missing" ]; then touch $@; else echo "not installed:$$missing"; fi
 
 # An editable install, so that Python changes need no build; setup.py keeps its object
 # files in build/, so that C++ changes compile only what they touch.

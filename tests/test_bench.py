@@ -1,0 +1,420 @@
+# Copyright (c) the torchrl_vecnorm authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""The benchmark: that it runs, shows who is missing, and judges goals as it should."""
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+for package in ("matplotlib", "rich", "tabulate", "tqdm"):
+    pytest.importorskip(package)
+pytest.importorskip("bench", reason="the source folder is not on the path")
+
+from bench import (  # noqa: E402
+    accuracy,
+    env,
+    goals,
+    gpu_check,
+    measure,
+    peers,
+    report,
+    run,
+    sanitize,
+)
+
+ROOT = Path(__file__).parents[1]
+
+TINY = replace(
+    run.QUICK,
+    sizes=((1, 8), (40, 4)),
+    samples=(1, 8),
+    features=(1, 4),
+    pairs=((1, 8),),
+    some=((8, 4),),
+    steps=((1, 8),),
+    memory=((64, 4),),
+    calls=3,
+    rounds=1,
+    seconds=1e-4,
+)
+
+
+def broken(xs, ys):
+    raise ModuleNotFoundError("No module named 'nothing'")
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """A run of seconds, over some peers and one that cannot be had."""
+    some = peers.without("rsl_rl", "skrl", "stable-baselines3")  # slow to import
+    some.append(peers.Peer("broken", broken, accuracy.Formula(), "nothing"))
+    monkeypatch.setattr(peers, "PEERS", some)
+    monkeypatch.setattr(run, "QUICK", TINY)
+
+
+def test_run(quick, tmp_path, capsys):
+    assert run.main(["--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    saved = json.loads((tmp_path / "results.json").read_text())
+    assert saved["about"]["torch"] == torch.__version__
+    assert saved["about"]["nothing"] == "not installed"
+    sections = {r["section"] for r in saved["records"]}
+    assert sections >= {"main", "pair", "step", "accuracy", "memory", "correctness"}
+    assert all("name" in r or r["section"] == "correctness" for r in saved["records"])
+    text = (tmp_path / "README.md").read_text()
+    for out in (text, capsys.readouterr().out):
+        assert "not installed: No module named" in out
+        assert "Expected more than 1 value per channel" in " ".join(out.split())
+    assert "misses by" in text or "not measured" in text
+    assert (tmp_path / "results.csv").read_text().count("\n") > 50
+    for figure in ("growth.png", "bandwidth.png"):
+        assert f"({figure})" in text and (tmp_path / figure).stat().st_size > 10_000
+
+
+def test_a_wrong_result_fails(quick, monkeypatch, tmp_path, capsys):
+    def wrong(x, state, *, decay, eps, out):
+        out.copy_(x)
+
+    monkeypatch.setattr(run.F, "update_", wrong)
+    monkeypatch.setattr(run, "tasks", only("correctness", run.tasks))
+    assert run.main(["--quick", "--device", "cpu", "--out", str(tmp_path)]) == 1
+    assert "WRONG" in (tmp_path / "README.md").read_text()
+
+
+def test_unwritten_outputs_are_wrong(monkeypatch):
+    monkeypatch.setattr(run.F, "update_", lambda *args, **kwargs: None)
+    (record,) = run.correct(8, 4, torch.float32, "auto", "cpu")
+    assert not record["passed"]
+
+
+def only(section, tasks):
+    return lambda *args: [t for t in tasks(*args) if t.section == section]
+
+
+def test_a_task_that_fails_leaves_its_reason():
+    def out_of_memory():
+        raise RuntimeError("CUDA out of memory\nand so on")
+
+    (record,) = run.Task("main", "1 × 1", out_of_memory).run()
+    assert record["reason"] == "RuntimeError: CUDA out of memory"
+    table = report.tables([record], "cpu")[-1]
+    assert "CUDA out of memory" in table.markdown()
+
+
+# ------------------------------------------------------------------------- goals
+
+
+def timing(section, size, name, microseconds, **more):
+    n, f = size
+    record = {"section": section, "samples": n, "features": f, "name": name}
+    more = {"dtype": "float32", "method": "eager", **more}
+    return {**record, "microseconds": microseconds, **more}
+
+
+def test_goals_on_the_cpu():
+    at = (4096, 64)
+    records = [
+        timing("main", at, peers.COPY, 100.0),
+        timing("main", at, peers.OPERATOR, 160.0),
+        timing("main", at, peers.TORCHRL, 1600.0),
+        timing("main", at, peers.BATCH_NORM, 480.0),
+        timing("pair", (1, 8), peers.TRANSFORM, 10.0),
+        timing("pair", (1, 8), peers.TORCHRL, 249.0),
+        timing("step", (1, 8), env.IDENTITY, 50.0),
+        timing("step", (1, 8), env.OURS, 58.0),
+    ]
+    found = {g.what: g for g in goals.evaluate(records, "cpu")}
+    assert len(found) == 3 * len(goals.CPU) + 2
+    verdicts = [g.verdict for g in found.values()]
+    assert verdicts[:3] == ["met", "met", "misses by 0.5 (14%)"]
+    assert set(verdicts[3:-2]) == {"not measured"}
+    assert verdicts[-2:] == ["misses by 0.1 (0%)", "met"]
+
+
+def test_goals_on_a_gpu():
+    at = (1_000_000, 256)
+    records = []
+    for section, dtype, ours in [
+        ("main", "float32", 1.5),
+        ("dtypes", "bfloat16", 1.79),
+        ("dtypes", "float16", 1.81),
+    ]:
+        more = {"method": "graph", "dtype": dtype}
+        records += [
+            # The host's clock is not asked where there is a graph.
+            timing(section, at, peers.COPY, 1.0, dtype=dtype),
+            timing(section, at, peers.OPERATOR, 100.0, dtype=dtype),
+            timing(section, at, peers.COPY, 1000.0, **more),
+            timing(section, at, peers.OPERATOR, 1000.0 * ours, **more),
+        ]
+    records += [
+        timing("pair", at, peers.TRANSFORM, 10.0),
+        timing("pair", at, peers.TORCHRL, 29.0),
+    ]
+    found = {g.what: g.verdict for g in goals.evaluate(records, "cuda")}
+    mine = [v for what, v in found.items() if "1000000" in what and "256" in what]
+    assert mine == ["met", "met", "misses by 0.01 (1%)", "misses by 0.1 (3%)"]
+    paths = [
+        timing("paths", at, name, 3.0, method="graph", path=path, ran="two_kernels")
+        for path in measure.PATHS
+        for name in (peers.COPY, peers.OPERATOR)
+    ]
+    text = "\n".join(t.markdown() for t in report.tables(records + paths, "cuda"))
+    assert "H200" in text and "CUDA kernels" in text
+    assert "3.00 (1.00) two_kernels" in text  # where another was asked for
+
+
+def test_an_error_is_no_number():
+    records = [timing("main", (1, 8), peers.OPERATOR, None, reason="ValueError: no")]
+    assert goals.find(records, section="main") is None
+
+
+# ---------------------------------------------------------------------- accuracy
+
+
+@pytest.mark.parametrize("peer", peers.PEERS, ids=lambda p: p.name)
+def test_formulas(peer):
+    """Each peer computes what its formula says, up to rounding."""
+    if peer.formula is None or peer.name == peers.COMPILED_V2:
+        pytest.skip("has none, or takes long to compile")
+    try:
+        found = accuracy.errors(peer.make, peer.formula, 1.0, 5, "cpu")
+    except ModuleNotFoundError as error:
+        pytest.skip(str(error))
+    for errors in found.values():
+        assert errors["rounding"] < 1e-5
+        assert errors["scale"] is None or errors["scale"] < 1e-5
+
+
+def test_an_error_that_is_not_finite_shows():
+    def wrong(xs, ys):
+        return peers.Run(lambda: [xs[0] * torch.inf])
+
+    found = accuracy.errors(wrong, accuracy.Formula(), 1.0, 1, "cpu")
+    assert found[1]["rounding"] != found[1]["rounding"]
+    assert report.number(found[1]["rounding"]) == "NaN"
+
+
+# ----------------------------------------------------------------------- measure
+
+
+def test_buffers_outgrow_the_cache():
+    cache = 60 * 2**20
+    for n_bytes in (2**21, 10**7, 2**28):
+        sets = measure.buffer_sets(n_bytes, cache)
+        assert sets >= 2 and sets * n_bytes > 3 * cache
+    assert measure.buffer_sets(64, cache) == measure.MOST_BUFFERS
+
+
+@pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux"
+)
+def test_memory_sees_a_temporary():
+    x = torch.ones(1 << 24)
+    assert measure.peak_memory(lambda: x + 1, "cpu") == pytest.approx(x.nbytes, rel=0.1)
+    assert measure.peak_memory(lambda: x.add_(1), "cpu") < x.nbytes / 10
+
+
+class FakeGraph:
+    """Runs when it is captured, and not again."""
+
+    replays = 0
+
+    def replay(self):
+        FakeGraph.replays += 1
+
+
+class FakeEvent:
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = FakeGraph.replays
+
+    def elapsed_time(self, other):
+        return 2.0 * (other.at - self.at)  # two milliseconds a replay
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    """What runs on a GPU runs on the CPU, and what asks for one gets an answer."""
+    path = ["auto"]
+    anything = SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in {
+        "CUDAGraph": FakeGraph,
+        "Event": FakeEvent,
+        "Stream": lambda: anything,
+        "current_stream": lambda: anything,
+        "stream": lambda stream: nullcontext(),
+        "graph": lambda graph: nullcontext(),
+        "synchronize": lambda: None,
+        "get_device_properties": lambda i: SimpleNamespace(L2_cache_size=1000),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    random = measure.random
+    monkeypatch.setattr(
+        measure, "random", lambda n, f, t, device: random(n, f, t, "cpu")
+    )
+    paths = SimpleNamespace(
+        cuda_path=lambda name: path.__setitem__(0, name), last_cuda_path=lambda: path[0]
+    )
+    monkeypatch.setattr(measure, "_C", paths)
+
+
+def test_graphs(fake_gpu):
+    records = run.timed(TINY, "main", [(40, 4)], "cuda")
+    graph = {r["name"]: r for r in records if r["method"] == "graph"}
+    assert len(records) > len(graph) >= 5
+    for name in (peers.COPY, peers.OPERATOR, peers.TRANSFORM, peers.TORCHRL):
+        assert graph[name]["buffers"] == 3
+        assert graph[name]["microseconds"] == pytest.approx(2000 / 3)
+        assert len(graph[name]["rounds"]) == 3 * TINY.rounds
+    assert "reason" in graph[peers.TORCHRL_V2]
+
+
+def test_paths(fake_gpu):
+    records = run.paths(TINY, 40, 4)
+    ours = [r for r in records if r["name"] == peers.OPERATOR]
+    assert [(r["path"], r["ran"]) for r in ours] == [(p, p) for p in measure.PATHS]
+    assert {r["method"] for r in records} == {"graph"}
+    assert measure.last_path() == "auto"
+    (table,) = (t for t in report.tables(records, "cuda") if t.title == "CUDA kernels")
+    assert [row[0] for row in table.rows] == [peers.COPY, *measure.PATHS]
+
+
+# --------------------------------------------------------------------- gpu-check
+
+
+def test_no_gpu():
+    ran = subprocess.run(
+        [sys.executable, "-m", "bench.gpu_check"],
+        cwd=ROOT,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 2
+    assert "no CUDA GPU" in ran.stderr and len(ran.stderr.splitlines()) == 1
+
+
+def test_steps_do_not_stop_each_other(monkeypatch, tmp_path):
+    def crash(limit, folder, log):
+        raise OSError("no compiler")
+
+    def slow(limit, folder, log):
+        command = [sys.executable, "-c", "import time; time.sleep(60)"]
+        finished = gpu_check.run(command, 0.1, {}, log)
+        assert finished.code is None
+        return gpu_check.judge_tests(tmp_path / "none.xml", finished)
+
+    def fine(limit, folder, log):
+        return gpu_check.PASSED, "a | b"
+
+    monkeypatch.setattr(gpu_check, "build", crash)
+    monkeypatch.setattr(gpu_check, "tests", slow)
+    monkeypatch.setattr(gpu_check, "bench", fine)
+    monkeypatch.setattr(gpu_check, "compute_sanitizer", lambda: None)
+    outcomes = gpu_check.check(tmp_path, list(gpu_check.SECONDS))
+    assert [o.step for o in outcomes] == list(gpu_check.SECONDS)
+    states = [o.state for o in outcomes]
+    assert states[:2] == [gpu_check.FAILED] * 2
+    assert states[2:6] == [gpu_check.DID_NOT_RUN] * 4 and states[6] == gpu_check.PASSED
+    text = (tmp_path / "gpu-check.md").read_text()
+    assert "OSError: no compiler" in text and "out of time" in text
+
+
+def test_the_record_of_tests(tmp_path):
+    file = tmp_path / "test_them.py"
+    file.write_text(
+        "import pytest\n"
+        "def test_good(): pass\n"
+        "def test_bad(): assert False\n"
+        "@pytest.mark.skip(reason='later')\n"
+        "def test_skip(): pass\n"
+    )
+    xml = tmp_path / "tests.xml"
+    command = [sys.executable, "-m", "pytest", "-q", str(file), f"--junitxml={xml}"]
+    finished = gpu_check.run(command, 60, {}, tmp_path / "log")
+    state, detail = gpu_check.judge_tests(xml, finished)
+    assert state == gpu_check.FAILED
+    assert detail.startswith("1 passed, 1 failed, 1 skipped; skipped: later (1)")
+    assert detail.endswith("test_them::test_bad")
+
+
+OURS = "=========     at void vecnorm::cuda::update<float>(Params)+0x70"
+TORCH = "=========     at void at::native::fill<float>(int)+0x70"
+READ = "========= Uninitialized __global__ memory read of size 4 bytes"
+COPY = "========= Host API uninitialized memory access"
+
+
+@pytest.mark.parametrize(
+    "tool,code,lines,state",
+    [
+        ("memcheck", 0, [sanitize.DONE, "========= ERROR SUMMARY: 0 errors"], "passed"),
+        ("memcheck", 1, [sanitize.DONE, "========= ERROR SUMMARY: 2 errors"], "FAILED"),
+        ("synccheck", 1, ["Traceback", "========= ERROR SUMMARY: 0 errors"], "FAILED"),
+        ("memcheck", 255, ["========= Error: Device not supported"], "did not run"),
+        ("memcheck", None, ["(33, 17): auto"], "did not run"),
+        (
+            "racecheck",
+            0,
+            [
+                sanitize.DONE,
+                "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)",
+            ],
+            "passed",
+        ),
+        (
+            "racecheck",
+            1,
+            [
+                sanitize.DONE,
+                "========= RACECHECK SUMMARY: 2 hazards displayed (1 error, 1 warning)",
+            ],
+            "FAILED",
+        ),
+        (
+            "initcheck",
+            1,
+            [READ, TORCH, sanitize.DONE, "========= ERROR SUMMARY: 1 error"],
+            "passed",
+        ),
+        (
+            "initcheck",
+            1,
+            [
+                READ,
+                TORCH,
+                READ,
+                OURS,
+                sanitize.DONE,
+                "========= ERROR SUMMARY: 2 errors",
+            ],
+            "FAILED",
+        ),
+        (
+            "initcheck",
+            1,
+            [COPY, sanitize.DONE, "========= ERROR SUMMARY: 1 error"],
+            "FAILED",
+        ),
+    ],
+)
+def test_what_a_sanitizer_says(tool, code, lines, state):
+    finished = gpu_check.Finished(code, "\n".join(lines))
+    assert gpu_check.judge_sanitizer(tool, finished, sanitize.DONE)[0] == state
+
+
+def test_the_driver_of_the_sanitizer(capsys):
+    """On the CPU it compares the CPU with itself, which it has to survive."""
+    sanitize.drive("cpu")
+    assert len(capsys.readouterr().out.splitlines()) > 20
