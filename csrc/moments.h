@@ -61,15 +61,15 @@ struct Moments {
   }
 };
 
+struct Statistic {
+  double loc;
+  double scale;
+};
+
 // A decay once a call is {decay, 1}; other schedules are other numbers.
 struct Weights {
   double keep;    // multiplies the old moments
   double weight;  // what a new sample weighs
-};
-
-struct Statistic {
-  double loc;
-  double scale;
 };
 
 // A value is left out when it is not finite, or so large that sums of its square would
@@ -92,15 +92,24 @@ VECNORM_HD Partial combine(Partial a, Partial b) {
   return {a.n + b.n, a.d1 + b.d1, a.d2 + b.d2};
 }
 
+// Whether the old moments keep so much weight beside a batch of `samples` that the
+// spread between the two means is part of the new variance.
+VECNORM_HD bool anchored(double used, double samples, Weights w) {
+  return w.keep * used >= 0.01 * w.weight * samples;
+}
+
 // Whether float sums over n values can be trusted, or the values have to be summed
 // again in double. They cannot when a value was not finite, when a square over- or
 // underflowed, nor when the shift lies so far from the values (|mean d| > 8 standard
-// deviations) that the variance is a small difference of large sums.
-VECNORM_HD bool trustworthy(double n, double d1, double d2) {
+// deviations) that the variance is a small difference of large sums. That does not
+// matter where the shift is the mean of moments that stay: the new variance is then of
+// the size of the sums.
+VECNORM_HD bool trustworthy(double n, double d1, double d2, bool is_anchored) {
   if (d1 == 0 && d2 == 0) {
     return true;
   }
-  return d2 <= kLargest<float> && d2 >= 1e-30 * n && 65. * d1 * d1 <= 64. * n * d2;
+  return d2 <= kLargest<float> && d2 >= 1e-30 * n &&
+         (is_anchored || 65. * d1 * d1 <= 64. * n * d2);
 }
 
 // Moments around zero of a batch that was summed around `shift`.

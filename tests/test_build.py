@@ -4,12 +4,17 @@
 # LICENSE file in the root directory of this source tree.
 """What people meet when an installation goes wrong: one sentence that helps."""
 
+import re
+import shutil
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
 
 import pytest
+import torch
+
+from torchrl_vecnorm._load import _C
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(
@@ -56,6 +61,20 @@ def test_import_of_another_build(tmp_path, built_for, message):
     result = run("-c", script, cwd=tmp_path)
     assert result.stderr.strip().splitlines()[-1].startswith("ImportError")
     assert message in result.stderr
+
+
+@pytest.mark.skipif(shutil.which("ldd") is None, reason="needs ldd")
+def test_nothing_is_left_to_the_linker():
+    """Every symbol is there when the module is loaded, but for Python's own."""
+    libraries = str(Path(torch.__file__).parent / "lib")
+    result = subprocess.run(
+        ["ldd", "-r", _C.__file__],
+        env={"LD_LIBRARY_PATH": libraries, "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+    )
+    found = re.findall(r"undefined symbol: (\S+)", result.stdout + result.stderr)
+    assert found and [s for s in found if not s.startswith(("Py", "_Py"))] == []
 
 
 def test_sdist_has_what_a_build_needs(tmp_path):

@@ -62,7 +62,9 @@ def test_paths(shape, dtype, path):
     state = zeros(shape[1:])
     for _ in range(3):
         check(data(shape[:1], shape[1:], dtype).cuda(), state)
-    assert _C.last_cuda_path() == path
+    # Before sm_80 a block has too little shared memory for some.
+    if torch.cuda.get_device_capability() >= (8, 0):
+        assert _C.last_cuda_path() == path
 
 
 @pytest.mark.parametrize("path", PATHS, indirect=True)

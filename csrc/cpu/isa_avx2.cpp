@@ -12,8 +12,8 @@
 #include <type_traits>
 #include <vector>
 
-#include "plan.h"
 #include "isa.h"
+#include "plan.h"
 
 // Only what follows may use these instructions: functions of the headers above are
 // shared with the rest of the program, which may run where they do not exist.

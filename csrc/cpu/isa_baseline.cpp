@@ -10,8 +10,8 @@
 #include <type_traits>
 #include <vector>
 
-#include "plan.h"
 #include "isa.h"
+#include "plan.h"
 
 #define VECNORM_ISA baseline
 constexpr int64_t kPackBytes = 16;

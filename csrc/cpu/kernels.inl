@@ -34,6 +34,9 @@ constexpr int64_t kPack = kPackBytes / sizeof(float);
 constexpr int64_t kPacks = 4;
 // Rows that are summed in float before they are flushed to double.
 constexpr int64_t kFlushRows = 128;
+// Calls with fewer values than that stay on the calling thread: waking the others takes
+// longer.
+constexpr int64_t kSerialValues = 32768;
 // Fewer rows than that are summed in double at once: checking would cost as much.
 constexpr int64_t kFewRows = 16;
 
@@ -97,6 +100,7 @@ Moments write_state(const State& s, int64_t f, int64_t features, Moments m,
 struct Work {
   Plan plan;
   int64_t group = 1;               // rows taken as one when reading x
+  bool is_anchored = true;         // every feature (moments.h)
   double* shift = nullptr;         // [features]
   double* partials = nullptr;      // [row_chunks][3][features]: n, d1, d2
   double* counted = nullptr;       // [row_chunks]
@@ -286,7 +290,8 @@ void sum_in_double(const Rows<const T>& x, int64_t rows, const bool* mask,
 template <typename T>
 bool accumulate_fast(const Rows<const T>& x, int64_t rows, double counted,
                      const bool* mask, int64_t group, int64_t features,
-                     const double* shift, double* n, double* d1, double* d2) {
+                     const double* shift, bool is_anchored, double* n, double* d1,
+                     double* d2) {
   if (group == 1) {
     thread_local std::vector<float> rounded;
     rounded.assign(shift, shift + features);
@@ -313,7 +318,7 @@ bool accumulate_fast(const Rows<const T>& x, int64_t rows, double counted,
   bool good = true;
   for (int64_t f = 0; f < features; ++f) {
     n[f] = counted;
-    good &= trustworthy(counted, d1[f], d2[f]);
+    good &= trustworthy(counted, d1[f], d2[f], is_anchored);
   }
   return good;
 }
@@ -349,7 +354,7 @@ void accumulate(const Key& key, const Work& work, const Piece& piece) {
     if (rows.size() >= kFewRows) {
       const int64_t group = mask == nullptr ? work.group : 1;
       if (accumulate_fast(x, rows.size(), static_cast<double>(counted), mask, group,
-                          features.size(), shift, n, d1, d2)) {
+                          features.size(), shift, work.is_anchored, n, d1, d2)) {
         return;
       }
       clear();
@@ -518,6 +523,17 @@ void apply_all(const std::vector<Key>& keys, const std::vector<Work>& work,
 
 // ------------------------------------------------------------------------ set up
 
+ParallelFor serial_if_small(const std::vector<Key>& keys, ParallelFor parallel_for) {
+  int64_t values = 0;
+  for (const Key& key : keys) {
+    values += key.samples * key.features;
+  }
+  if (values >= kSerialValues) {
+    return parallel_for;
+  }
+  return [](int64_t n, const Body& body) { body(0, n); };
+}
+
 std::vector<Work> make_work(const std::vector<Key>& keys, bool sums) {
   std::vector<Work> work(keys.size());
   size_t doubles = 0;
@@ -549,6 +565,7 @@ std::vector<Work> make_work(const std::vector<Key>& keys, bool sums) {
 
 void apply_state(const std::vector<Key>& keys, double eps, ApplyPiece apply_piece,
                  ParallelFor parallel_for) {
+  parallel_for = serial_if_small(keys, parallel_for);
   const std::vector<Work> work = make_work(keys, /*sums=*/false);
   for (size_t k = 0; k < keys.size(); ++k) {
     for (int64_t f = 0; f < keys[k].features; ++f) {
@@ -563,14 +580,17 @@ void apply_state(const std::vector<Key>& keys, double eps, ApplyPiece apply_piec
 
 void update(const std::vector<Key>& keys, Weights weights, double eps,
             ParallelFor parallel_for) {
-  const std::vector<Work> work = make_work(keys, /*sums=*/true);
+  parallel_for = serial_if_small(keys, parallel_for);
+  std::vector<Work> work = make_work(keys, /*sums=*/true);
   const Pieces pieces(work);
   for (size_t k = 0; k < keys.size(); ++k) {
     if (keys[k].samples > 0) {
       dispatch_any(keys[k].x.dtype, [&](auto type) {
         for (int64_t f = 0; f < keys[k].features; ++f) {
-          work[k].shift[f] = shift_of<typename decltype(type)::type>(
-              keys[k], read_state(keys[k].state, f), f);
+          const Moments state = read_state(keys[k].state, f);
+          work[k].shift[f] = shift_of<typename decltype(type)::type>(keys[k], state, f);
+          work[k].is_anchored &=
+              anchored(state.used(), static_cast<double>(keys[k].samples), weights);
         }
       });
     }

@@ -5,8 +5,8 @@
 
 // How a key is cut into pieces of work for the CPU.
 //
-// The cut is a function of the shape, and never of the number of threads. Sums are then added in the same order on every
-// run, and results are the same to the bit.
+// The cut is a function of the shape, and never of the number of threads. Sums are then
+// added in the same order on every run, and results are the same to the bit.
 
 #pragma once
 

@@ -19,6 +19,8 @@ namespace cuda {
 
 // Rows that a thread sums in float before it flushes to double.
 constexpr int kFlushRows = 64;
+// Vectors that a thread has under way at once.
+constexpr int kBatch = 4;
 
 // 16 bytes, loaded at once.
 template <typename T>
@@ -112,6 +114,9 @@ struct Place {
     return key->plan.group > 1 && chunk == key->plan.chunks - 1;
   }
   __device__ int64_t tail() const { return key->plan.rows * key->plan.group; }
+  __device__ int tail_values() const {
+    return static_cast<int>(key->key.samples - tail()) * features;
+  }
 };
 
 // Blocks count through the slabs of a chunk first, or through the chunks of a slab.
@@ -218,7 +223,6 @@ __device__ __forceinline__ void sum_block(const Shared& s, const Place& at,
   const int rows = static_cast<int>(blockDim.x) / sharing;
   const int apart = rows * at.width;
   const bool writes = at.is_in() && (!in_warp || thread % kWarp < columns);
-  __syncthreads();  // scratch may be in use
 #pragma unroll kUnroll
   for (int v = 0; v < lanes; ++v) {
     double values[Q];
@@ -246,7 +250,7 @@ __device__ __forceinline__ void sum_block(const Shared& s, const Place& at,
       s.mine()[to[q] * at.features + f] = s.scratch()[q * apart + f];
     }
   }
-  __syncthreads();
+  __syncthreads();  // scratch is free again
 }
 
 // Sums in float around the shift. Every value counts: whether one is not finite, the
@@ -269,10 +273,15 @@ struct FloatSums {
   template <typename T>
   __device__ void add(const T (&x)[V]) {
     for (int v = 0; v < V; ++v) {
-      const float d = load<float>(x[v]) - shift[v];
-      s1[v] += d;
-      s2[v] += d * d;
+      add_one(v, x[v]);
     }
+  }
+
+  template <typename T>
+  __device__ void add_one(int v, T x) {
+    const float d = load<float>(x) - shift[v];
+    s1[v] += d;
+    s2[v] += d * d;
   }
 
   // To be called every kFlushRows rows, and at the end.
@@ -300,9 +309,11 @@ struct DoubleSums {
 
   __device__ void add(const double (&x)[V]) {
     for (int v = 0; v < V; ++v) {
-      sum[v] = reduce(sum[v], x[v], shift[v]);
+      add_one(v, x[v]);
     }
   }
+
+  __device__ void add_one(int v, double x) { sum[v] = reduce(sum[v], x, shift[v]); }
 
   __device__ void flush() {}
 };
@@ -357,6 +368,21 @@ __device__ __forceinline__ DoubleSums<1> sum_values(const Shared& s, const Place
   return sums;
 }
 
+// The tail, as one more row that is not whole.
+template <typename T, typename Add>
+__device__ __forceinline__ void add_tail(const Place& at, Add add) {
+  if (at.has_tail() && at.row == 0) {
+    const Key& key = at.key->key;
+    const T* x =
+        static_cast<const T*>(key.x.data) + at.tail() * key.x.row_stride + at.lane;
+    for (int v = 0; v < Vector<T>::size; ++v) {
+      if (at.lane + v < at.tail_values()) {
+        add(v, x[v]);
+      }
+    }
+  }
+}
+
 // The thread's rows in double, for what float cannot sum. It is rare, and runs where
 // others need their registers: one lane at a time, in two passes.
 template <typename T>
@@ -373,6 +399,11 @@ __device__ __forceinline__ void sum_again(const Shared& s, const Place& at) {
         sum = reduce(sum, load<double>(x[i]->at[v]), shift);
       }
     }
+    add_tail<T>(at, [&](int lane, T value) {
+      if (lane == v) {
+        sum = reduce(sum, load<double>(value), shift);
+      }
+    });
     return sum;
   };
   sum_block<2, 1>(s, at, {1, 2}, V, [&](int v, double (&values)[2]) {
@@ -384,50 +415,26 @@ __device__ __forceinline__ void sum_again(const Shared& s, const Place& at) {
                   [&](int v, double (&values)[1]) { values[0] = sum(v).n; });
 }
 
-// The samples of the block's rows: those that count.
+// The samples of the block's rows, those that count, and the tail's.
 __device__ inline double samples_in(const Place& at) {
-  if (at.begin >= at.end) {
-    return 0;
-  }
   const Key& key = at.key->key;
-  if (key.mask == nullptr) {
-    return static_cast<double>((at.end - at.begin) * at.key->plan.group);
-  }
-  int64_t rows = 0;
-  for (int64_t r = at.begin; r < at.end; r += blockDim.x) {
-    const int64_t mine = r + static_cast<int>(threadIdx.x);
-    rows += __syncthreads_count(mine < at.end && key.mask[mine]);
-  }
-  return static_cast<double>(rows);
-}
-
-// Completes s.mine(): with the tail, and the number of samples.
-__device__ inline void finish_block(const Shared& s, const Place& at, double samples) {
-  const Key& key = at.key->key;
-  const int n = at.features;
-  if (at.has_tail()) {
-    for (int f = static_cast<int>(threadIdx.x); f < n; f += blockDim.x) {
-      Partial sum{s.mine()[f], s.mine()[n + f], s.mine()[2 * n + f]};
-#pragma unroll 1
-      for (int64_t r = at.tail(); r < key.samples; ++r) {
-        sum = reduce(sum, load_any(key.x, r, f), s.shift()[f]);
-      }
-      s.mine()[f] = sum.n;
-      s.mine()[n + f] = sum.d1;
-      s.mine()[2 * n + f] = sum.d2;
+  int64_t rows = at.end > at.begin ? at.end - at.begin : 0;
+  if (key.mask != nullptr) {
+    rows = 0;
+    for (int64_t r = at.begin; r < at.end; r += blockDim.x) {
+      const int64_t mine = r + static_cast<int>(threadIdx.x);
+      rows += __syncthreads_count(mine < at.end && key.mask[mine]);
     }
-    samples += static_cast<double>(key.samples - at.tail());
   }
-  if (threadIdx.x == 0) {
-    s.mine()[3 * n] = samples;
-  }
-  __syncthreads();
+  const int64_t tail = at.has_tail() ? key.samples - at.tail() : 0;
+  return static_cast<double>(rows * at.key->plan.group + tail);
 }
 
 // Brings what the threads have summed into s.mine(); again, if float sums cannot be
 // trusted.
 template <typename T>
-__device__ __forceinline__ void sum_up(const Shared& s, const Place& at,
+__device__ __forceinline__ void sum_up(const Params& p, const Shared& s,
+                                       const Place& at,
                                        const FloatSums<Vector<T>::size>& sums) {
   constexpr int V = Vector<T>::size;
   const int n = at.features;
@@ -438,25 +445,36 @@ __device__ __forceinline__ void sum_up(const Shared& s, const Place& at,
   });
   bool bad = false;
   for (int f = static_cast<int>(threadIdx.x); f < n; f += blockDim.x) {
+    Moments old;
+    old.count = s.old()[3 * n];
+    old.missing = s.old()[2 * n + f];
+    const bool is_anchored =
+        anchored(old.used(), static_cast<double>(at.key->key.samples), p.weights);
     s.mine()[f] = samples;
-    bad = bad || !trustworthy(samples, s.mine()[n + f], s.mine()[2 * n + f]);
+    bad =
+        bad || !trustworthy(samples, s.mine()[n + f], s.mine()[2 * n + f], is_anchored);
+  }
+  if (threadIdx.x == 0) {
+    s.mine()[3 * n] = samples;
   }
   if (__syncthreads_or(bad)) {
     sum_again<T>(s, at);
   }
-  finish_block(s, at, samples);
 }
 
 template <typename T, int V>
-__device__ __forceinline__ void sum_up(const Shared& s, const Place& at,
+__device__ __forceinline__ void sum_up(const Params&, const Shared& s, const Place& at,
                                        const DoubleSums<V>& sums) {
+  const double samples = samples_in(at);
+  if (threadIdx.x == 0) {
+    s.mine()[3 * at.features] = samples;
+  }
   sum_block<2, V>(s, at, {1, 2}, V, [&](int v, double (&values)[2]) {
     values[0] = sums.sum[v].d1;
     values[1] = sums.sum[v].d2;
   });
   sum_block<1, V>(s, at, {0}, V,
                   [&](int v, double (&values)[1]) { values[0] = sums.sum[v].n; });
-  finish_block(s, at, samples_in(at));
 }
 
 // Adds up what the blocks of a slab have found: find(chunk, i) for each value i. The
@@ -491,18 +509,23 @@ __device__ void sum_chunks(const Shared& s, const Place& at, Find find) {
   __syncthreads();
 }
 
-// Whether this block is the last one to come here, of `all`. What the others wrote
-// before they came can be read after it.
-__device__ inline bool comes_last(const Shared& s, unsigned* counter, unsigned all) {
+// Whether the caller is the last of `all` to come here. What the others wrote before
+// they came can be read after it.
+__device__ inline bool comes_last(unsigned* counter, unsigned all) {
+  // The top bit belongs to the barrier of the resident kernel.
+  const bool last = (fetch_add(counter, 1u) & 0x7fffffffu) == all - 1;
+  if (last) {
+    *counter = 0;
+  }
+  return last;
+}
+
+// The same for a whole block.
+__device__ inline bool block_comes_last(const Shared& s, unsigned* counter,
+                                        unsigned all) {
   __syncthreads();
   if (threadIdx.x == 0) {
-    // The top bit belongs to the barrier of the resident kernel.
-    const unsigned before = fetch_add(counter, 1u);
-    const bool last = (before & 0x7fffffffu) == all - 1;
-    if (last) {
-      *counter = 0;
-    }
-    *s.flag() = last ? 1 : 0;
+    *s.flag() = comes_last(counter, all) ? 1 : 0;
   }
   __syncthreads();
   return *s.flag() != 0;
@@ -555,12 +578,13 @@ __device__ inline void write_features(const Params& p, const Shared& s,
 }
 
 // Called by one block of each slab once every block of it has read the state: the last
-// of them writes the count.
+// of them writes the count. One thread does it, the others have better things to do.
 __device__ inline void write_count(const Params& p, const Shared& s, const Place& at) {
-  const LanePlan& plan = at.key->plan;
-  const bool last =
-      comes_last(s, at.key->counters + plan.slabs, static_cast<unsigned>(plan.slabs));
-  if (last && threadIdx.x == 0 && s.total()[3 * at.features] > 0) {
+  const int slabs = at.key->plan.slabs;
+  if (threadIdx.x == 0 &&
+      (slabs == 1 ||
+       comes_last(at.key->counters + slabs, static_cast<unsigned>(slabs))) &&
+      s.total()[3 * at.features] > 0) {
     double unused;
     const State& to = at.key->key.state;
     write(to.count, to.count_dtype, 0, fold_feature(p, s, at, 0, &unused).count);
@@ -587,8 +611,9 @@ __device__ Map<C> get_map(const double* maps, const Place& at, int lane) {
   return {from[f], from[at.features + f], from[2 * at.features + f]};
 }
 
+// `from` is a copy, so that it is loaded at once: `to` may be where it came from.
 template <typename T, typename M, int V>
-__device__ void store_mapped(Vector<T>* to, const Vector<T>& from, const M (&map)[V]) {
+__device__ void store_mapped(Vector<T>* to, const Vector<T> from, const M (&map)[V]) {
   Vector<T> out;
   for (int v = 0; v < V; ++v) {
     out.at[v] = store<T>(map[v](load<typename Compute<T>::type>(from.at[v])));

@@ -31,6 +31,20 @@ using Stream = cudaStream_t;
 
 inline cudaError_t current_device(int* device) { return cudaGetDevice(device); }
 
+// A failed launch must not be reported again by the next call of anybody.
+inline void forget_error() { cudaGetLastError(); }
+
+// Loading kernels may allocate, which a stream that is being captured forbids unless it
+// is told that this has nothing to do with it.
+class OutsideCapture {
+ public:
+  OutsideCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~OutsideCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
 inline cudaError_t query(int device, Limits* limits) {
   int shared = 0;
   int cooperative = 0;
@@ -46,7 +60,7 @@ inline cudaError_t query(int device, Limits* limits) {
   }
   limits->shared = static_cast<size_t>(shared);
   limits->cooperative = cooperative != 0;
-  limits->clusters = clusters != 0;
+  limits->clusters = clusters;
   return cudaSuccess;
 }
 
@@ -91,6 +105,35 @@ cudaError_t blocks_at_once(void (*kernel)(Params), int threads, size_t bytes,
   return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, kernel, threads, bytes);
 }
 
+// How many such clusters run at once on the current GPU: none where the kernel was
+// compiled for one that knows no clusters, or where no part of the GPU is large enough.
+template <typename Params>
+cudaError_t clusters_at_once(void (*kernel)(Params), int size, int threads,
+                             size_t bytes, int* clusters) {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+  *clusters = 0;
+  if (error != cudaSuccess || attributes.ptxVersion < 90) {
+    return error;
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(size));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = bytes;
+  cudaLaunchAttribute cluster;
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = static_cast<unsigned>(size);
+  cluster.val.clusterDim.y = 1;
+  cluster.val.clusterDim.z = 1;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  if (cudaOccupancyMaxActiveClusters(clusters, kernel, &config) != cudaSuccess) {
+    forget_error();
+    *clusters = 0;
+  }
+  return cudaSuccess;
+}
+
 // -------------------------------------------------------------------------- device
 
 // The shared memory of the block, aligned to 16 bytes.
@@ -114,9 +157,11 @@ __device__ __forceinline__ double shuffle_xor(double value, int lanes) {
 // Adds to a word that other blocks wait for. What the thread wrote before can be read
 // by those who have seen the sum, and what they wrote before, by the thread.
 __device__ __forceinline__ unsigned fetch_add(unsigned* to, unsigned value) {
-  __threadfence();
-  const unsigned before = atomicAdd(to, value);
-  __threadfence();
+  unsigned before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(to), "r"(value)
+               : "memory");
   return before;
 }
 

@@ -24,9 +24,6 @@ namespace vecnorm {
 namespace cuda {
 namespace {
 
-// Vectors that a thread has under way at once, beside those in registers.
-constexpr int kBatch = 4;
-
 // Waits for all blocks of a slab. One adds what takes the sum of all to 2³¹: the top
 // bit flips, the others are zero again, and the next call finds a barrier like this.
 __device__ void wait_for_slab(unsigned* word, int chunk, int chunks) {
@@ -70,14 +67,15 @@ template <bool kCluster>
 __device__ __forceinline__ void leave(const Params& p, const Shared& s,
                                       const Place& at) {
   if (at.chunk == 0) {
-    write_count(p, s, at);
+    write_features(p, s, at);
   }
   if constexpr (kCluster) {
     cluster_wait();
   }
 }
 
-// The new statistics, in every block; the first one of the slab writes them.
+// The new statistics, in every block. The first one of the slab writes them: the count
+// now, the rest when it has written its outputs.
 template <typename C>
 __device__ __forceinline__ void fold_slab(const Params& p, const Shared& s,
                                           const Place& at) {
@@ -87,7 +85,7 @@ __device__ __forceinline__ void fold_slab(const Params& p, const Shared& s,
   }
   __syncthreads();
   if (at.chunk == 0) {
-    write_features(p, s, at);
+    write_count(p, s, at);
   }
 }
 
@@ -95,7 +93,7 @@ template <bool kCluster>
 __device__ __forceinline__ void update_values(const Params& p, const Shared& s,
                                               const Place& at) {
   prepare(s, at);
-  sum_up<double>(s, at, sum_values(s, at));
+  sum_up<double>(p, s, at, sum_values(s, at));
   exchange<kCluster>(s, at);
   fold_slab<double>(p, s, at);
   map_values<Affine>(s.maps(), at);
@@ -154,8 +152,9 @@ __device__ __forceinline__ void update_vectors(const Params& p, const Shared& s,
       }
     }
   }
+  add_tail<T>(at, [&](int v, T value) { sums.add_one(v, value); });
   sums.flush();
-  sum_up<T>(s, at, sums);
+  sum_up<T>(p, s, at, sums);
   exchange<kCluster>(s, at);
   fold_slab<C>(p, s, at);
 
@@ -223,23 +222,38 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
 
 }  // namespace
 
-cudaError_t allow_fused(size_t bytes, int* blocks) {
-  *blocks = 1;
-  for (Dtype dtype :
-       {Dtype::kFloat32, Dtype::kFloat64, Dtype::kFloat16, Dtype::kBFloat16}) {
-    cudaError_t error = cudaSuccess;
-    dispatch_float(dtype, [&](auto type) {
-      using T = typename decltype(type)::type;
-      int fit = 0;
-      for (auto kernel : {cluster_kernel<T>, resident_kernel<T>}) {
-        error = error != cudaSuccess ? error : allow_shared(kernel, bytes);
-      }
-      error = error != cudaSuccess
-                  ? error
-                  : blocks_at_once(resident_kernel<T>, kFusedThreads, bytes, &fit);
-      *blocks = fit < *blocks ? fit : *blocks;
-    });
-    if (error != cudaSuccess) {
+namespace {
+
+template <typename T>
+cudaError_t allow(Limits* limits) {
+  for (auto kernel : {cluster_kernel<T>, resident_kernel<T>}) {
+    if (const cudaError_t error = allow_shared(kernel, limits->shared)) {
+      return error;
+    }
+  }
+  int blocks = 0;
+  if (const cudaError_t error =
+          blocks_at_once(resident_kernel<T>, kFusedThreads, limits->shared, &blocks)) {
+    return error;
+  }
+  limits->cooperative = limits->cooperative && blocks > 0;
+  if (limits->clusters > 0) {
+    int clusters = 0;
+    if (const cudaError_t error = clusters_at_once(
+            cluster_kernel<T>, kMaxCluster, kFusedThreads, limits->shared, &clusters)) {
+      return error;
+    }
+    limits->clusters = clusters;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace
+
+cudaError_t allow_fused(Limits* limits) {
+  for (const auto allow_type :
+       {allow<float>, allow<double>, allow<Float16>, allow<BFloat16>}) {
+    if (const cudaError_t error = allow_type(limits)) {
       return error;
     }
   }

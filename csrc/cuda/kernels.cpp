@@ -18,33 +18,48 @@ namespace {
 // The most that accumulate() ever asks for, on every GPU from sm_75 on.
 constexpr size_t kAccumulateBytes = 64 * 1024;
 
-// Asks the current device once.
-cudaError_t find_limits(Limits* limits) {
-  static std::mutex mutex;
-  static auto* known = new std::map<int, Limits>;
-  int device = 0;
-  if (const cudaError_t error = current_device(&device)) {
+// What is known of each device: asked once.
+class Known {
+ public:
+  cudaError_t find(int device, Limits* limits) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = limits_.find(device);
+    if (found != limits_.end()) {
+      *limits = found->second;
+      return cudaSuccess;
+    }
+    const OutsideCapture outside;
+    cudaError_t error = query(device, limits);
+    if (error == cudaSuccess) {
+      error = allow_fused(limits);
+    }
+    if (error == cudaSuccess) {
+      error = allow_accumulate(kAccumulateBytes);
+    }
+    if (error == cudaSuccess) {
+      limits_.emplace(device, *limits);
+    }
     return error;
   }
-  const std::lock_guard<std::mutex> lock(mutex);
-  const auto found = known->find(device);
-  if (found != known->end()) {
-    *limits = found->second;
-    return cudaSuccess;
+
+  // A launch was refused: other processes hold a part of the GPU.
+  void take_away(int device, Path path) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (path == Path::kCluster) {
+      limits_[device].clusters = 0;
+    } else {
+      limits_[device].cooperative = false;
+    }
   }
-  if (const cudaError_t error = query(device, limits)) {
-    return error;
-  }
-  int blocks = 0;
-  if (const cudaError_t error = allow_fused(limits->shared, &blocks)) {
-    return error;
-  }
-  if (const cudaError_t error = allow_accumulate(kAccumulateBytes)) {
-    return error;
-  }
-  limits->cooperative = limits->cooperative && blocks > 0;
-  known->emplace(device, *limits);
-  return cudaSuccess;
+
+ private:
+  std::mutex mutex_;
+  std::map<int, Limits> limits_;
+};
+
+Known& known() {
+  static auto* all = new Known;
+  return *all;
 }
 
 // Gathers keys with their plans into the arguments of a kernel.
@@ -149,7 +164,10 @@ Update::Update(const std::vector<Key>& keys, Weights weights, double eps, Path w
   // A fused kernel knows one floating-point type, and takes integers along.
   std::stable_sort(keys_.begin(), keys_.end(),
                    [](const Key& a, const Key& b) { return kind_of(a) < kind_of(b); });
-  error_ = find_limits(&limits_);
+  error_ = current_device(&device_);
+  if (error_ == cudaSuccess) {
+    error_ = known().find(device_, &limits_);
+  }
   for (size_t i = 0; i < keys_.size() && error_ == cudaSuccess;) {
     size_t end = i + 1;
     while (end < keys_.size() && end - i < kMaxKeys &&
@@ -169,10 +187,10 @@ WorkspaceSize Update::workspace_of(const Batch& batch) const {
   WorkspaceSize all;
   for (int i = 0; i < batch.size; ++i) {
     const WorkspaceSize size = Arguments::size_of(batch.plan.keys[i]);
-    // A resident kernel that finds no room for itself gives way to the other path.
-    const WorkspaceSize other = batch.plan.path == Path::kResident
-                                    ? Arguments::size_of(plan_sums(batch.keys[i]))
-                                    : size;
+    // A fused kernel that finds no room for itself gives way to the other path.
+    const WorkspaceSize other = batch.plan.path == Path::kTwoKernels
+                                    ? size
+                                    : Arguments::size_of(plan_sums(batch.keys[i]));
     all.partials += std::max(size.partials, other.partials);
     all.counters += std::max(size.counters, other.counters);
   }
@@ -186,8 +204,10 @@ cudaError_t Update::run(Workspace workspace, Stream stream) {
   for (Batch& batch : batches_) {
     const Workspace start = workspace;
     cudaError_t error = run(batch, &workspace, stream);
-    if (error == cudaErrorCooperativeLaunchTooLarge) {
-      // Another process has a share of the GPU.
+    if (error != cudaSuccess && batch.plan.path != Path::kTwoKernels) {
+      // The launch was refused, nothing has run.
+      forget_error();
+      known().take_away(device_, batch.plan.path);
       batch.plan = plan_update(batch.keys, batch.size, limits_, Path::kTwoKernels);
       workspace = start;
       error = run(batch, &workspace, stream);

@@ -39,6 +39,8 @@ class Update {
   // Plans for the current device. `wish` is for tests and benchmarks.
   Update(const std::vector<Key>& keys, Weights weights, double eps,
          Path wish = Path::kAuto);
+  Update(const Update&) = delete;  // the batches point into keys_
+  Update& operator=(const Update&) = delete;
 
   WorkspaceSize workspace() const { return workspace_; }
   cudaError_t run(Workspace workspace, Stream stream);
@@ -58,6 +60,7 @@ class Update {
   std::vector<Key> keys_;  // those with samples
   Weights weights_;
   double eps_;
+  int device_ = 0;
   Limits limits_ = {};
   cudaError_t error_ = cudaSuccess;
   std::vector<Batch> batches_;

@@ -20,8 +20,9 @@ cudaError_t launch_normalize(const Launch& shape, Stream stream, const Params& p
 cudaError_t launch_denormalize(const Launch& shape, Stream stream, const Params& p);
 
 // fused.cu: kernels for one floating-point type each, and for keys without vectors.
-// Also says how many resident blocks of that size a processor takes.
-cudaError_t allow_fused(size_t bytes, int* blocks);
+// allow_fused() lets them have all shared memory of the current GPU, and takes from the
+// limits what they cannot do there.
+cudaError_t allow_fused(Limits* limits);
 cudaError_t launch_fused(Dtype dtype, const Launch& shape, Stream stream,
                          const Params& p);
 

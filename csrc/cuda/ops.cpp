@@ -17,9 +17,9 @@
 #include <torch/library.h>
 
 #include <atomic>
+#include <map>
 #include <mutex>
 #include <string>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -85,7 +85,7 @@ class Workspaces {
  public:
   Buffers find(const Tensor& state, cuda::WorkspaceSize size, cuda::Stream stream) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    c10::StorageImpl* owner = state.storage().unsafeGetStorageImpl();
+    const Owner owner{state.storage().unsafeGetStorageImpl(), state.data_ptr()};
     const auto found = entries_.find(owner);
     if (found != entries_.end() && !found->second.owner.expired() &&
         found->second.buffers.back().holds(size)) {
@@ -107,6 +107,9 @@ class Workspaces {
   }
 
  private:
+  // Several states may lie in one storage.
+  using Owner = std::pair<c10::StorageImpl*, void*>;
+
   struct Entry {
     c10::weak_intrusive_ptr<c10::StorageImpl> owner;
     std::vector<Buffers> buffers;
@@ -119,7 +122,7 @@ class Workspaces {
   }
 
   std::mutex mutex_;
-  std::unordered_map<c10::StorageImpl*, Entry> entries_;
+  std::map<Owner, Entry> entries_;
 };
 
 Workspaces& workspaces() {

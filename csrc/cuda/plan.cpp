@@ -26,8 +26,6 @@ constexpr int kGroupColumns = std::min(64, std::min(kBlockThreads, kFusedThreads
 constexpr int kMaxColumns = std::min(256, std::min(kBlockThreads, kFusedThreads));
 constexpr int kMaxGroupedFeatures = 256;
 
-// Portable: every GPU that knows clusters runs 8 blocks in one.
-constexpr int kMaxCluster = 8;
 // Beyond this a block's share takes longer to read than all blocks take to meet.
 constexpr int64_t kClusterBytes = 64 * 1024;
 // The resident kernel has to keep this share of x to be worth its few threads.
@@ -165,7 +163,7 @@ bool plan_cluster(const Key* keys, int size, const Limits& limits, Plan* plan) {
     k.chunks = plan->cluster;
   }
   const int slots = slots_of(*plan, size, limits);
-  if (!limits.clusters || slots < 0) {
+  if (limits.clusters == 0 || slots < 0) {
     return false;
   }
   for (int i = 0; i < size; ++i) {
@@ -193,7 +191,7 @@ bool suits_clusters(const Key* keys, int size, const Limits& limits, const Plan&
     const int64_t width = k.group > 1 ? k.lanes : k.slab_lanes;
     most = std::max(most, k.rows_per_chunk * width * size_of(keys[i].x.dtype));
   }
-  return blocks <= limits.processors && most <= kClusterBytes;
+  return blocks <= limits.clusters * kMaxCluster && most <= kClusterBytes;
 }
 
 int64_t bytes_of(const Key& key) {

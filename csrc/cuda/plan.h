@@ -31,6 +31,8 @@ constexpr int kMaxKeys = 16;
 constexpr int kBlockThreads = VECNORM_BLOCK_THREADS;
 constexpr int kFusedThreads = VECNORM_FUSED_THREADS;
 constexpr int kWarp = 32;
+// Portable: where blocks can form clusters at all, 8 can.
+constexpr int kMaxCluster = 8;
 // 16-byte vectors that a thread of a fused kernel keeps in registers: more would spill
 // more than a few bytes.
 constexpr int kHeld = 12;
@@ -40,7 +42,7 @@ constexpr int kHeldHalf = 6;
 struct Limits {
   int processors;    // blocks with all of `shared` that run at once
   size_t shared;     // bytes that a block may have
-  bool clusters;     // blocks that read each other's shared memory
+  int clusters;      // of kMaxCluster such blocks, that run at once
   bool cooperative;  // blocks that may wait for each other
 };
 

@@ -24,9 +24,9 @@ namespace vecnorm {
 namespace cuda {
 namespace {
 
-__device__ void accumulate(const Shared& s, const Place& at) {
+__device__ void accumulate(const Params& p, const Shared& s, const Place& at) {
   if (at.key->plan.vector == 1) {
-    sum_up<double>(s, at, sum_values(s, at));
+    sum_up<double>(p, s, at, sum_values(s, at));
     return;
   }
   dispatch_float(at.key->key.x.dtype, [&](auto type) {
@@ -45,7 +45,9 @@ __device__ void accumulate(const Shared& s, const Place& at) {
       }
       sums.flush();
     }
-    sum_up<T>(s, at, sums);
+    add_tail<T>(at, [&](int v, T value) { sums.add_one(v, value); });
+    sums.flush();
+    sum_up<T>(p, s, at, sums);
   });
 }
 
@@ -55,7 +57,7 @@ __global__ void __launch_bounds__(kBlockThreads)
   const Place at = find_place(p, static_cast<int>(blockIdx.x), true);
   const LanePlan& plan = at.key->plan;
   prepare(s, at);
-  accumulate(s, at);
+  accumulate(p, s, at);
 
   const int values = 3 * at.features + 1;
   double* const slab =
@@ -63,7 +65,8 @@ __global__ void __launch_bounds__(kBlockThreads)
   for (int i = static_cast<int>(threadIdx.x); i < values; i += blockDim.x) {
     slab[static_cast<int64_t>(at.chunk) * values + i] = s.mine()[i];
   }
-  if (!comes_last(s, at.key->counters + at.slab, static_cast<unsigned>(plan.chunks))) {
+  if (!block_comes_last(s, at.key->counters + at.slab,
+                        static_cast<unsigned>(plan.chunks))) {
     return;
   }
   sum_chunks(s, at, [&](int chunk, int i) {
@@ -104,9 +107,20 @@ __device__ void apply(const Params& p) {
     const Walk<T> x(key.x, at);
     const Walk<T> y(key.y, at);
     const int n = rows_of(at);
-#pragma unroll 4
-    for (int i = 0; i < n; ++i) {
-      store_mapped(y[i], *x[i], map);
+    for (int i = 0; i < n; i += kBatch) {
+      Vector<T> batch[kBatch];
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        if (i + j < n) {
+          batch[j] = *x[i + j];
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        if (i + j < n) {
+          store_mapped(y[i + j], batch[j], map);
+        }
+      }
     }
     if (at.has_tail()) {
       map_tail<Map, C>(maps, at);

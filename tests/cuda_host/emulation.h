@@ -48,12 +48,13 @@ struct Index {
 
 inline bool descending = false;
 // The emulated GPUs have few processors and little memory, so that small inputs already
-// overflow; the last one knows neither clusters nor cooperative launches.
+// overflow; the third one knows neither clusters nor cooperative launches.
 inline const vecnorm::cuda::Limits devices[] = {{7, 24 * 1024, true, true},
                                                 {9, 96 * 1024, true, true},
                                                 {5, 64 * 1024, false, false}};
 inline int device = 0;
-// A cooperative launch is refused, as it is when another process holds processors.
+// Launches of blocks that need each other are refused, as they are when another process
+// holds processors.
 inline bool busy = false;
 
 // Threads that meet: the last one lets the others go on.
@@ -301,17 +302,30 @@ cudaError_t blocks_at_once(void (*)(Params), int, size_t, int* blocks) {
 }
 
 template <typename Params>
+cudaError_t clusters_at_once(void (*)(Params), int, int, size_t, int* clusters) {
+  *clusters = emulation::devices[emulation::device].clusters;
+  return cudaSuccess;
+}
+
+inline void forget_error() {}
+
+struct OutsideCapture {
+  ~OutsideCapture() {}
+};
+
+template <typename Params>
 cudaError_t launch(void (*kernel)(Params), const Launch& shape, Stream,
                    const Params& params) {
   const Limits& limits = emulation::devices[emulation::device];
-  if (shape.cooperative && (emulation::busy || shape.blocks > limits.processors)) {
+  if (emulation::busy && (shape.cooperative || shape.cluster > 1)) {
     return cudaErrorCooperativeLaunchTooLarge;
   }
   // Every real GPU has 64 KB; the emulated ones have less, for what adapts to it.
   const bool adapts = shape.cooperative || shape.cluster > 1;
   if (shape.shared > (adapts ? limits.shared : 64 * 1024) ||
       shape.blocks % shape.cluster != 0 || (shape.cooperative && !limits.cooperative) ||
-      (shape.cluster > 1 && !limits.clusters)) {
+      (shape.cluster > 1 && limits.clusters == 0) ||
+      (shape.cooperative && shape.blocks > limits.processors)) {
     std::fprintf(stderr, "a launch that a GPU would refuse\n");
     std::abort();
   }
