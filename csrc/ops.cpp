@@ -191,25 +191,28 @@ struct AffineGrad : public torch::autograd::Function<AffineGrad> {
 };
 
 // Runs an operator, and connects the outputs whose inputs need gradients.
+template <typename Call>
 void with_gradients(TensorList x, TensorList y, const States& s, double eps,
-                    bool inverse, const std::function<void()>& call) {
+                    bool inverse, const Call& call) {
   const auto run = [&] {
     at::AutoDispatchBelowADInplaceOrView guard;
     call();
   };
-  std::vector<Tensor> inputs;
-  std::vector<Tensor> outputs;
   std::vector<size_t> keys;
   for (size_t i = 0; i < y.size() && at::GradMode::is_enabled(); ++i) {
     if (x[i].requires_grad()) {
-      inputs.push_back(x[i]);
-      outputs.push_back(y[i]);
       keys.push_back(i);
     }
   }
-  if (inputs.empty()) {
+  if (keys.empty()) {
     run();
   } else {
+    std::vector<Tensor> inputs;
+    std::vector<Tensor> outputs;
+    for (size_t i : keys) {
+      inputs.push_back(x[i]);
+      outputs.push_back(y[i]);
+    }
     AffineGrad::apply(
         TensorList(inputs), TensorList(outputs),
         [&] {

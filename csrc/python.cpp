@@ -4,10 +4,13 @@
 // LICENSE file in the root directory of this source tree.
 
 // The Python module torchrl_vecnorm._C: the eager hot path, which allocates the outputs
-// here and calls typed dispatcher handles (about half of what torch.ops costs a call),
-// and the mutex that lives in a tensor. torchrl_vecnorm/_C.pyi describes it.
+// here and calls typed dispatcher handles (about half of what torch.ops costs a call);
+// the same from tensordict to tensordict; and the mutex that lives in a tensor.
+// torchrl_vecnorm/_C.pyi describes it.
 
 #include <ATen/Functions.h>
+#include <torch/csrc/Dtype.h>
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <optional>
@@ -54,6 +57,159 @@ Tensors normalized(const Tensors& x, const Tensors& sum, const Tensors& ssq,
   return y;
 }
 
+// An entry of nested tensordicts, as the dictionaries that hold it. Only plain
+// TensorDicts have them; others answer by their methods, which is Python's business.
+struct Path {
+  std::vector<py::object> parents;
+  py::object name;
+
+  explicit Path(const py::tuple& parts) : name(parts[parts.size() - 1]) {
+    for (size_t i = 0; i + 1 < parts.size(); ++i) {
+      parents.emplace_back(parts[i]);
+    }
+  }
+};
+
+// What a call of the transform comes down to when nothing is special: values in a plain
+// tensordict, every state known and in its place. Python's own steps would take longer
+// than the update of a small batch.
+class Binding {
+ public:
+  // `parts` are all steps down to the leaves: (dict, name, what has to be there).
+  Binding(py::object td, py::list parts, py::object tensordict_type,
+          std::vector<py::tuple> in_keys, std::vector<py::tuple> out_keys,
+          std::vector<std::optional<int64_t>> ndims, std::vector<py::object> dtypes,
+          Tensors sum, Tensors ssq, Tensors count, Tensors nonfinite)
+      : td_(std::move(td)),
+        parts_(std::move(parts)),
+        type_(std::move(tensordict_type)),
+        in_(in_keys.begin(), in_keys.end()),
+        out_(out_keys.begin(), out_keys.end()),
+        ndims_(std::move(ndims)),
+        sum_(std::move(sum)),
+        ssq_(std::move(ssq)),
+        count_(std::move(count)),
+        nonfinite_(std::move(nonfinite)) {
+    for (const py::object& dtype : dtypes) {
+      dtypes_.push_back(reinterpret_cast<THPDtype*>(dtype.ptr())->scalar_type);
+    }
+  }
+
+  // Normalises the values of `td`. False if anything is special, or an operator refuses
+  // a value: nothing has happened then.
+  bool call(const py::object& state_td, const py::object& td, bool updating,
+            double keep, double eps) const {
+    if (state_td.ptr() != td_.ptr() || !holds() || !is_plain(td.ptr())) {
+      return false;
+    }
+    const py::object batch_size = td.attr(names().batch_size);
+    const int64_t batch_dims = PyTuple_GET_SIZE(batch_size.ptr());
+    Tensors x;
+    x.reserve(in_.size());
+    Dicts outputs;
+    outputs.reserve(in_.size());
+    for (size_t i = 0; i < in_.size(); ++i) {
+      const py::object from = find(td, in_[i]);
+      py::object to = find(td, out_[i]);
+      PyObject* value = from ? PyDict_GetItem(from.ptr(), in_[i].name.ptr()) : nullptr;
+      if (!to || value == nullptr || !THPVariable_CheckExact(value)) {
+        return false;
+      }
+      const Tensor& t = THPVariable_Unpack(value);
+      if (t.device() != sum_[i].device() || t.layout() != at::kStrided ||
+          t.scalar_type() != dtypes_[i] ||
+          (ndims_[i].has_value() && t.dim() - batch_dims != *ndims_[i])) {
+        return false;
+      }
+      x.push_back(t);
+      outputs.push_back(std::move(to));
+    }
+    Tensors y = outputs_like(x);
+    try {
+      if (updating) {
+        update(x, sum_, ssq_, count_, nonfinite_, y, {}, keep, 1., eps);
+      } else {
+        normalize(x, sum_, ssq_, count_, nonfinite_, y, eps);
+      }
+    } catch (const c10::Error&) {
+      return false;
+    }
+    for (size_t i = 0; i < y.size(); ++i) {
+      const auto wrapped =
+          py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(y[i])));
+      if (PyDict_SetItem(outputs[i].ptr(), out_[i].name.ptr(), wrapped.ptr()) != 0) {
+        throw py::error_already_set();
+      }
+    }
+    return true;
+  }
+
+ private:
+  using Dicts = std::vector<py::object>;
+
+  struct Names {
+    py::str dict = py::str("_tensordict");
+    py::str locked = py::str("_is_locked");
+    py::str batch_size = py::str("_batch_size");
+  };
+
+  static const Names& names() {
+    static const auto* all = new Names;  // outlives the interpreter
+    return *all;
+  }
+
+  bool holds() const {
+    for (PyObject* part : parts_as_span()) {
+      PyObject* child =
+          PyDict_GetItem(PyTuple_GET_ITEM(part, 0), PyTuple_GET_ITEM(part, 1));
+      if (child != PyTuple_GET_ITEM(part, 2)) {
+        return false;
+      }
+    }
+    return true;
+  }
+
+  c10::ArrayRef<PyObject*> parts_as_span() const {
+    return {reinterpret_cast<PyListObject*>(parts_.ptr())->ob_item,
+            static_cast<size_t>(PyList_GET_SIZE(parts_.ptr()))};
+  }
+
+  bool is_plain(PyObject* td) const {
+    return reinterpret_cast<PyObject*>(Py_TYPE(td)) == type_.ptr();
+  }
+
+  // The dictionary that has the entry or may be given it; none where there is none, or
+  // where it is locked.
+  py::object find(const py::object& td, const Path& path) const {
+    py::object node = td;
+    for (const py::object& name : path.parents) {
+      const py::object dict = node.attr(names().dict);
+      PyObject* child = PyDict_GetItem(dict.ptr(), name.ptr());
+      if (child == nullptr || !is_plain(child)) {
+        return py::object();
+      }
+      node = py::reinterpret_borrow<py::object>(child);
+    }
+    if (node.attr(names().locked).cast<bool>()) {
+      return py::object();
+    }
+    py::object dict = node.attr(names().dict);
+    return PyDict_CheckExact(dict.ptr()) ? dict : py::object();
+  }
+
+  py::object td_;
+  py::list parts_;
+  py::object type_;
+  std::vector<Path> in_;
+  std::vector<Path> out_;
+  std::vector<std::optional<int64_t>> ndims_;
+  std::vector<at::ScalarType> dtypes_;
+  Tensors sum_;
+  Tensors ssq_;
+  Tensors count_;
+  Tensors nonfinite_;
+};
+
 void* memory_of(const Tensor& t) {
   TORCH_CHECK_VALUE(
       t.device().is_cpu() && t.scalar_type() == at::kByte && t.is_contiguous() &&
@@ -93,6 +249,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("normalize", &normalized, py::arg("x"), py::arg("sum"), py::arg("ssq"),
         py::arg("count"), py::arg("nonfinite"), py::arg("eps"),
         py::arg("out") = py::none());
+  py::class_<Binding>(m, "Binding")
+      .def(py::init<py::object, py::list, py::object, std::vector<py::tuple>,
+                    std::vector<py::tuple>, std::vector<std::optional<int64_t>>,
+                    std::vector<py::object>, Tensors, Tensors, Tensors, Tensors>())
+      .def("call", &Binding::call);
 #ifdef VECNORM_WITH_CUDA
   m.def("cuda_path", &set_cuda_path, py::arg("name"));
   m.def("last_cuda_path", &last_cuda_path);

@@ -11,7 +11,6 @@
 #include <ATen/MemoryOverlap.h>
 #include <ATen/core/Tensor.h>
 
-#include <deque>
 #include <utility>
 #include <vector>
 
@@ -211,11 +210,12 @@ inline State state_of(const States& s, size_t i) {
 // features] are copied; outputs among them are copied back by write_back().
 struct Keys {
   std::vector<Key> keys;
-  std::deque<Tensor> alive;
+  std::vector<Tensor> alive;
   std::vector<std::pair<Tensor, Tensor>> copies;
 
   Keys(TensorList x, TensorList y, TensorList mask, const States& s) {
     keys.resize(x.size());
+    alive.reserve(3 * x.size());  // references to it stay good
     for (size_t i = 0; i < x.size(); ++i) {
       Key& key = keys[i];
       const Tensor& value = x[i];

@@ -21,7 +21,7 @@ ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 #: Without and with clusters; CI compiles for all.
 FEW_ARCHITECTURES = (80, 90)
 #: Bytes of registers that a thread may spill, all outside of the loops over rows.
-SPILL_LIMIT = 48
+SPILL_LIMIT = 64
 #: two_kernels.cu: accumulate, normalize, denormalize. fused.cu: cluster and resident, for
 #: four types each.
 KERNELS = {"csrc/cuda/two_kernels.cu": 3, "csrc/cuda/fused.cu": 8}
@@ -82,7 +82,10 @@ def run(program: Path, *args: str) -> subprocess.CompletedProcess:
 
 
 def test_kernels(tmp_path):
-    result = run(build(tmp_path, "-O1", *SMALL_BLOCKS))
+    program = build(tmp_path, "-O1", *SMALL_BLOCKS)
+    result = run(program, "few")
+    assert result.returncode == 0, result.stdout + result.stderr
+    result = run(program)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "\n0 differences" in result.stdout
     taken = re.search(
@@ -130,6 +133,7 @@ BARRIER = "__syncthreads();"
             ("fused.cu", "    cluster_arrive();\n    cluster_wait();\n", "", 0),
             id="cluster barrier",
         ),
+        pytest.param(("fused.cu", "    cluster_wait();\n", "", 1), id="cluster leave"),
         pytest.param(
             ("fused.cu", "    wait_for_slab(", "    (void)(", 0), id="slab barrier"
         ),
@@ -147,13 +151,8 @@ def test_harness_catches(tmp_path, mutation):
     )
 
 
-@pytest.mark.parametrize(
-    "mutation",
-    [
-        pytest.param(("fused.cu", "    cluster_wait();\n", "", 1), id="cluster leave"),
-    ],
-)
-def test_harness_catches_a_race(tmp_path, mutation):
+def test_harness_catches_a_race(tmp_path):
+    mutation = ("block.cuh", BARRIER, "", 2)
     program = build(tmp_path, *RACE_FLAGS, mutate=mutation)
     result = run(program, "few")
     assert "data race" in result.stderr
@@ -169,7 +168,7 @@ def compile_with_nvcc(source: str, arch: int, tmp_path: Path) -> list[tuple]:
     assert result.returncode == 0, result.stderr
     assert "warning" not in result.stderr, result.stderr
     kernels = re.findall(
-        r"Function properties for \S*?([a-z]+_kernel)(?:I(\S+?)EEv)?N\S*\n"
+        r"Function properties for \S*?([a-z]+_kernel)(?:I(\S+?)EEv|E)N\S*\n"
         r".*?(\d+) bytes spill stores.*\n"
         r".*?Used (\d+) registers",
         result.stderr,

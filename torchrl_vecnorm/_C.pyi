@@ -1,5 +1,9 @@
 """The compiled module. Lists hold one tensor for each key; see csrc/ops.cpp."""
 
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 def update(
@@ -26,6 +30,36 @@ def normalize(
     out: list[Tensor] | None = None,
 ) -> list[Tensor]:
     """Returns x normalised with the state as it is."""
+
+class Binding:
+    """A transform's live statistics and keys; see torchrl_vecnorm.state.bind."""
+
+    def __init__(
+        self,
+        td: TensorDict,
+        parts: list[tuple[dict, str, Any]],
+        tensordict_type: type,
+        in_keys: list[tuple[str, ...]],
+        out_keys: list[tuple[str, ...]],
+        ndims: list[int | None],
+        dtypes: list[torch.dtype],
+        sum: list[Tensor],
+        ssq: list[Tensor],
+        count: list[Tensor],
+        nonfinite: list[Tensor],
+    ) -> None: ...
+    def call(
+        self,
+        state_td: TensorDict | None,
+        td: TensorDictBase,
+        updating: bool,
+        keep: float,
+        eps: float,
+    ) -> bool:
+        """Normalises the entries of a tensordict, updating the statistics or not.
+
+        False if anything is special, or a value is refused: nothing has happened then.
+        """
 
 def cuda_path(name: str) -> None:
     """In builds with CUDA kernels, for tests and benchmarks: which of them update takes.

@@ -15,6 +15,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from torchrl_vecnorm import functional
+from torchrl_vecnorm._load import _C
 from torchrl_vecnorm.moments import Moments
 from torchrl_vecnorm.names import StateNames, as_path
 
@@ -102,67 +103,46 @@ def check_moments(
     return moments
 
 
-class Binding:
-    """The live leaves of all keys, as the operators take them.
+def bind(
+    td: TensorDictBase | None,
+    keys: Sequence[tuple[NestedKey, NestedKey, StateNames, int | None, torch.dtype]],
+    moments: Sequence[Moments],
+) -> _C.Binding | None:
+    """The live leaves of all keys, with what a call has to look like to use them.
 
     Finding them costs more than a small call computes, so it is done once and checked
     on every call: loading, moving and sharing replace the leaves or the tensordict.
 
     Args:
         td: the statistics.
-        names: the entries of each key.
+        keys: of each key the in_key, the out_key, the names of its entries, the number
+            of its feature dimensions (None: given by ``shapes``) and its dtype.
         moments: what ``td`` has there.
-        mutex: the lock that ``td`` carries, or None.
+
+    Returns:
+        None where the entries are not plain, or lie on several devices.
     """
-
-    __slots__ = ("columns", "device", "mutex", "ndims", "parts", "td")
-
-    def __init__(
-        self,
-        td: TensorDict,
-        names: Sequence[StateNames],
-        moments: Sequence[Moments],
-        mutex: Tensor | None,
-    ) -> None:
-        self.td = td
-        self.mutex = mutex
-        self.columns = functional.columns(moments)
-        self.device = moments[0].sum.device
-        self.ndims = [m.sum.ndim for m in moments]
-        # Every step down to every leaf: (dict, name, what it has to be).
-        self.parts: list[tuple[dict, str, Any]] = []
-        for key_names in names:
-            for name in key_names:
-                node = td
-                for part in as_path(name):
-                    child = node._tensordict.get(part)
-                    self.parts.append((node._tensordict, part, child))
-                    node = child
-
-    @classmethod
-    def of(
-        cls,
-        td: TensorDictBase | None,
-        names: Sequence[StateNames],
-        moments: Sequence[Moments],
-        mutex: Tensor | None,
-    ) -> Binding | None:
-        """A binding, where all keys are plain entries on one device."""
-        plain = type(td) is TensorDict and all(
-            type(td.get(name[:-1])) is TensorDict
-            for key_names in names
-            for name in map(as_path, key_names)
-            if len(name) > 1
-        )
-        if not plain or len({m.sum.device for m in moments}) != 1:
-            return None
-        return cls(td, names, moments, mutex)
-
-    def holds(self, td: TensorDictBase | None) -> bool:
-        """Whether the leaves are still those of the statistics."""
-        if td is not self.td:
-            return False
-        for node, name, child in self.parts:  # noqa: SIM110, a generator is slower
-            if node.get(name) is not child:
-                return False
-        return True
+    if type(td) is not TensorDict or len({m.sum.device for m in moments}) != 1:
+        return None
+    # Every step down to every leaf: (dict, name, what has to be there).
+    parts: list[tuple[dict, str, Any]] = []
+    for _, _, names, *_ in keys:
+        for path in map(as_path, names):
+            node = td
+            for part in path:
+                if type(node) is not TensorDict:
+                    return None
+                child = node._tensordict.get(part)
+                parts.append((node._tensordict, part, child))
+                node = child
+    in_keys, out_keys, _, ndims, dtypes = zip(*keys, strict=True)
+    return _C.Binding(
+        td,
+        parts,
+        TensorDict,
+        [as_path(key) for key in in_keys],
+        [as_path(key) for key in out_keys],
+        list(ndims),
+        list(dtypes),
+        *functional.columns(moments),
+    )

@@ -29,7 +29,7 @@ from torchrl_vecnorm import _ops, functional, oracle, sharing, specs
 from torchrl_vecnorm.moments import Moments
 from torchrl_vecnorm.names import StateNames, as_path
 from torchrl_vecnorm.state import (
-    Binding,
+    bind,
     check_moments,
     copy_moments,
     get_entry,
@@ -190,7 +190,7 @@ class VecNorm(Transform):
         # The dtype of the normalised values of each in_key, once one was seen.
         self._dtypes: dict[NestedKey, torch.dtype] = {}
         self._warned = False
-        self._binding: Binding | None = None
+        self._binding: tuple | None = None
 
     # ------------------------------------------------------------ switching updates
 
@@ -328,37 +328,24 @@ class VecNorm(Transform):
 
         False when there is something special, or wrong: nothing has happened then.
         """
-        binding = self._binding
-        if (
-            binding is None
-            or type(td) is not TensorDict
-            or td.is_locked
-            or not binding.holds(self._td)
-        ):
+        if self._binding is None:
             return False
-        values = []
-        batch_dims = td.batch_dims
-        for key, ndim in zip(self._keys, binding.ndims, strict=True):
-            value = td._get_tuple(as_path(key.in_key), None)
-            if (
-                type(value) is not Tensor
-                or value.device != binding.device
-                or value.layout is not torch.strided
-                or (key.shape is None and value.ndim - batch_dims != ndim)
-            ):
-                return False
-            values.append(value)
-        lock = self.lock
-        if lock is None or binding.mutex is not None:
-            lock = sharing.StateLock(lock, binding.mutex)
-        try:
-            with lock:
-                normalized = self._apply_columns(values, binding.columns, [])
-        except (TypeError, ValueError):
-            # The operator has refused a value. The other path says which.
+        updating = self.training and not self.frozen
+        if not updating and _ops.needs_plain_torch():
             return False
-        self._write_outputs(td, self._keys, normalized)
-        return True
+        binding, lock = self._binding
+        if lock is None:
+            lock = self.lock
+        else:
+            lock.lock = self.lock  # the user may have given another
+        if lock is None:
+            return binding.call(
+                self._td, td, updating, float(self.decay), float(self.eps)
+            )
+        with lock:
+            return binding.call(
+                self._td, td, updating, float(self.decay), float(self.eps)
+            )
 
     def _write_outputs(
         self, td: TensorDictBase, keys: list[_Key], normalized: list[Tensor]
@@ -429,16 +416,28 @@ class VecNorm(Transform):
             results = iter(self._compute_here(known))
         self._keep_new(known)
         if len(known) == len(self._keys) and not torch.compiler.is_compiling():
-            self._binding = Binding.of(
-                self._td,
-                [e.key.names for e in known],
-                [e.state for e in known],
-                self._mutex(),
-            )
+            self._bind(known)
         return [
             next(results) if e.state is not None else _identity(e.value)
             for e in entries
         ]
+
+    def _bind(self, known: list[_Entry]) -> None:
+        """Lets calls like this one take the short way, :meth:`_common_call`."""
+        keys = [
+            (
+                e.key.in_key,
+                e.key.out_key,
+                e.key.names,
+                None if e.key.shape is not None else e.state.sum.ndim,
+                e.value.dtype,
+            )
+            for e in known
+        ]
+        binding = bind(self._td, keys, [e.state for e in known])
+        mutex = self._mutex()
+        lock = None if mutex is None else sharing.StateLock(self.lock, mutex)
+        self._binding = None if binding is None else (binding, lock)
 
     def _compute_here(self, known: list[_Entry]) -> list[Tensor]:
         if not known:

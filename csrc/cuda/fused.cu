@@ -105,6 +105,8 @@ __device__ __forceinline__ void update_vectors(const Params& p, const Shared& s,
   using C = typename Compute<T>::type;
   constexpr int V = Vector<T>::size;
   constexpr int R = sizeof(T) == 2 ? kHeldHalf : kHeld;
+  // Sums of eight lanes leave fewer registers.
+  constexpr int kBatch = sizeof(T) == 2 ? 2 : cuda::kBatch;
   const Key& key = at.key->key;
   const Walk<T> x(key.x, at);
   const Walk<T> y(key.y, at);
@@ -262,13 +264,21 @@ cudaError_t allow_fused(Limits* limits) {
 
 cudaError_t launch_fused(Dtype dtype, const Launch& shape, Stream stream,
                          const Params& p) {
-  cudaError_t error = cudaSuccess;
-  dispatch_float(dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    error = launch(shape.cooperative ? resident_kernel<T> : cluster_kernel<T>, shape,
-                   stream, p);
-  });
-  return error;
+  const bool resident = shape.cooperative;
+  switch (dtype) {
+    case Dtype::kFloat64:
+      return launch(resident ? resident_kernel<double> : cluster_kernel<double>, shape,
+                    stream, p);
+    case Dtype::kFloat16:
+      return launch(resident ? resident_kernel<Float16> : cluster_kernel<Float16>,
+                    shape, stream, p);
+    case Dtype::kBFloat16:
+      return launch(resident ? resident_kernel<BFloat16> : cluster_kernel<BFloat16>,
+                    shape, stream, p);
+    default:
+      return launch(resident ? resident_kernel<float> : cluster_kernel<float>, shape,
+                    stream, p);
+  }
 }
 
 }  // namespace cuda

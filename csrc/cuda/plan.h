@@ -36,7 +36,7 @@ constexpr int kMaxCluster = 8;
 // 16-byte vectors that a thread of a fused kernel keeps in registers: more would spill
 // more than a few bytes.
 constexpr int kHeld = 12;
-constexpr int kHeldHalf = 6;
+constexpr int kHeldHalf = 4;
 
 // What the current GPU offers.
 struct Limits {

@@ -24,6 +24,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <random>
 #include <thread>
 #include <vector>
 
@@ -47,11 +48,14 @@ struct Index {
 };
 
 inline bool descending = false;
+// Some blocks stand still while others come to their end.
+inline bool uneven = false;
 // The emulated GPUs have few processors and little memory, so that small inputs already
 // overflow; the third one knows neither clusters nor cooperative launches.
-inline const vecnorm::cuda::Limits devices[] = {{7, 24 * 1024, true, true},
-                                                {9, 96 * 1024, true, true},
-                                                {5, 64 * 1024, false, false}};
+inline const vecnorm::cuda::Limits devices[] = {{7, 24 * 1024, 2, true},
+                                                {9, 96 * 1024, 2, true},
+                                                {5, 64 * 1024, 0, false},
+                                                {9, 96 * 1024, 2, true}};
 inline int device = 0;
 // Launches of blocks that need each other are refused, as they are when another process
 // holds processors.
@@ -251,9 +255,17 @@ inline void run_blocks(const std::vector<Block*>& together, int threads) {
   if (descending) {
     std::reverse(all.begin(), all.end());
   }
+  constexpr int kStandStill = 24;
+  static std::minstd_rand luck;
+  auto moving = luck();
+  int rounds = 0;
   for (size_t left = all.size(); left > 0;) {
+    if (++rounds % kStandStill == 0) {
+      moving = luck();
+    }
     for (const auto& thread : all) {
-      if (!thread->done) {
+      const unsigned bit = thread->block->index.x % 16;
+      if (!thread->done && (!uneven || (moving >> bit & 1) != 0)) {
         current = thread.get();
         swapcontext(&scheduler, &thread->context);
         left -= thread->done;
