@@ -479,7 +479,7 @@ int main(int argc, char** argv) {
           run(call, wish);
         }
       }
-      if (!quick && !descending) {
+      if (extent.empty() && !descending) {
         run(call, Path::kAuto);
         emulation::device = 3;
         emulation::busy = true;
