@@ -237,6 +237,54 @@ void sum_lane(const T* x, int64_t row_stride, int64_t rows, const bool* mask,
   *d2 += s2;
 }
 
+// Sums in float over rows that are too wide for registers to hold all sums. Rows are
+// read whole, some at a time: memory is then read in order, and the sums, which stay in
+// the cache, are not touched for each row.
+template <typename T>
+void sum_wide(const T* x, int64_t row_stride, int64_t rows, int64_t lanes,
+              const float* shift, double* d1, double* d2) {
+  constexpr int64_t kRows = 4;
+  thread_local std::vector<float> block;
+  const int64_t packs = lanes / kPack;
+  block.assign(2 * packs * kPack, 0.f);
+  float* const s1 = block.data();
+  float* const s2 = s1 + packs * kPack;
+  int64_t r = 0;
+  const auto add = [&](auto count) {
+    constexpr int64_t n = decltype(count)::value;
+    const T* at = x + r * row_stride;
+    for (int64_t j = 0; j < packs * kPack; j += kPack) {
+      Pack s, a, b;
+      load_pack(shift + j, s);
+      load_pack(s1 + j, a);
+      load_pack(s2 + j, b);
+      for (int64_t i = 0; i < n; ++i) {
+        Pack d;
+        load_pack(at + i * row_stride + j, d);
+        d -= s;
+        a += d;
+        b += d * d;
+      }
+      std::memcpy(s1 + j, &a, sizeof(a));
+      std::memcpy(s2 + j, &b, sizeof(b));
+    }
+    r += n;
+  };
+  while (r + kRows <= rows) {
+    add(std::integral_constant<int64_t, kRows>());
+  }
+  while (r < rows) {
+    add(std::integral_constant<int64_t, 1>());
+  }
+  for (int64_t j = 0; j < packs * kPack; ++j) {
+    d1[j] += s1[j];
+    d2[j] += s2[j];
+  }
+  for (int64_t j = packs * kPack; j < lanes; ++j) {
+    sum_lane(x + j, row_stride, rows, nullptr, shift[j], d1 + j, d2 + j);
+  }
+}
+
 template <typename T>
 void sum_in_float(const Rows<const T>& x, int64_t rows, const bool* mask, int64_t lanes,
                   const float* shift, double* d1, double* d2) {
@@ -249,6 +297,10 @@ void sum_in_float(const Rows<const T>& x, int64_t rows, const bool* mask, int64_
       for (int64_t j = 0; j < lanes; ++j) {
         sum_lane(at + j * x.lane_stride, stride, n, m, shift[j], d1 + j, d2 + j);
       }
+      continue;
+    }
+    if (lanes > kPacks * kPack && m == nullptr) {
+      sum_wide(at, stride, n, lanes, shift, d1, d2);
       continue;
     }
     int64_t j = 0;

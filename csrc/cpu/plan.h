@@ -18,6 +18,10 @@ namespace vecnorm {
 // A chunk is worth at least this many values: below it, starting a task and merging
 // its partial sums cost more than they save.
 constexpr int64_t kMinChunkElements = 8192;
+// What a chunk costs for each feature, whatever its rows, should be spread over as
+// many, if that leaves some chunks.
+constexpr int64_t kMinChunkRows = 128;
+constexpr int64_t kSomeChunks = 8;
 // Enough pieces to feed many cores and to balance a small key beside a large one,
 // few enough for the merge (features × chunks) to stay negligible.
 constexpr int64_t kMaxPieces = 128;
@@ -52,8 +56,10 @@ inline Plan make_plan(int64_t samples, int64_t features) {
     plan.features_per_block = ceil_div(features, plan.feature_blocks);
   }
   if (samples > 0 && features > 0) {
-    plan.rows_per_chunk = std::max(ceil_div(kMinChunkElements, plan.features_per_block),
-                                   ceil_div(samples * plan.feature_blocks, kMaxPieces));
+    plan.rows_per_chunk =
+        std::max({ceil_div(kMinChunkElements, plan.features_per_block),
+                  ceil_div(samples * plan.feature_blocks, kMaxPieces),
+                  std::min(kMinChunkRows, ceil_div(samples, kSomeChunks))});
     plan.row_chunks = ceil_div(samples, plan.rows_per_chunk);
   }
   return plan;
