@@ -15,9 +15,8 @@
 //                  ones (NaN, overflow, a shift far off) cost a second look.
 //   2. finish      the pieces of a feature are combined in order, folded into the state
 //                  and projected to loc and scale.
-//   3. apply       y = (x - loc) / scale, each thread going backwards over the pieces
-//   it
-//                  has just read, so that the newest ones still come from its cache.
+//   3. apply       y = (x - loc) / scale, each thread going backwards over what it has
+//                  just read, so that the newest values still come from its cache.
 //
 // Rows of few features are handled several at a time ("lanes"), so that inner loops are
 // long enough for vector instructions.
