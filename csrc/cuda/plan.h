@@ -5,8 +5,9 @@
 
 // Which kernels run a call, and how its keys are cut into blocks. Plain host code.
 //
-// The cut is a function of the keys and of the GPU, never of what else runs on it: sums
-// are added in the same order on every run, and results are the same to the bit.
+// The cut is a function of the keys and of the GPU: sums are added in the same order on
+// every run, and results are the same to the bit. Only where the GPU refuses a launch,
+// because other processes hold a part of it, is it cut for two kernels from then on.
 
 #pragma once
 
