@@ -28,6 +28,11 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include <algorithm>
 #include <atomic>
 #include <functional>
 #include <vector>
@@ -50,12 +55,29 @@ void leave_the_pool_after_fork() {
   }
 }
 
-void parallel_for(int64_t n, const cpu::Body& body) {
-  if (n <= 1) {
-    body(0, n);
-  } else {
-    at::parallel_for(0, n, 1, body);
+// One team of threads for all phases, the one that at::parallel_for uses too: starting it
+// anew for each phase would cost as much as a small update.
+void run_phases(const std::vector<cpu::Phase>& phases) {
+#ifdef _OPENMP
+  int64_t parts = 1;
+  for (const cpu::Phase& phase : phases) {
+    parts = std::max(parts, phase.parts);
   }
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+#pragma omp parallel num_threads(static_cast<int>(std::min(threads, parts)))
+  {
+    const int64_t rank = omp_get_thread_num();
+    const int64_t team = omp_get_num_threads();
+    for (const cpu::Phase& phase : phases) {
+      phase.body(phase.parts * rank / team, phase.parts * (rank + 1) / team);
+#pragma omp barrier
+    }
+  }
+#else
+  for (const cpu::Phase& phase : phases) {
+    at::parallel_for(0, phase.parts, 1, phase.body);
+  }
+#endif
 }
 
 void update_cpu(TensorList x, TensorList sum, TensorList ssq, TensorList count,
@@ -66,7 +88,7 @@ void update_cpu(TensorList x, TensorList sum, TensorList ssq, TensorList count,
   check_values(x, y, s);
   check_length(mask, x.size(), "mask", true);
   const Keys keys(x, y, mask, s);
-  cpu::update(keys.keys, {keep, weight}, eps, parallel_for);
+  cpu::update(keys.keys, {keep, weight}, eps, run_phases);
   keys.write_back();
 }
 
@@ -76,7 +98,7 @@ void normalize_cpu(TensorList x, TensorList sum, TensorList ssq, TensorList coun
   const States s{sum, ssq, count, nonfinite};
   check_values(x, y, s);
   const Keys keys(x, y, {}, s);
-  cpu::normalize(keys.keys, eps, parallel_for);
+  cpu::normalize(keys.keys, eps, run_phases);
   keys.write_back();
 }
 
@@ -87,7 +109,7 @@ void denormalize_cpu(TensorList y, TensorList sum, TensorList ssq, TensorList co
   check_floating_point(y);
   check_values(y, x, s);
   const Keys keys(y, x, {}, s);
-  cpu::denormalize(keys.keys, eps, parallel_for);
+  cpu::denormalize(keys.keys, eps, run_phases);
   keys.write_back();
 }
 

@@ -12,15 +12,14 @@
 namespace vecnorm {
 namespace cpu {
 
-#define VECNORM_DECLARE_ISA(isa)                                                      \
-  namespace isa {                                                                     \
-  void update(const std::vector<Key>& keys, Weights weights, double eps,              \
-              ParallelFor parallel_for);                                              \
-  void normalize(const std::vector<Key>& keys, double eps, ParallelFor parallel_for); \
-  void denormalize(const std::vector<Key>& keys, double eps,                          \
-                   ParallelFor parallel_for);                                         \
-  void merge(const State& state, const State& batch, int64_t features,                \
-             Weights weights);                                                        \
+#define VECNORM_DECLARE_ISA(isa)                                             \
+  namespace isa {                                                            \
+  void update(const std::vector<Key>& keys, Weights weights, double eps,     \
+              RunPhases run);                                                \
+  void normalize(const std::vector<Key>& keys, double eps, RunPhases run);   \
+  void denormalize(const std::vector<Key>& keys, double eps, RunPhases run); \
+  void merge(const State& state, const State& batch, int64_t features,       \
+             Weights weights);                                               \
   }
 VECNORM_DECLARE_ISA(baseline)
 #ifdef __x86_64__

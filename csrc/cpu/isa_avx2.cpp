@@ -7,6 +7,8 @@
 
 #if defined(__x86_64__)
 
+#include <immintrin.h>
+
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
@@ -27,6 +29,31 @@
 
 #define VECNORM_ISA avx2
 constexpr int64_t kPackBytes = 32;
+namespace vecnorm {
+namespace cpu {
+namespace avx2 {
+namespace {
+
+inline void stream(float* to, __m256 y) { _mm256_stream_ps(to, y); }
+inline void stream(double* to, __m256d y) { _mm256_stream_pd(to, y); }
+inline void flush_stream() { _mm_sfence(); }
+
+inline void from_halves(const uint16_t* from, float* to) {
+  const auto* halves = reinterpret_cast<const __m128i*>(from);
+  _mm256_storeu_ps(to, _mm256_cvtph_ps(_mm_loadu_si128(halves)));
+}
+
+inline void to_halves(const float* from, uint16_t* to) {
+  constexpr int rounding = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                   _mm256_cvtps_ph(_mm256_loadu_ps(from), rounding));
+}
+
+}  // namespace
+}  // namespace avx2
+}  // namespace cpu
+}  // namespace vecnorm
+
 #include "kernels.inl"
 
 #ifdef __clang__

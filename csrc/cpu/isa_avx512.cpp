@@ -7,6 +7,8 @@
 
 #if defined(__x86_64__)
 
+#include <immintrin.h>
+
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
@@ -22,12 +24,39 @@
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
     apply_to = function)
 #else
+// GCC 12 warns about its own intrinsics (GCC bug 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #endif
 
 #define VECNORM_ISA avx512
 constexpr int64_t kPackBytes = 64;
+namespace vecnorm {
+namespace cpu {
+namespace avx512 {
+namespace {
+
+inline void stream(float* to, __m512 y) { _mm512_stream_ps(to, y); }
+inline void stream(double* to, __m512d y) { _mm512_stream_pd(to, y); }
+inline void flush_stream() { _mm_sfence(); }
+
+inline void from_halves(const uint16_t* from, float* to) {
+  const auto* halves = reinterpret_cast<const __m256i*>(from);
+  _mm512_storeu_ps(to, _mm512_cvtph_ps(_mm256_loadu_si256(halves)));
+}
+
+inline void to_halves(const float* from, uint16_t* to) {
+  constexpr int rounding = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                      _mm512_cvtps_ph(_mm512_loadu_ps(from), rounding));
+}
+
+}  // namespace
+}  // namespace avx512
+}  // namespace cpu
+}  // namespace vecnorm
+
 #include "kernels.inl"
 
 #ifdef __clang__

@@ -5,6 +5,10 @@
 
 // The kernels for what every processor of the platform has: SSE2, NEON.
 
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
@@ -15,4 +19,39 @@
 
 #define VECNORM_ISA baseline
 constexpr int64_t kPackBytes = 16;
+// Any processor: halves are converted one by one.
+namespace vecnorm {
+namespace cpu {
+namespace baseline {
+namespace {
+
+#ifdef __SSE2__
+inline void stream(float* to, __m128 y) { _mm_stream_ps(to, y); }
+inline void stream(double* to, __m128d y) { _mm_stream_pd(to, y); }
+inline void flush_stream() { _mm_sfence(); }
+#else
+template <typename C, typename Pack>
+inline void stream(C* to, Pack y) {
+  std::memcpy(to, &y, sizeof(y));
+}
+inline void flush_stream() {}
+#endif
+
+inline void from_halves(const uint16_t* from, float* to) {
+  for (int64_t j = 0; j < kPackBytes / 4; ++j) {
+    to[j] = Float16{from[j]};
+  }
+}
+
+inline void to_halves(const float* from, uint16_t* to) {
+  for (int64_t j = 0; j < kPackBytes / 4; ++j) {
+    to[j] = Float16::round(from[j]).bits;
+  }
+}
+
+}  // namespace
+}  // namespace baseline
+}  // namespace cpu
+}  // namespace vecnorm
+
 #include "kernels.inl"

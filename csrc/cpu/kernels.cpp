@@ -49,17 +49,16 @@ const Kernels& kernels() {
 
 }  // namespace
 
-void update(const std::vector<Key>& keys, Weights weights, double eps,
-            ParallelFor parallel_for) {
-  kernels().update(keys, weights, eps, parallel_for);
+void update(const std::vector<Key>& keys, Weights weights, double eps, RunPhases run) {
+  kernels().update(keys, weights, eps, run);
 }
 
-void normalize(const std::vector<Key>& keys, double eps, ParallelFor parallel_for) {
-  kernels().normalize(keys, eps, parallel_for);
+void normalize(const std::vector<Key>& keys, double eps, RunPhases run) {
+  kernels().normalize(keys, eps, run);
 }
 
-void denormalize(const std::vector<Key>& keys, double eps, ParallelFor parallel_for) {
-  kernels().denormalize(keys, eps, parallel_for);
+void denormalize(const std::vector<Key>& keys, double eps, RunPhases run) {
+  kernels().denormalize(keys, eps, run);
 }
 
 void merge(const State& state, const State& batch, int64_t features, Weights weights) {

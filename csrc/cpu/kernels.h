@@ -17,19 +17,24 @@
 namespace vecnorm {
 namespace cpu {
 
-// Runs body(begin, end) over disjoint parts of [0, n), possibly on several threads.
-using Body = std::function<void(int64_t begin, int64_t end)>;
-using ParallelFor = void (*)(int64_t n, const Body& body);
+// A step of a call: `body` takes the parts [begin, end).
+struct Phase {
+  int64_t parts;
+  std::function<void(int64_t begin, int64_t end)> body;
+};
+
+// Runs phases one after the other, each on any number of threads that share its parts:
+// none begins before the one before it has ended everywhere.
+using RunPhases = void (*)(const std::vector<Phase>& phases);
 
 // Folds each key's batch into its state and writes y with the new statistics.
-void update(const std::vector<Key>& keys, Weights weights, double eps,
-            ParallelFor parallel_for);
+void update(const std::vector<Key>& keys, Weights weights, double eps, RunPhases run);
 
 // y = (x - loc) / scale with the statistics as they are.
-void normalize(const std::vector<Key>& keys, double eps, ParallelFor parallel_for);
+void normalize(const std::vector<Key>& keys, double eps, RunPhases run);
 
 // The inverse: y = x * scale + loc.
-void denormalize(const std::vector<Key>& keys, double eps, ParallelFor parallel_for);
+void denormalize(const std::vector<Key>& keys, double eps, RunPhases run);
 
 // state = keep * state + weight * batch, for moments that are already summed.
 void merge(const State& state, const State& batch, int64_t features, Weights weights);

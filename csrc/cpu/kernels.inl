@@ -4,46 +4,40 @@
 // LICENSE file in the root directory of this source tree.
 
 // The CPU kernels. This file is compiled once for each instruction set, by isa_*.cpp,
-// which define VECNORM_ISA (a namespace) and kPackBytes (the width of its registers).
+// which define VECNORM_ISA (a namespace) and what pack.inl needs.
 //
-// update() walks over the pieces of the plan three times, all keys together:
+// update() goes over the pieces of the plan in phases, all keys together:
 //
-//   1. accumulate  every piece sums d and d² of its rows around the key's shift. Float
+//   1. prepare     the shift of every feature
+//   2. accumulate  every piece sums d and d² of its rows around the key's shift. Float
 //                  inputs are summed in float, a few rows at a time, and flushed to
 //                  double; sums that cannot be trusted (moments.h) are taken again in
 //                  double. So the common case runs at the speed of float and the rare
 //                  ones (NaN, overflow, a shift far off) cost a second look.
-//   2. finish      the pieces of a feature are combined in order, folded into the state
-//                  and projected to loc and scale.
-//   3. apply       y = (x - loc) / scale, each thread going backwards over what it has
+//   3. finish      the pieces of a feature are combined in order, folded into the state
+//                  and projected to the coefficients of the map.
+//   4. apply       y = (x - loc) / scale, each thread going backwards over what it has
 //                  just read, so that the newest values still come from its cache.
 //
-// Rows of few features are handled several at a time ("lanes"), so that inner loops are
-// long enough for vector instructions.
+// Rows of few features are handled several at a time, so that they fill registers.
+
+#include "pack.inl"
+// In this order: each builds on those before it.
+#include "accumulate.inl"
+#include "apply.inl"
 
 namespace vecnorm {
 namespace cpu {
 namespace VECNORM_ISA {
 namespace {
 
-// Lanes of one inner loop where rows are shorter than that.
-constexpr int64_t kLanes = 64;
-// Floats of one register, and registers whose sums a loop keeps.
-constexpr int64_t kPack = kPackBytes / sizeof(float);
-constexpr int64_t kPacks = 4;
-// Rows that are summed in float before they are flushed to double.
-constexpr int64_t kFlushRows = 128;
 // Calls with fewer values than that stay on the calling thread: waking the others takes
 // longer.
 constexpr int64_t kSerialValues = 32768;
-// Fewer rows than that are summed in double at once: checking would cost as much.
-constexpr int64_t kFewRows = 16;
-
-// How many whole rows of `m` are taken as one.
-int64_t group_of(const Matrix& m, int64_t features) {
-  const bool dense = m.feature_stride == 1 && m.row_stride == features;
-  return dense && 0 < features && features < kLanes ? kLanes / features : 1;
-}
+// Features that one part of phases 1 and 3 takes.
+constexpr int64_t kSomeFeatures = 64;
+// So many of these are done before the threads start.
+constexpr int64_t kSerialParts = 64;
 
 // ---------------------------------------------------------------------- the state
 
@@ -94,20 +88,22 @@ Moments write_state(const State& s, int64_t f, int64_t features, Moments m,
 
 // ----------------------------------------------------------------- the workspace
 
-// What one key needs between the three walks. The arrays live in one block that the
-// calling thread keeps.
+// What one key needs between the phases. The arrays live in one block that the calling
+// thread keeps.
 struct Work {
   Plan plan;
-  int64_t group = 1;               // rows taken as one when reading x
-  bool is_anchored = true;         // every feature (moments.h)
-  double* shift = nullptr;         // [features]
-  double* partials = nullptr;      // [row_chunks][3][features]: n, d1, d2
-  double* counted = nullptr;       // [row_chunks]
-  Statistic* statistic = nullptr;  // [features]
+  int64_t group = 1;             // rows taken as one by apply
+  bool in_double = false;        // apply's arithmetic
+  bool may_stream = false;       // y may be written around the caches
+  double* shift = nullptr;       // [features]
+  double* anchors = nullptr;     // for every kSomeFeatures: 1 where all are (moments.h)
+  double* partials = nullptr;    // [row_chunks][3][features]: n, d1, d2
+  double* counted = nullptr;     // [row_chunks]
+  void* coefficients = nullptr;  // [3][group × features], float or double
 
-  Partial partial(int64_t chunk, int64_t f) const {
-    const double* p = partials + chunk * 3 * plan.features + f;
-    return {p[0], p[plan.features], p[2 * plan.features]};
+  Totals totals(int64_t chunk) const {
+    double* n = partials + chunk * 3 * plan.features;
+    return {n, n + plan.features, n + 2 * plan.features};
   }
 };
 
@@ -131,480 +127,51 @@ void trim_workspace() {
   }
 }
 
-struct Piece {
-  int64_t key;
-  int64_t chunk;
-  int64_t block;
-};
-
-// The pieces of all keys, numbered through.
-class Pieces {
- public:
-  explicit Pieces(const std::vector<Work>& work) : work_(work) {
-    ends_.reserve(work.size());
-    for (const Work& w : work) {
-      total_ += w.plan.pieces();
-      ends_.push_back(total_);
-    }
-  }
-
-  int64_t size() const { return total_; }
-
-  Piece operator[](int64_t i) const {
-    const int64_t key = std::upper_bound(ends_.begin(), ends_.end(), i) - ends_.begin();
-    const Plan& plan = work_[key].plan;
-    const int64_t at = i - (ends_[key] - plan.pieces());
-    return {key, at / plan.feature_blocks, at % plan.feature_blocks};
-  }
-
- private:
-  const std::vector<Work>& work_;
-  std::vector<int64_t> ends_;
-  int64_t total_ = 0;
-};
-
-// ----------------------------------------------------------------- 1. accumulate
-
-// Some rows and lanes of a matrix.
-template <typename T>
-struct Rows {
-  T* data;
-  int64_t row_stride;
-  int64_t lane_stride;
-};
-
-// One register of floats: compilers do what it says, where loops over arrays are at the
-// mercy of their vectorisers.
-typedef float Pack __attribute__((vector_size(kPackBytes)));
-
-template <typename T>
-inline void load_pack(const T* at, Pack& pack) {
-  if constexpr (std::is_same_v<T, float>) {
-    std::memcpy(&pack, at, sizeof(pack));
-  } else {
-    float values[kPack];
-    for (int64_t j = 0; j < kPack; ++j) {
-      values[j] = load<float>(at[j]);
-    }
-    std::memcpy(&pack, values, sizeof(pack));
-  }
+int64_t size_of(Dtype dtype) {
+  int64_t size = 0;
+  dispatch_any(dtype, [&](auto type) { size = sizeof(typename decltype(type)::type); });
+  return size;
 }
 
-// Sums in float over N packs of neighbouring lanes. Lanes before `skip` have been
-// summed already.
-template <int64_t N, typename T>
-void sum_packs(const T* x, int64_t row_stride, int64_t rows, const bool* mask,
-               const float* shift, double* d1, double* d2, int64_t skip = 0) {
-  Pack s[N];
-  Pack s1[N] = {};
-  Pack s2[N] = {};
-  for (int64_t k = 0; k < N; ++k) {
-    load_pack(shift + k * kPack, s[k]);
-  }
-  for (int64_t r = 0; r < rows; ++r, x += row_stride) {
-    if (mask != nullptr && !mask[r]) {
-      continue;
-    }
-    for (int64_t k = 0; k < N; ++k) {
-      Pack d;
-      load_pack(x + k * kPack, d);
-      d -= s[k];
-      s1[k] += d;
-      s2[k] += d * d;
-    }
-  }
-  for (int64_t j = skip; j < N * kPack; ++j) {
-    d1[j] += s1[j / kPack][j % kPack];
-    d2[j] += s2[j / kPack][j % kPack];
-  }
-}
-
-// The same for one lane: of rows that are shorter than a register, or strided.
-template <typename T>
-void sum_lane(const T* x, int64_t row_stride, int64_t rows, const bool* mask,
-              float shift, double* d1, double* d2) {
-  float s1 = 0;
-  float s2 = 0;
-  for (int64_t r = 0; r < rows; ++r) {
-    if (mask == nullptr || mask[r]) {
-      const float d = load<float>(x[r * row_stride]) - shift;
-      s1 += d;
-      s2 += d * d;
-    }
-  }
-  *d1 += s1;
-  *d2 += s2;
-}
-
-// Sums in float over rows that are too wide for registers to hold all sums. Rows are
-// read whole, some at a time: memory is then read in order, and the sums, which stay in
-// the cache, are not touched for each row.
-template <typename T>
-void sum_wide(const T* x, int64_t row_stride, int64_t rows, int64_t lanes,
-              const float* shift, double* d1, double* d2) {
-  constexpr int64_t kRows = 4;
-  thread_local std::vector<float> block;
-  const int64_t packs = lanes / kPack;
-  block.assign(2 * packs * kPack, 0.f);
-  float* const s1 = block.data();
-  float* const s2 = s1 + packs * kPack;
-  int64_t r = 0;
-  const auto add = [&](auto count) {
-    constexpr int64_t n = decltype(count)::value;
-    const T* at = x + r * row_stride;
-    for (int64_t j = 0; j < packs * kPack; j += kPack) {
-      Pack s, a, b;
-      load_pack(shift + j, s);
-      load_pack(s1 + j, a);
-      load_pack(s2 + j, b);
-      for (int64_t i = 0; i < n; ++i) {
-        Pack d;
-        load_pack(at + i * row_stride + j, d);
-        d -= s;
-        a += d;
-        b += d * d;
-      }
-      std::memcpy(s1 + j, &a, sizeof(a));
-      std::memcpy(s2 + j, &b, sizeof(b));
-    }
-    r += n;
-  };
-  while (r + kRows <= rows) {
-    add(std::integral_constant<int64_t, kRows>());
-  }
-  while (r < rows) {
-    add(std::integral_constant<int64_t, 1>());
-  }
-  for (int64_t j = 0; j < packs * kPack; ++j) {
-    d1[j] += s1[j];
-    d2[j] += s2[j];
-  }
-  for (int64_t j = packs * kPack; j < lanes; ++j) {
-    sum_lane(x + j, row_stride, rows, nullptr, shift[j], d1 + j, d2 + j);
-  }
-}
-
-template <typename T>
-void sum_in_float(const Rows<const T>& x, int64_t rows, const bool* mask, int64_t lanes,
-                  const float* shift, double* d1, double* d2) {
-  for (int64_t r = 0; r < rows; r += kFlushRows) {
-    const int64_t n = std::min(kFlushRows, rows - r);
-    const bool* m = mask != nullptr ? mask + r : nullptr;
-    const T* at = x.data + r * x.row_stride;
-    const int64_t stride = x.row_stride;
-    if (x.lane_stride != 1 || lanes < kPack) {
-      for (int64_t j = 0; j < lanes; ++j) {
-        sum_lane(at + j * x.lane_stride, stride, n, m, shift[j], d1 + j, d2 + j);
-      }
-      continue;
-    }
-    if (lanes > kPacks * kPack && m == nullptr) {
-      sum_wide(at, stride, n, lanes, shift, d1, d2);
-      continue;
-    }
-    int64_t j = 0;
-    for (; j + kPacks * kPack <= lanes; j += kPacks * kPack) {
-      sum_packs<kPacks>(at + j, stride, n, m, shift + j, d1 + j, d2 + j);
-    }
-    for (; j + kPack <= lanes; j += kPack) {
-      sum_packs<1>(at + j, stride, n, m, shift + j, d1 + j, d2 + j);
-    }
-    if (j < lanes) {
-      const int64_t last = lanes - kPack;
-      sum_packs<1>(at + last, stride, n, m, shift + last, d1 + last, d2 + last,
-                   j - last);
-    }
-  }
-}
-
-template <typename T>
-void sum_in_double(const Rows<const T>& x, int64_t rows, const bool* mask,
-                   int64_t features, const double* shift, double* n, double* d1,
-                   double* d2) {
-  for (int64_t r = 0; r < rows; ++r) {
-    if (mask != nullptr && !mask[r]) {
-      continue;
-    }
-    const T* row = x.data + r * x.row_stride;
-    for (int64_t f = 0; f < features; ++f) {
-      const double value = load<double>(row[f * x.lane_stride]);
-      const Partial p = reduce({n[f], d1[f], d2[f]}, value, shift[f]);
-      n[f] = p.n;
-      d1[f] = p.d1;
-      d2[f] = p.d2;
-    }
-  }
-}
-
-// The float sums of a piece, straight into its partials. Returns whether they all can
-// be trusted.
-template <typename T>
-bool accumulate_fast(const Rows<const T>& x, int64_t rows, double counted,
-                     const bool* mask, int64_t group, int64_t features,
-                     const double* shift, bool is_anchored, double* n, double* d1,
-                     double* d2) {
-  if (group == 1) {
-    thread_local std::vector<float> rounded;
-    rounded.assign(shift, shift + features);
-    sum_in_float(x, rows, mask, features, rounded.data(), d1, d2);
-  } else {
-    const int64_t lanes = group * features;
-    float lane_shift[kLanes];
-    double l1[kLanes] = {};
-    double l2[kLanes] = {};
-    for (int64_t j = 0; j < lanes; ++j) {
-      lane_shift[j] = static_cast<float>(shift[j % features]);
-    }
-    const int64_t whole = rows / group;
-    sum_in_float(Rows<const T>{x.data, lanes, 1}, whole, nullptr, lanes, lane_shift, l1,
-                 l2);
-    const int64_t tail = (rows - whole * group) * features;
-    sum_in_float(Rows<const T>{x.data + whole * lanes, lanes, 1}, 1, nullptr, tail,
-                 lane_shift, l1, l2);
-    for (int64_t j = 0; j < lanes; ++j) {
-      d1[j % features] += l1[j];
-      d2[j % features] += l2[j];
-    }
-  }
-  bool good = true;
-  for (int64_t f = 0; f < features; ++f) {
-    n[f] = counted;
-    good &= trustworthy(counted, d1[f], d2[f], is_anchored);
-  }
-  return good;
-}
-
-template <typename T>
-void accumulate(const Key& key, const Work& work, const Piece& piece) {
-  const Range rows = rows_of(work.plan, piece.chunk);
-  const Range features = features_of(work.plan, piece.block);
-  const T* data = static_cast<const T*>(key.x.data) + rows.begin * key.x.row_stride +
-                  features.begin * key.x.feature_stride;
-  const Rows<const T> x{data, key.x.row_stride, key.x.feature_stride};
-  const bool* mask = key.mask != nullptr ? key.mask + rows.begin : nullptr;
-
-  int64_t counted = rows.size();
-  if (mask != nullptr) {
-    counted = std::count(mask, mask + rows.size(), true);
-  }
-  if (piece.block == 0) {
-    work.counted[piece.chunk] = static_cast<double>(counted);
-  }
-  double* n = work.partials + piece.chunk * 3 * work.plan.features + features.begin;
-  double* d1 = n + work.plan.features;
-  double* d2 = d1 + work.plan.features;
-  const double* shift = work.shift + features.begin;
-
-  const auto clear = [&] {
-    std::fill(n, n + features.size(), 0.);
-    std::fill(d1, d1 + features.size(), 0.);
-    std::fill(d2, d2 + features.size(), 0.);
-  };
-  clear();
-  if constexpr (std::is_same_v<typename Compute<T>::type, float>) {
-    if (rows.size() >= kFewRows) {
-      const int64_t group = mask == nullptr ? work.group : 1;
-      if (accumulate_fast(x, rows.size(), static_cast<double>(counted), mask, group,
-                          features.size(), shift, work.is_anchored, n, d1, d2)) {
-        return;
-      }
-      clear();
-    }
-  }
-  sum_in_double(x, rows.size(), mask, features.size(), shift, n, d1, d2);
-}
-
-// The shift of a feature: the running mean, or the first sample while there is none,
-// rounded to what the sums are taken in.
-template <typename T>
-double shift_of(const Key& key, const Moments& state, int64_t f) {
-  using C = typename Compute<T>::type;
-  double shift =
-      load<double>(static_cast<const T*>(key.x.data)[f * key.x.feature_stride]);
-  if (state.used() > 0) {
-    shift = state.sum / state.used();
-  }
-  shift = static_cast<double>(static_cast<C>(shift));
-  return usable(shift) ? shift : 0.;
-}
-
-// --------------------------------------------------------------------- 2. finish
-
-void finish(const Key& key, const Work& work, Range features, Weights weights,
-            double eps) {
-  double samples = 0;
-  for (int64_t c = 0; c < work.plan.row_chunks; ++c) {
-    samples += work.counted[c];
-  }
-  for (int64_t f = features.begin; f < features.end; ++f) {
-    Partial p;
-    for (int64_t c = 0; c < work.plan.row_chunks; ++c) {
-      p = combine(p, work.partial(c, f));
-    }
-    Moments batch = unshift(p, work.shift[f], samples);
-    const double left_out = batch.missing;
-    Moments state = read_state(key.state, f);
-    if (key.state.nonfinite == nullptr) {
-      batch = impute(batch, state);
-    }
-    if (samples > 0) {
-      state = write_state(key.state, f, key.features, fold(state, batch, weights),
-                          left_out);
-    }
-    work.statistic[f] = statistic(state, eps);
-  }
-}
-
-void finish_count(const Key& key, const Work& work, Weights weights) {
-  Moments batch;
-  for (int64_t c = 0; c < work.plan.row_chunks; ++c) {
-    batch.count += work.counted[c];
-  }
-  Moments state;
-  state.count = read(key.state.count, key.state.count_dtype, 0);
-  write_count(key.state, fold(state, batch, weights).count);
-}
-
-// ---------------------------------------------------------------------- 3. apply
-
-// The coefficients of a map for every lane, as arrays: [3][lanes].
-template <template <typename> class Map, typename C>
-const C* coefficients(const Statistic* statistic, int64_t features, int64_t lanes) {
-  thread_local std::vector<C> block;
-  block.resize(3 * lanes);
-  for (int64_t f = 0; f < features; ++f) {
-    const auto [a, b, c] = Map<C>::of(statistic[f]);
-    for (int64_t j = f; j < lanes; j += features) {
-      block[j] = a;
-      block[lanes + j] = b;
-      block[2 * lanes + j] = c;
-    }
-  }
-  return block.data();
-}
-
-template <typename Map, typename C, typename In, typename Out>
-void apply_rows(const Rows<const In>& x, const Rows<Out>& y, int64_t rows,
-                int64_t lanes, const C* a, int64_t width) {
-  const C* b = a + width;
-  const C* c = b + width;
-  const bool unit = x.lane_stride == 1 && y.lane_stride == 1;
-  for (int64_t r = 0; r < rows; ++r) {
-    const In* in_row = x.data + r * x.row_stride;
-    Out* out_row = y.data + r * y.row_stride;
-    if (unit) {
-      // x and y are one tensor or two that share nothing.
-#pragma GCC ivdep
-      for (int64_t j = 0; j < lanes; ++j) {
-        out_row[j] = store<Out>(Map{a[j], b[j], c[j]}(load<C>(in_row[j])));
-      }
-    } else {
-      for (int64_t j = 0; j < lanes; ++j) {
-        out_row[j * y.lane_stride] =
-            store<Out>(Map{a[j], b[j], c[j]}(load<C>(in_row[j * x.lane_stride])));
-      }
-    }
-  }
-}
-
-template <template <typename> class Map, typename In, typename Out>
-void apply(const Key& key, const Work& work, const Piece& piece) {
-  constexpr bool in_double =
-      std::is_same_v<typename Compute<In>::type, double> || std::is_same_v<Out, double>;
-  using C = std::conditional_t<in_double, double, float>;
-  const Range rows = rows_of(work.plan, piece.chunk);
-  const Range features = features_of(work.plan, piece.block);
-  Rows<const In> x{static_cast<const In*>(key.x.data) + rows.begin * key.x.row_stride +
-                       features.begin * key.x.feature_stride,
-                   key.x.row_stride, key.x.feature_stride};
-  Rows<Out> y{static_cast<Out*>(key.y.data) + rows.begin * key.y.row_stride +
-                  features.begin * key.y.feature_stride,
-              key.y.row_stride, key.y.feature_stride};
-
-  const int64_t group = std::min(work.group, group_of(key.y, key.features));
-  const int64_t width = group * features.size();
-  const C* abc =
-      coefficients<Map, C>(work.statistic + features.begin, features.size(), width);
-  const int64_t whole = rows.size() / group;
-  x.row_stride *= group;
-  y.row_stride *= group;
-  apply_rows<Map<C>>(x, y, whole, width, abc, width);
-  const int64_t tail = rows.size() - whole * group;
-  if (tail > 0) {
-    x.data += whole * x.row_stride;
-    y.data += whole * y.row_stride;
-    apply_rows<Map<C>>(x, y, 1, tail * features.size(), abc, width);
-  }
-}
-
-// Floating-point values keep their type; integers come out in any floating type.
-void normalize_piece(const Key& key, const Work& work, const Piece& piece) {
-  dispatch_any(key.x.dtype, [&](auto in) {
-    using In = typename decltype(in)::type;
-    if constexpr (std::is_integral_v<In>) {
-      dispatch_float(key.y.dtype, [&](auto out) {
-        apply<Affine, In, typename decltype(out)::type>(key, work, piece);
-      });
-    } else {
-      apply<Affine, In, In>(key, work, piece);
-    }
-  });
-}
-
-void denormalize_piece(const Key& key, const Work& work, const Piece& piece) {
-  dispatch_float(key.x.dtype, [&](auto type) {
+bool needs_double(Dtype dtype) {
+  bool needs = false;
+  dispatch_any(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    apply<InverseAffine, T, T>(key, work, piece);
+    needs = std::is_same_v<typename Compute<T>::type, double>;
   });
-}
-
-using ApplyPiece = void (*)(const Key& key, const Work& work, const Piece& piece);
-
-void apply_all(const std::vector<Key>& keys, const std::vector<Work>& work,
-               const Pieces& pieces, ApplyPiece apply_piece, ParallelFor parallel_for) {
-  parallel_for(pieces.size(), [&](int64_t begin, int64_t end) {
-    for (int64_t i = end - 1; i >= begin; --i) {
-      const Piece piece = pieces[i];
-      if (keys[piece.key].y.data != nullptr) {
-        apply_piece(keys[piece.key], work[piece.key], piece);
-      }
-    }
-  });
-}
-
-// ------------------------------------------------------------------------ set up
-
-ParallelFor serial_if_small(const std::vector<Key>& keys, ParallelFor parallel_for) {
-  int64_t values = 0;
-  for (const Key& key : keys) {
-    values += key.samples * key.features;
-  }
-  if (values >= kSerialValues) {
-    return parallel_for;
-  }
-  return [](int64_t n, const Body& body) { body(0, n); };
+  return needs;
 }
 
 std::vector<Work> make_work(const std::vector<Key>& keys, bool sums) {
   std::vector<Work> work(keys.size());
   size_t doubles = 0;
   for (size_t k = 0; k < keys.size(); ++k) {
-    work[k].plan = make_plan(keys[k].samples, keys[k].features);
-    work[k].group = group_of(keys[k].x, keys[k].features);
-    const Plan& p = work[k].plan;
-    doubles += 2 * p.features;
+    const Key& key = keys[k];
+    Work& w = work[k];
+    w.plan = make_plan(key.samples, key.features);
+    w.in_double = needs_double(key.x.dtype) || key.y.dtype == Dtype::kFloat64;
+    w.group = w.in_double ? std::min(group_of<double>(key.x, key.features),
+                                     group_of<double>(key.y, key.features))
+                          : std::min(group_of<float>(key.x, key.features),
+                                     group_of<float>(key.y, key.features));
+    w.may_stream = key.x.data != key.y.data &&
+                   key.samples * key.features * size_of(key.y.dtype) >= kStreamBytes;
+    doubles += 3 * w.group * w.plan.features;
     if (sums) {
-      doubles += p.features + p.row_chunks * (3 * p.features + 1);
+      doubles += w.plan.features + ceil_div(w.plan.features, kSomeFeatures) +
+                 w.plan.row_chunks * (3 * w.plan.features + 1);
     }
   }
   double* at = workspace(doubles);
   for (Work& w : work) {
     const Plan& p = w.plan;
-    w.statistic = reinterpret_cast<Statistic*>(at);
-    at += 2 * p.features;
+    w.coefficients = at;
+    at += 3 * w.group * p.features;
     if (sums) {
       w.shift = at;
       at += p.features;
+      w.anchors = at;
+      at += ceil_div(p.features, kSomeFeatures);
       w.partials = at;
       at += p.row_chunks * 3 * p.features;
       w.counted = at;
@@ -614,72 +181,285 @@ std::vector<Work> make_work(const std::vector<Key>& keys, bool sums) {
   return work;
 }
 
-void apply_state(const std::vector<Key>& keys, double eps, ApplyPiece apply_piece,
-                 ParallelFor parallel_for) {
-  parallel_for = serial_if_small(keys, parallel_for);
-  const std::vector<Work> work = make_work(keys, /*sums=*/false);
-  for (size_t k = 0; k < keys.size(); ++k) {
-    for (int64_t f = 0; f < keys[k].features; ++f) {
-      work[k].statistic[f] = statistic(read_state(keys[k].state, f), eps);
+// ------------------------------------------------------------------- parts of keys
+
+// Some rows and features of a key.
+struct Piece {
+  int64_t key;
+  int64_t chunk;
+  int64_t block;
+};
+
+// The parts of all keys, numbered through.
+class Numbered {
+ public:
+  void add(int64_t parts) { ends_.push_back(size() + parts); }
+  int64_t size() const { return ends_.empty() ? 0 : ends_.back(); }
+  int64_t key_of(int64_t i) const {
+    return std::upper_bound(ends_.begin(), ends_.end(), i) - ends_.begin();
+  }
+  int64_t part_of(int64_t i, int64_t key) const {
+    return key == 0 ? i : i - ends_[key - 1];
+  }
+
+ private:
+  std::vector<int64_t> ends_;
+};
+
+// -------------------------------------------------------------------------- calls
+
+// All keys of one call, and its phases. Each phase takes the parts [begin, end).
+class Call {
+ public:
+  Call(const std::vector<Key>& keys, bool sums, double eps, bool inverse = false)
+      : keys_(keys), work_(make_work(keys, sums)), eps_(eps), inverse_(inverse) {
+    for (const Work& w : work_) {
+      pieces_.add(w.plan.pieces());
+      features_.add(ceil_div(w.plan.features, kSomeFeatures));
     }
   }
-  apply_all(keys, work, Pieces(work), apply_piece, parallel_for);
-  trim_workspace();
-}
+
+  ~Call() { trim_workspace(); }
+
+  void update(Weights weights, RunPhases run) {
+    weights_ = weights;
+    const Phase prepare{features_.size(), [this](int64_t b, int64_t e) {
+                          for_features(b, e, &Call::prepare);
+                        }};
+    const Phase finish{features_.size(), [this](int64_t b, int64_t e) {
+                         for_features(b, e, &Call::finish);
+                       }};
+    const Phase accumulate{pieces_.size(), [this](int64_t b, int64_t e) {
+                             for (int64_t i = b; i < e; ++i) {
+                               this->accumulate(piece(i));
+                             }
+                           }};
+    run_all({prepare, accumulate, finish, applying()}, run);
+    // Last: every feature of a key reads its old count.
+    for (size_t k = 0; k < keys_.size(); ++k) {
+      finish_count(keys_[k], work_[k]);
+    }
+  }
+
+  void map(RunPhases run) {
+    const Phase read{features_.size(), [this](int64_t b, int64_t e) {
+                       for_features(b, e, &Call::project_state);
+                     }};
+    run_all({read, applying()}, run);
+  }
+
+ private:
+  // The first phase is about features only, and seldom worth a start of all threads.
+  void run_all(std::vector<Phase> phases, RunPhases run) const {
+    int64_t values = 0;
+    for (const Key& key : keys_) {
+      values += key.samples * key.features;
+    }
+    const bool serial = values < kSerialValues;
+    size_t alone = 0;
+    while (alone < phases.size() &&
+           (serial || (alone == 0 && phases[0].parts <= kSerialParts))) {
+      phases[alone].body(0, phases[alone].parts);
+      ++alone;
+    }
+    if (alone < phases.size()) {
+      phases.erase(phases.begin(), phases.begin() + static_cast<int64_t>(alone));
+      run(phases);
+    }
+  }
+
+  Phase applying() {
+    return {pieces_.size(), [this](int64_t begin, int64_t end) {
+              for (int64_t i = end - 1; i >= begin; --i) {
+                apply(piece(i));
+              }
+            }};
+  }
+
+  Piece piece(int64_t i) const {
+    const int64_t key = pieces_.key_of(i);
+    const int64_t at = pieces_.part_of(i, key);
+    const int64_t blocks = work_[key].plan.feature_blocks;
+    return {key, at / blocks, at % blocks};
+  }
+
+  void for_features(int64_t begin, int64_t end,
+                    void (Call::*body)(const Key&, const Work&, Range)) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t key = features_.key_of(i);
+      const int64_t at = features_.part_of(i, key) * kSomeFeatures;
+      const int64_t features = keys_[key].features;
+      (this->*body)(keys_[key], work_[key],
+                    {at, std::min(at + kSomeFeatures, features)});
+    }
+  }
+
+  // The shift of a feature: the running mean, or the first sample while there is none,
+  // rounded to what the sums are taken in.
+  void prepare(const Key& key, const Work& work, Range features) {
+    if (key.samples == 0) {
+      return;
+    }
+    dispatch_any(key.x.dtype, [&](auto type) {
+      using T = typename decltype(type)::type;
+      bool is_anchored = true;
+      for (int64_t f = features.begin; f < features.end; ++f) {
+        const Moments state = read_state(key.state, f);
+        const double used = state.used();
+        double shift = used > 0 ? state.sum / used
+                                : load<double>(static_cast<const T*>(
+                                      key.x.data)[f * key.x.feature_stride]);
+        shift = static_cast<double>(static_cast<typename Compute<T>::type>(shift));
+        work.shift[f] = usable(shift) ? shift : 0.;
+        is_anchored &= anchored(used, static_cast<double>(key.samples), weights_);
+      }
+      work.anchors[features.begin / kSomeFeatures] = is_anchored ? 1. : 0.;
+    });
+  }
+
+  void accumulate(const Piece& piece) const {
+    const Key& key = keys_[piece.key];
+    const Work& work = work_[piece.key];
+    const Range rows = rows_of(work.plan, piece.chunk);
+    const Range features = features_of(work.plan, piece.block);
+    const bool* mask = key.mask != nullptr ? key.mask + rows.begin : nullptr;
+    const int64_t counted =
+        mask != nullptr ? std::count(mask, mask + rows.size(), true) : rows.size();
+    if (piece.block == 0) {
+      work.counted[piece.chunk] = static_cast<double>(counted);
+    }
+    const double* end = work.anchors + ceil_div(key.features, kSomeFeatures);
+    const bool is_anchored = std::find<const double*>(work.anchors, end, 0.) == end;
+    dispatch_any(key.x.dtype, [&](auto type) {
+      using T = typename decltype(type)::type;
+      sum_piece<T>(key.x, rows, features, mask, counted, work.shift + features.begin,
+                   is_anchored, work.totals(piece.chunk) + features.begin);
+    });
+  }
+
+  void finish(const Key& key, const Work& work, Range features) {
+    double samples = 0;
+    double n[kSomeFeatures] = {};
+    double d1[kSomeFeatures] = {};
+    double d2[kSomeFeatures] = {};
+    for (int64_t c = 0; c < work.plan.row_chunks; ++c) {
+      const Totals part = work.totals(c) + features.begin;
+      for (int64_t i = 0; i < features.size(); ++i) {
+        n[i] += part.n[i];
+        d1[i] += part.d1[i];
+        d2[i] += part.d2[i];
+      }
+      samples += work.counted[c];
+    }
+    for (int64_t i = 0; i < features.size(); ++i) {
+      const int64_t f = features.begin + i;
+      Moments state = read_state(key.state, f);
+      if (samples > 0) {
+        Moments batch = unshift({n[i], d1[i], d2[i]}, work.shift[f], samples);
+        const double left_out = batch.missing;
+        if (key.state.nonfinite == nullptr) {
+          batch = impute(batch, state);
+        }
+        state = write_state(key.state, f, key.features, fold(state, batch, weights_),
+                            left_out);
+      }
+      project(key, work, f, statistic(state, eps_));
+    }
+  }
+
+  void finish_count(const Key& key, const Work& work) const {
+    Moments batch;
+    for (int64_t c = 0; c < work.plan.row_chunks; ++c) {
+      batch.count += work.counted[c];
+    }
+    Moments state;
+    state.count = read(key.state.count, key.state.count_dtype, 0);
+    write_count(key.state, fold(state, batch, weights_).count);
+  }
+
+  void project_state(const Key& key, const Work& work, Range features) {
+    for (int64_t f = features.begin; f < features.end; ++f) {
+      project(key, work, f, statistic(read_state(key.state, f), eps_));
+    }
+  }
+
+  void project(const Key& key, const Work& work, int64_t f, Statistic s) const {
+    if (work.in_double) {
+      inverse_ ? set<InverseAffine<double>>(key, work, f, s)
+               : set<Affine<double>>(key, work, f, s);
+    } else {
+      inverse_ ? set<InverseAffine<float>>(key, work, f, s)
+               : set<Affine<float>>(key, work, f, s);
+    }
+  }
+
+  template <typename Map>
+  void set(const Key& key, const Work& work, int64_t f, Statistic s) const {
+    const auto [a, b, c] = Map::of(s);
+    const int64_t width = work.group * key.features;
+    const Coefficients<std::remove_const_t<decltype(a)>> k(work.coefficients, width);
+    for (int64_t j = f; j < width; j += key.features) {
+      k.a[j] = a;
+      k.b[j] = b;
+      k.c[j] = c;
+    }
+  }
+
+  // Floating-point values keep their type; integers come out in any floating type.
+  void apply(const Piece& piece) const {
+    const Key& key = keys_[piece.key];
+    if (key.y.data == nullptr) {
+      return;
+    }
+    dispatch_any(key.x.dtype, [&](auto in) {
+      using In = typename decltype(in)::type;
+      if constexpr (std::is_integral_v<In>) {
+        dispatch_float(key.y.dtype, [&](auto out) {
+          apply_as<Affine, In, typename decltype(out)::type>(key, piece);
+        });
+      } else if (inverse_) {
+        apply_as<InverseAffine, In, In>(key, piece);
+      } else {
+        apply_as<Affine, In, In>(key, piece);
+      }
+    });
+  }
+
+  template <template <typename> class Map, typename In, typename Out>
+  void apply_as(const Key& key, const Piece& piece) const {
+    constexpr bool in_double = std::is_same_v<typename Compute<In>::type, double> ||
+                               std::is_same_v<Out, double>;
+    using C = std::conditional_t<in_double, double, float>;
+    const Work& work = work_[piece.key];
+    const Range rows = rows_of(work.plan, piece.chunk);
+    const Range features = features_of(work.plan, piece.block);
+    const Coefficients<C> k(work.coefficients, work.group * key.features);
+    map_piece<Map, C>(rows_at<const In>(key.x, rows, features),
+                      rows_at<Out>(key.y, rows, features), rows.size(), work.group,
+                      features.size(), work.may_stream, k + features.begin);
+  }
+
+  const std::vector<Key>& keys_;
+  std::vector<Work> work_;
+  double eps_;
+  bool inverse_;
+  Weights weights_{};
+  Numbered pieces_;
+  Numbered features_;
+};
 
 }  // namespace
 
-void update(const std::vector<Key>& keys, Weights weights, double eps,
-            ParallelFor parallel_for) {
-  parallel_for = serial_if_small(keys, parallel_for);
-  std::vector<Work> work = make_work(keys, /*sums=*/true);
-  const Pieces pieces(work);
-  for (size_t k = 0; k < keys.size(); ++k) {
-    if (keys[k].samples > 0) {
-      dispatch_any(keys[k].x.dtype, [&](auto type) {
-        for (int64_t f = 0; f < keys[k].features; ++f) {
-          const Moments state = read_state(keys[k].state, f);
-          work[k].shift[f] = shift_of<typename decltype(type)::type>(keys[k], state, f);
-          work[k].is_anchored &=
-              anchored(state.used(), static_cast<double>(keys[k].samples), weights);
-        }
-      });
-    }
-  }
-  parallel_for(pieces.size(), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const Piece piece = pieces[i];
-      const Key& key = keys[piece.key];
-      dispatch_any(key.x.dtype, [&](auto type) {
-        accumulate<typename decltype(type)::type>(key, work[piece.key], piece);
-      });
-    }
-  });
-  for (size_t k = 0; k < keys.size(); ++k) {
-    const Plan& plan = work[k].plan;
-    const auto finish_blocks = [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) {
-        finish(keys[k], work[k], features_of(plan, b), weights, eps);
-      }
-    };
-    if (plan.feature_blocks > 1) {
-      parallel_for(plan.feature_blocks, finish_blocks);
-    } else {
-      finish_blocks(0, plan.feature_blocks);
-    }
-    // Last: every feature of the key reads the old count.
-    finish_count(keys[k], work[k], weights);
-  }
-  apply_all(keys, work, pieces, normalize_piece, parallel_for);
-  trim_workspace();
+void update(const std::vector<Key>& keys, Weights weights, double eps, RunPhases run) {
+  Call(keys, /*sums=*/true, eps).update(weights, run);
 }
 
-void normalize(const std::vector<Key>& keys, double eps, ParallelFor parallel_for) {
-  apply_state(keys, eps, normalize_piece, parallel_for);
+void normalize(const std::vector<Key>& keys, double eps, RunPhases run) {
+  Call(keys, /*sums=*/false, eps).map(run);
 }
 
-void denormalize(const std::vector<Key>& keys, double eps, ParallelFor parallel_for) {
-  apply_state(keys, eps, denormalize_piece, parallel_for);
+void denormalize(const std::vector<Key>& keys, double eps, RunPhases run) {
+  Call(keys, /*sums=*/false, eps, /*inverse=*/true).map(run);
 }
 
 void merge(const State& state, const State& batch, int64_t features, Weights weights) {

@@ -1,0 +1,311 @@
+// Copyright (c) the torchrl_vecnorm authors.
+//
+// This source code is licensed under the MIT license found in the
+// LICENSE file in the root directory of this source tree.
+
+// Sums over some rows: n, Σd and Σd² of every feature, d = x - shift.
+//
+// In float (C = float) every value counts; whether the sums can be trusted is for the
+// caller to ask (moments.h). In double values that are not usable are left out.
+
+namespace vecnorm {
+namespace cpu {
+namespace VECNORM_ISA {
+namespace {
+
+// Packs whose sums stay in registers: a shift and two or three sums each.
+constexpr int64_t kPacks = 4;
+template <typename C>
+constexpr int64_t kLanes = kPacks * kPack<C>;
+// Wider rows are walked this many packs at a time, whose sums stay in the cache.
+constexpr int64_t kWidePacks = 64;
+// Rows that are added at once there, so that sums are read and written less often.
+constexpr int64_t kWideRows = 4;
+// Packs of a cache line. Hardware prefetches along some rows at once, but not from one
+// to the next: loops over wide rows do it themselves, once a line.
+constexpr int64_t kLinePacks = std::max<int64_t>(1, 64 / kPackBytes);
+// Rows that are summed in float before they are flushed to double.
+constexpr int64_t kFlushRows = 128;
+// Fewer rows than that are summed in double at once: checking would cost as much.
+constexpr int64_t kFewRows = 16;
+
+// Some rows and lanes of a matrix.
+template <typename T>
+struct Rows {
+  T* data;
+  int64_t row_stride;
+  int64_t lane_stride;
+};
+
+template <typename T>
+Rows<T> rows_at(const Matrix& m, Range rows, Range features) {
+  return {static_cast<T*>(m.data) + rows.begin * m.row_stride +
+              features.begin * m.feature_stride,
+          m.row_stride, m.feature_stride};
+}
+
+// How many whole rows of `m` are taken as one, so that few features fill the registers.
+template <typename C>
+int64_t group_of(const Matrix& m, int64_t features) {
+  const bool dense = m.feature_stride == 1 && m.row_stride == features;
+  return dense && 0 < features && features < kLanes<C> ? kLanes<C> / features : 1;
+}
+
+template <typename T>
+struct Counted {
+  T value{};
+};
+struct Nothing {};
+
+// The sums of one pack of lanes. T is Pack<C>, or C for a single lane.
+template <typename C, typename T>
+struct Sums {
+  T d1{};
+  T d2{};
+  [[no_unique_address]] std::conditional_t<std::is_same_v<C, double>, Counted<T>,
+                                           Nothing> n;
+
+  inline void add(T x, T shift) {
+    if constexpr (std::is_same_v<C, double>) {
+      const auto good = x * x <= 1e290;  // usable(x)
+      const T none{};
+      const T one = none + 1.;
+      const T d = good ? x - shift : none;
+      n.value += good ? one : none;
+      d1 += d;
+      d2 += d * d;
+    } else {
+      const T d = x - shift;
+      d1 += d;
+      d2 += d * d;
+    }
+  }
+};
+
+// Where sums go.
+struct Totals {
+  double* n;
+  double* d1;
+  double* d2;
+
+  Totals operator+(int64_t f) const { return {n + f, d1 + f, d2 + f}; }
+
+  // Adds a pack's sums, but for the lanes before `skip`, which another pack has.
+  template <typename C>
+  void add(const Sums<C, Pack<C>>& sums, int64_t skip) const {
+    for (int64_t j = skip; j < kPack<C>; ++j) {
+      if constexpr (std::is_same_v<C, double>) {
+        n[j] += sums.n.value[j];
+      }
+      d1[j] += sums.d1[j];
+      d2[j] += sums.d2[j];
+    }
+  }
+};
+
+// Rows of N packs at most, all sums in registers.
+template <typename C, int64_t N, typename T>
+void sum_narrow(const T* x, int64_t row_stride, int64_t rows, const bool* mask,
+                int64_t lanes, const C* shift, Totals totals) {
+  const int64_t last = lanes - kPack<C>;
+  Pack<C> s[N];
+  Sums<C, Pack<C>> sums[N];
+  for (int64_t p = 0; p < N; ++p) {
+    s[p] = load_pack<C>(shift + (p + 1 < N ? p * kPack<C> : last));
+  }
+  for (int64_t r = 0; r < rows; ++r, x += row_stride) {
+    if (mask == nullptr || mask[r]) {
+      for (int64_t p = 0; p < N; ++p) {
+        sums[p].add(load_pack<C>(x + (p + 1 < N ? p * kPack<C> : last)), s[p]);
+      }
+    }
+  }
+  for (int64_t p = 0; p < N; ++p) {
+    const int64_t at = p + 1 < N ? p * kPack<C> : last;
+    (totals + at).add(sums[p], p * kPack<C> - at);
+  }
+}
+
+// Rows of any width. They are read whole, some at a time: memory is then read in order.
+template <typename C, typename T>
+void sum_wide(const T* x, int64_t row_stride, int64_t rows, const bool* mask,
+              int64_t lanes, const double* shift, Totals totals) {
+  const Packs<C> packs{lanes};
+  for (int64_t begin = 0; begin < packs.size(); begin += kWidePacks) {
+    const int64_t n = std::min(kWidePacks, packs.size() - begin);
+    Pack<C> s[kWidePacks];
+    Sums<C, Pack<C>> sums[kWidePacks];
+    for (int64_t p = 0; p < n; ++p) {
+      s[p] = load_pack<C>(shift + packs[begin + p]);
+    }
+    const int64_t first = begin * kPack<C>;
+    const int64_t last = packs[begin + n - 1];
+    const auto add = [&](auto count, const T* const* rows_to_add) {
+      constexpr int64_t k = decltype(count)::value;
+      const T* row[k];
+      std::copy(rows_to_add, rows_to_add + k, row);
+      const auto add_pack = [&](int64_t p, int64_t at) {
+        Sums<C, Pack<C>> sum = sums[p];
+        for (int64_t i = 0; i < k; ++i) {
+          sum.add(load_pack<C>(row[i] + at), s[p]);
+        }
+        sums[p] = sum;
+      };
+      int64_t p = 0;
+      for (; p + kLinePacks < n; p += kLinePacks) {
+        const int64_t at = first + p * kPack<C>;
+        for (int64_t i = 0; i < k; ++i) {
+          __builtin_prefetch(row[i] + at + kWideRows * row_stride);
+        }
+        for (int64_t q = 0; q < kLinePacks; ++q) {
+          add_pack(p + q, at + q * kPack<C>);
+        }
+      }
+      for (; p + 1 < n; ++p) {
+        add_pack(p, first + p * kPack<C>);
+      }
+      add_pack(n - 1, last);
+    };
+    const T* taken[kWideRows];
+    int64_t count = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      if (mask == nullptr || mask[r]) {
+        taken[count++] = x + r * row_stride;
+      }
+      if (count == kWideRows) {
+        add(std::integral_constant<int64_t, kWideRows>(), taken);
+        count = 0;
+      }
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      add(std::integral_constant<int64_t, 1>(), taken + i);
+    }
+    for (int64_t p = 0; p < n; ++p) {
+      const int64_t at = packs[begin + p];
+      (totals + at).add(sums[p], (begin + p) * kPack<C> - at);
+    }
+  }
+}
+
+// One lane: of rows that are shorter than a register, or strided.
+template <typename C, typename T>
+void sum_lane(const T* x, int64_t row_stride, int64_t rows, const bool* mask, C shift,
+              Totals totals) {
+  Sums<C, C> sums;
+  for (int64_t r = 0; r < rows; ++r) {
+    if (mask == nullptr || mask[r]) {
+      sums.add(load<C>(x[r * row_stride]), shift);
+    }
+  }
+  if constexpr (std::is_same_v<C, double>) {
+    *totals.n += sums.n.value;
+  }
+  *totals.d1 += sums.d1;
+  *totals.d2 += sums.d2;
+}
+
+// All lanes of some rows.
+template <typename C, typename T>
+void sum_rows(const Rows<const T>& x, int64_t rows, const bool* mask, int64_t lanes,
+              const double* shift, Totals totals) {
+  for (int64_t begin = 0; begin < rows; begin += kFlushRows) {
+    const int64_t n = std::min(kFlushRows, rows - begin);
+    const bool* m = mask != nullptr ? mask + begin : nullptr;
+    const T* at = x.data + begin * x.row_stride;
+    if (x.lane_stride != 1 || lanes < kPack<C>) {
+      for (int64_t j = 0; j < lanes; ++j) {
+        sum_lane(at + j * x.lane_stride, x.row_stride, n, m, static_cast<C>(shift[j]),
+                 totals + j);
+      }
+    } else if (lanes > kLanes<C>) {
+      sum_wide<C>(at, x.row_stride, n, m, lanes, shift, totals);
+    } else {
+      C s[kLanes<C>];
+      for (int64_t j = 0; j < lanes; ++j) {
+        s[j] = static_cast<C>(shift[j]);
+      }
+      const auto sum = [&](auto packs) {
+        sum_narrow<C, decltype(packs)::value>(at, x.row_stride, n, m, lanes, s, totals);
+      };
+      switch (ceil_div(lanes, kPack<C>)) {
+        case 1:
+          sum(std::integral_constant<int64_t, 1>());
+          break;
+        case 2:
+          sum(std::integral_constant<int64_t, 2>());
+          break;
+        case 3:
+          sum(std::integral_constant<int64_t, 3>());
+          break;
+        default:
+          sum(std::integral_constant<int64_t, kPacks>());
+      }
+    }
+  }
+}
+
+// The same with `group` whole rows taken as one.
+template <typename C, typename T>
+void sum_grouped(const Rows<const T>& x, int64_t rows, int64_t group, int64_t features,
+                 const double* shift, Totals totals) {
+  const int64_t lanes = group * features;
+  double lane_shift[kLanes<C>];
+  double sums[3][kLanes<C>] = {};
+  for (int64_t j = 0; j < lanes; j += features) {
+    std::copy(shift, shift + features, lane_shift + j);
+  }
+  const Totals lane_totals{sums[0], sums[1], sums[2]};
+  const int64_t whole = rows / group;
+  sum_rows<C>(Rows<const T>{x.data, lanes, 1}, whole, nullptr, lanes, lane_shift,
+              lane_totals);
+  const int64_t tail = (rows - whole * group) * features;
+  sum_rows<C>(Rows<const T>{x.data + whole * lanes, lanes, 1}, tail > 0 ? 1 : 0,
+              nullptr, tail, lane_shift, lane_totals);
+  for (int64_t j = 0; j < lanes; j += features) {
+    for (int64_t f = 0; f < features; ++f) {
+      totals.n[f] += sums[0][j + f];
+      totals.d1[f] += sums[1][j + f];
+      totals.d2[f] += sums[2][j + f];
+    }
+  }
+}
+
+// n, Σd and Σd² of some rows, of which the mask leaves `counted`.
+template <typename T>
+void sum_piece(const Matrix& x, Range rows, Range features, const bool* mask,
+               int64_t counted, const double* shift, bool is_anchored, Totals totals) {
+  const Rows<const T> at = rows_at<const T>(x, rows, features);
+  const int64_t width = features.size();
+  const auto sum = [&](auto type) {
+    using C = typename decltype(type)::type;
+    std::fill(totals.n, totals.n + width, 0.);
+    std::fill(totals.d1, totals.d1 + width, 0.);
+    std::fill(totals.d2, totals.d2 + width, 0.);
+    const int64_t group = mask == nullptr ? group_of<C>(x, width) : 1;
+    if (group > 1) {
+      sum_grouped<C>(at, rows.size(), group, width, shift, totals);
+    } else {
+      sum_rows<C>(at, rows.size(), mask, width, shift, totals);
+    }
+  };
+  if constexpr (std::is_same_v<typename Compute<T>::type, float>) {
+    if (rows.size() >= kFewRows) {
+      sum(Type<float>{});
+      const double n = static_cast<double>(counted);
+      bool good = true;
+      for (int64_t f = 0; f < width; ++f) {
+        totals.n[f] = n;
+        good &= trustworthy(n, totals.d1[f], totals.d2[f], is_anchored);
+      }
+      if (good) {
+        return;
+      }
+    }
+  }
+  sum(Type<double>{});
+}
+
+}  // namespace
+}  // namespace VECNORM_ISA
+}  // namespace cpu
+}  // namespace vecnorm

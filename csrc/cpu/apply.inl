@@ -1,0 +1,216 @@
+// Copyright (c) the torchrl_vecnorm authors.
+//
+// This source code is licensed under the MIT license found in the
+// LICENSE file in the root directory of this source tree.
+
+// y = map(x) over some rows; a map (moments.h) has three coefficients for each feature.
+//
+// x and y are one tensor or two that share nothing. Where a row's last pack reaches
+// back it is loaded before anything of the row is stored: in place its lanes would be
+// mapped twice.
+
+namespace vecnorm {
+namespace cpu {
+namespace VECNORM_ISA {
+namespace {
+
+// Larger outputs are written around the caches, which could not keep them.
+constexpr int64_t kStreamBytes = 48 << 20;
+
+// The coefficients of a map, as arrays over lanes.
+template <typename C>
+struct Coefficients {
+  C* a;
+  C* b;
+  C* c;
+
+  Coefficients(void* block, int64_t width)
+      : a(static_cast<C*>(block)), b(a + width), c(b + width) {}
+
+  Coefficients operator+(int64_t lane) const {
+    Coefficients k = *this;
+    k.a += lane;
+    k.b += lane;
+    k.c += lane;
+    return k;
+  }
+};
+
+// A map on packs. The formulas are those of moments.h, whose functions are compiled for
+// any processor.
+template <template <typename> class Map, typename C>
+struct PackMap {
+  Pack<C> a;
+  Pack<C> b;
+  Pack<C> c;
+
+  PackMap() = default;
+  PackMap(const Coefficients<C>& k, int64_t lane)
+      : a(load_pack<C>(k.a + lane)),
+        b(load_pack<C>(k.b + lane)),
+        c(load_pack<C>(k.c + lane)) {}
+
+  inline Pack<C> operator()(Pack<C> x) const {
+    if constexpr (std::is_same_v<Map<C>, Affine<C>>) {
+      return (x - a) * b + c;
+    } else {
+      static_assert(std::is_same_v<Map<C>, InverseAffine<C>>);
+      return (x * a + c) + b;
+    }
+  }
+};
+
+template <bool kStream, typename C, typename T>
+inline void put(T* at, Pack<C> y) {
+  if constexpr (kStream) {
+    stream(at, y);
+  } else {
+    store_pack<C>(at, y);
+  }
+}
+
+// Rows of N packs at most, all coefficients in registers.
+template <template <typename> class Map, typename C, int64_t N, bool kStream,
+          typename In, typename Out>
+void map_narrow(const In* x, int64_t x_stride, Out* y, int64_t y_stride, int64_t rows,
+                int64_t lanes, const Coefficients<C>& k) {
+  const int64_t last = lanes - kPack<C>;
+  PackMap<Map, C> maps[N];
+  for (int64_t p = 0; p < N; ++p) {
+    maps[p] = PackMap<Map, C>(k, p + 1 < N ? p * kPack<C> : last);
+  }
+  for (int64_t r = 0; r < rows; ++r, x += x_stride, y += y_stride) {
+    Pack<C> value[N];
+    for (int64_t p = 0; p < N; ++p) {
+      value[p] = load_pack<C>(x + (p + 1 < N ? p * kPack<C> : last));
+    }
+    for (int64_t p = 0; p < N; ++p) {
+      put<kStream, C>(y + (p + 1 < N ? p * kPack<C> : last), maps[p](value[p]));
+    }
+  }
+}
+
+// R rows of any width at once, so that coefficients are read once for all of them. All
+// packs but the first and the last start `skip` values in.
+template <template <typename> class Map, typename C, int64_t R, bool kStream,
+          typename In, typename Out>
+void map_wide(const In* x, int64_t x_stride, Out* y, int64_t y_stride, int64_t lanes,
+              int64_t skip, const Coefficients<C>& k) {
+  const int64_t last = lanes - kPack<C>;
+  Pack<C> head[R];
+  Pack<C> tail[R];
+  for (int64_t r = 0; r < R; ++r) {
+    head[r] = load_pack<C>(x + r * x_stride);
+    tail[r] = load_pack<C>(x + r * x_stride + last);
+  }
+  const auto apply = [&](int64_t j) {
+    const PackMap<Map, C> map(k, j);
+    for (int64_t r = 0; r < R; ++r) {
+      put<kStream, C>(y + r * y_stride + j, map(load_pack<C>(x + r * x_stride + j)));
+    }
+  };
+  int64_t j = skip;
+  for (; j + (kLinePacks - 1) * kPack<C> < last; j += kLinePacks * kPack<C>) {
+    for (int64_t r = 0; r < R; ++r) {
+      __builtin_prefetch(x + (r + R) * x_stride + j);
+    }
+    for (int64_t q = 0; q < kLinePacks; ++q) {
+      apply(j + q * kPack<C>);
+    }
+  }
+  for (; j < last; j += kPack<C>) {
+    apply(j);
+  }
+  const PackMap<Map, C> first_map(k, 0);
+  const PackMap<Map, C> last_map(k, last);
+  for (int64_t r = 0; r < R; ++r) {
+    put<kStream, C>(y + r * y_stride, first_map(head[r]));
+    put<kStream, C>(y + r * y_stride + last, last_map(tail[r]));
+  }
+}
+
+template <template <typename> class Map, typename C, bool kStream, typename In,
+          typename Out>
+void map_packs(const In* x, int64_t x_stride, Out* y, int64_t y_stride, int64_t rows,
+               int64_t lanes, const Coefficients<C>& k) {
+  const auto narrow = [&](auto packs) {
+    map_narrow<Map, C, decltype(packs)::value, kStream>(x, x_stride, y, y_stride, rows,
+                                                        lanes, k);
+  };
+  switch (ceil_div(lanes, kPack<C>)) {
+    case 1:
+      return narrow(std::integral_constant<int64_t, 1>());
+    case 2:
+      return narrow(std::integral_constant<int64_t, 2>());
+    case 3:
+      return narrow(std::integral_constant<int64_t, 3>());
+    case kPacks:
+      return narrow(std::integral_constant<int64_t, kPacks>());
+  }
+  // Stores that cross cache lines are slow. Rows that differ in where a line begins are
+  // taken one by one.
+  const auto to_line = [](const Out* at) {
+    constexpr uintptr_t bytes = kPack<C> * sizeof(Out);
+    return static_cast<int64_t>((bytes - reinterpret_cast<uintptr_t>(at) % bytes) /
+                                sizeof(Out));
+  };
+  int64_t r = 0;
+  if (y_stride % kPack<C> == 0) {
+    for (; r + kWideRows <= rows; r += kWideRows) {
+      map_wide<Map, C, kWideRows, kStream>(x + r * x_stride, x_stride, y + r * y_stride,
+                                           y_stride, lanes, to_line(y), k);
+    }
+  }
+  for (; r < rows; ++r) {
+    Out* const row = y + r * y_stride;
+    map_wide<Map, C, 1, kStream>(x + r * x_stride, x_stride, row, y_stride, lanes,
+                                 to_line(row), k);
+  }
+}
+
+template <template <typename> class Map, typename C, typename In, typename Out>
+void map_rows(const Rows<const In>& x, const Rows<Out>& y, int64_t rows, int64_t lanes,
+              bool may_stream, const Coefficients<C>& k) {
+  if (x.lane_stride != 1 || y.lane_stride != 1 || lanes < kPack<C>) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const In* in = x.data + r * x.row_stride;
+      Out* out = y.data + r * y.row_stride;
+      for (int64_t j = 0; j < lanes; ++j) {
+        const Map<C> map{k.a[j], k.b[j], k.c[j]};
+        out[j * y.lane_stride] = store<Out>(map(load<C>(in[j * x.lane_stride])));
+      }
+    }
+    return;
+  }
+  if constexpr (std::is_same_v<Out, C>) {
+    const bool aligned = reinterpret_cast<uintptr_t>(y.data) % kPackBytes == 0 &&
+                         y.row_stride % kPack<C> == 0 && lanes % kPack<C> == 0;
+    if (may_stream && aligned) {
+      map_packs<Map, C, true>(x.data, x.row_stride, y.data, y.row_stride, rows, lanes,
+                              k);
+      return flush_stream();
+    }
+  }
+  map_packs<Map, C, false>(x.data, x.row_stride, y.data, y.row_stride, rows, lanes, k);
+}
+
+// All rows of a piece, `group` of them taken as one.
+template <template <typename> class Map, typename C, typename In, typename Out>
+void map_piece(Rows<const In> x, Rows<Out> y, int64_t rows, int64_t group,
+               int64_t features, bool may_stream, const Coefficients<C>& k) {
+  const int64_t whole = rows / group;
+  const int64_t tail = rows - whole * group;
+  x.row_stride *= group;
+  y.row_stride *= group;
+  map_rows<Map, C>(x, y, whole, group * features, may_stream, k);
+  if (tail > 0) {
+    x.data += whole * x.row_stride;
+    y.data += whole * y.row_stride;
+    map_rows<Map, C>(x, y, 1, tail * features, false, k);
+  }
+}
+
+}  // namespace
+}  // namespace VECNORM_ISA
+}  // namespace cpu
+}  // namespace vecnorm
