@@ -55,8 +55,8 @@ void leave_the_pool_after_fork() {
   }
 }
 
-// One team of threads for all phases, the one that at::parallel_for uses too: starting it
-// anew for each phase would cost as much as a small update.
+// One team of threads for all phases, the one that at::parallel_for uses too: starting
+// it anew for each phase would cost as much as a small update.
 void run_phases(const std::vector<cpu::Phase>& phases) {
 #ifdef _OPENMP
   int64_t parts = 1;

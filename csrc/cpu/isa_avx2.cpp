@@ -49,6 +49,21 @@ inline void to_halves(const float* from, uint16_t* to) {
                    _mm256_cvtps_ph(_mm256_loadu_ps(from), rounding));
 }
 
+// 16 bits to 32 and back.
+inline void widen(const uint16_t* from, uint32_t* to) {
+  const auto* bits = reinterpret_cast<const __m128i*>(from);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                      _mm256_cvtepu16_epi32(_mm_loadu_si128(bits)));
+}
+
+inline void narrow(const uint32_t* from, uint16_t* to) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  // Packs each half of the register on its own.
+  const __m256i packed = _mm256_packus_epi32(bits, bits);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                   _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+}
+
 }  // namespace
 }  // namespace avx2
 }  // namespace cpu

@@ -52,6 +52,17 @@ inline void to_halves(const float* from, uint16_t* to) {
                       _mm512_cvtps_ph(_mm512_loadu_ps(from), rounding));
 }
 
+// 16 bits to 32 and back.
+inline void widen(const uint16_t* from, uint32_t* to) {
+  const auto* bits = reinterpret_cast<const __m256i*>(from);
+  _mm512_storeu_si512(to, _mm512_cvtepu16_epi32(_mm256_loadu_si256(bits)));
+}
+
+inline void narrow(const uint32_t* from, uint16_t* to) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                      _mm512_cvtepi32_epi16(_mm512_loadu_si512(from)));
+}
+
 }  // namespace
 }  // namespace avx512
 }  // namespace cpu

@@ -49,6 +49,17 @@ inline void to_halves(const float* from, uint16_t* to) {
   }
 }
 
+// 16 bits to 32 and back.
+inline void widen(const uint16_t* from, uint32_t* to) {
+  std::copy(from, from + kPackBytes / 4, to);
+}
+
+inline void narrow(const uint32_t* from, uint16_t* to) {
+  for (int64_t j = 0; j < kPackBytes / 4; ++j) {
+    to[j] = static_cast<uint16_t>(from[j]);
+  }
+}
+
 }  // namespace
 }  // namespace baseline
 }  // namespace cpu

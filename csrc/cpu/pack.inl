@@ -5,7 +5,7 @@
 
 // One register of floats or doubles: compilers do what it says, where loops over arrays
 // are at the mercy of their vectorisers. isa_*.cpp give its width, kPackBytes, and what
-// plain C++ has no words for: stream, from_halves, to_halves.
+// plain C++ has no words for: stream, from_halves, to_halves, widen, narrow.
 
 namespace vecnorm {
 namespace cpu {
@@ -24,7 +24,6 @@ using Pack = typename PackOf<C>::type;
 template <typename C>
 constexpr int64_t kPack = kPackBytes / sizeof(C);
 
-typedef uint16_t HalfBits __attribute__((vector_size(kPackBytes / 2)));
 typedef uint32_t FloatBits __attribute__((vector_size(kPackBytes)));
 
 template <typename C, typename T>
@@ -33,9 +32,9 @@ inline Pack<C> load_pack(const T* at) {
   if constexpr (std::is_same_v<T, C>) {
     std::memcpy(&pack, at, sizeof(pack));
   } else if constexpr (std::is_same_v<T, BFloat16> && std::is_same_v<C, float>) {
-    HalfBits bits;
-    std::memcpy(&bits, at, sizeof(bits));
-    const FloatBits wide = __builtin_convertvector(bits, FloatBits) << 16;
+    FloatBits wide;
+    widen(&at->bits, reinterpret_cast<uint32_t*>(&wide));
+    wide <<= 16;
     std::memcpy(&pack, &wide, sizeof(pack));
   } else if constexpr (std::is_same_v<T, Float16> && std::is_same_v<C, float>) {
     from_halves(&at->bits, reinterpret_cast<float*>(&pack));
@@ -58,8 +57,7 @@ inline void store_pack(T* at, Pack<C> pack) {
     const FloatBits rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
     const FloatBits quiet = (u >> 16) | 0x40u;
     const FloatBits kept = pack != pack ? quiet : rounded;
-    const HalfBits bits = __builtin_convertvector(kept, HalfBits);
-    std::memcpy(at, &bits, sizeof(bits));
+    narrow(reinterpret_cast<const uint32_t*>(&kept), &at->bits);
   } else if constexpr (std::is_same_v<T, Float16> && std::is_same_v<C, float>) {
     to_halves(reinterpret_cast<const float*>(&pack), &at->bits);
   } else {
