@@ -69,8 +69,10 @@ void run_phases(const std::vector<cpu::Phase>& phases) {
     const int64_t rank = omp_get_thread_num();
     const int64_t team = omp_get_num_threads();
     for (const cpu::Phase& phase : phases) {
-      phase.body(phase.parts * rank / team, phase.parts * (rank + 1) / team);
+      if (&phase != &phases.front()) {
 #pragma omp barrier
+      }
+      phase.body(phase.parts * rank / team, phase.parts * (rank + 1) / team);
     }
   }
 #else

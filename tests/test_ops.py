@@ -13,7 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from samples import FLOATS, INTEGERS, LAYOUTS, SHAPES, data, op_samples
+from samples import (
+    FLOATS,
+    INTEGERS,
+    LAYOUTS,
+    SHAPES,
+    data,
+    op_samples,
+    padded,
+    transposed,
+)
 
 from torchrl_vecnorm import Moments, _ops, oracle
 from torchrl_vecnorm import functional as F
@@ -170,6 +179,37 @@ def test_out():
     torch.testing.assert_close(x, want)
 
 
+@pytest.mark.parametrize("features", [1, 5, 17, 33, 65, 129, 1000])
+@pytest.mark.parametrize("dtype", FLOATS, **ids)
+@pytest.mark.parametrize("layout", [torch.clone, padded, transposed], **ids)
+def test_in_place(layout, dtype, features):
+    """What a row's last register reaches back over is not mapped twice."""
+    x = layout(data((70,), (features,), dtype))
+    state, other = Moments.zeros([features]), Moments.zeros([features])
+    want = F.update_(x, other, decay=0.9)
+    assert F.update_(x, state, decay=0.9, out=x) is x
+    assert torch.equal(x, want)
+    assert_same(state, other)
+
+
+@pytest.mark.parametrize(
+    "samples,features,dtype",
+    [
+        (200_003, 64, torch.float32),
+        (50_001, 256, torch.float32),
+        (200_003, 63, torch.float32),
+        (30_003, 256, torch.float64),
+    ],
+    **ids,
+)
+def test_large(samples, features, dtype):
+    """Outputs of 48 MB and more are written around the caches, but in place."""
+    x = data((samples,), (features,), dtype)
+    y = check(x, Moments.zeros([features]))
+    F.update_(x, Moments.zeros([features]), decay=0.9, out=x)
+    assert torch.equal(x, y)
+
+
 def test_default_dtype_of_integers():
     x = data((50,), (3,), torch.int64)
     for dtype in FLOATS:
@@ -186,12 +226,20 @@ def test_default_dtype_of_integers():
 _ON_ONE_SET = """
 import sys
 sys.path.insert(0, {tests!r})
-from test_ops import SHAPES, FLOATS, LAYOUTS, Moments, check, data
+import torch
+from test_ops import SHAPES, FLOATS, LAYOUTS, F, Moments, check, data
 for dtype in FLOATS:
     for samples, features in SHAPES:
         check(data(samples, features, dtype), Moments.zeros(features), calls=2)
     for layout in LAYOUTS:
         check(layout(data((50, 20), (6,), dtype)), Moments.zeros([6]), calls=2)
+    for features in (5, 17, 33, 65, 129):
+        x = data((70,), (features,), dtype)
+        y = check(x, Moments.zeros([features]))
+        F.update_(x, Moments.zeros([features]), decay=0.9, out=x)
+        assert torch.equal(x, y)
+x = data((50001,), (256,))
+check(x, Moments.zeros([256]))
 """
 
 
