@@ -5,7 +5,7 @@
 
 // The Python module torchrl_vecnorm._C: the eager hot path, which allocates the outputs
 // here and calls typed dispatcher handles (about half of what torch.ops costs a call);
-// the same from tensordict to tensordict; and the mutex that lives in a tensor.
+// the same from tensordict to tensordict; and statistics in shared memory.
 // torchrl_vecnorm/_C.pyi describes it.
 
 #include <ATen/EmptyTensor.h>
@@ -19,11 +19,13 @@
 #include <sys/mman.h>
 #endif
 
+#include <memory>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "ops.h"
-#include "shared/mutex.h"
+#include "shared/shared_state.h"
 
 namespace py = pybind11;
 
@@ -109,7 +111,8 @@ class Binding {
   Binding(py::object td, py::list parts, py::object tensordict_type,
           std::vector<py::tuple> in_keys, std::vector<py::tuple> out_keys,
           std::vector<std::optional<int64_t>> ndims, std::vector<py::object> dtypes,
-          Tensors sum, Tensors ssq, Tensors count, Tensors nonfinite)
+          Tensors sum, Tensors ssq, Tensors count, Tensors nonfinite,
+          std::shared_ptr<shared::SharedState> shared)
       : td_(std::move(td)),
         parts_(std::move(parts)),
         type_(std::move(tensordict_type)),
@@ -119,7 +122,8 @@ class Binding {
         sum_(std::move(sum)),
         ssq_(std::move(ssq)),
         count_(std::move(count)),
-        nonfinite_(std::move(nonfinite)) {
+        nonfinite_(std::move(nonfinite)),
+        shared_(std::move(shared)) {
     for (const py::object& dtype : dtypes) {
       dtypes_.push_back(reinterpret_cast<THPDtype*>(dtype.ptr())->scalar_type);
     }
@@ -128,7 +132,7 @@ class Binding {
   // Normalises the values of `td`. False if anything is special, or an operator refuses
   // a value: nothing has happened then.
   bool call(const py::object& state_td, const py::object& td, bool updating,
-            double keep, double eps) const {
+            double keep, double eps, double timeout) const {
     if (state_td.ptr() != td_.ptr() || !holds() || !is_plain(td.ptr())) {
       return false;
     }
@@ -155,12 +159,23 @@ class Binding {
       outputs.push_back(std::move(to));
     }
     Tensors y = outputs_like(x);
+    shared::Guard guard(shared_.get(), timeout);
     try {
+      if (shared_ != nullptr) {
+        shared_->load();
+        if (!updating) {
+          guard.release();
+        }
+      }
       if (updating) {
         update(x, sum_, ssq_, count_, nonfinite_, y, {}, keep, 1., eps);
+        if (shared_ != nullptr) {
+          shared_->commit();
+        }
       } else {
         normalize(x, sum_, ssq_, count_, nonfinite_, y, eps);
       }
+      guard.release();
     } catch (const c10::Error&) {
       return false;
     }
@@ -238,37 +253,8 @@ class Binding {
   Tensors ssq_;
   Tensors count_;
   Tensors nonfinite_;
+  std::shared_ptr<shared::SharedState> shared_;  // where others update: its copies
 };
-
-void* memory_of(const Tensor& t) {
-  TORCH_CHECK_VALUE(
-      t.device().is_cpu() && t.scalar_type() == at::kByte && t.is_contiguous() &&
-          static_cast<size_t>(t.numel()) >= shared::mutex_size(),
-      "expected a contiguous uint8 CPU tensor of ", shared::mutex_size(),
-      " bytes, got ", t.scalar_type(), " ", t.sizes(), " on ", t.device());
-  void* memory = t.data_ptr();
-  TORCH_CHECK_VALUE(
-      reinterpret_cast<uintptr_t>(memory) % shared::mutex_alignment() == 0,
-      "expected memory aligned to ", shared::mutex_alignment(), " bytes");
-  return memory;
-}
-
-void* mutex_of(const Tensor& t) {
-  void* memory = memory_of(t);
-  TORCH_CHECK(shared::is_mutex(memory),
-              "the tensor holds no lock of this build of torchrl_vecnorm");
-  return memory;
-}
-
-bool mutex_acquire(const Tensor& t, double timeout) {
-  void* memory = mutex_of(t);
-  if (shared::mutex_try_lock(memory)) {
-    return true;
-  }
-  // Whoever holds it may be a thread that waits for the GIL.
-  py::gil_scoped_release no_gil;
-  return shared::mutex_lock(memory, timeout);
-}
 
 }  // namespace
 
@@ -282,16 +268,28 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Binding>(m, "Binding")
       .def(py::init<py::object, py::list, py::object, std::vector<py::tuple>,
                     std::vector<py::tuple>, std::vector<std::optional<int64_t>>,
-                    std::vector<py::object>, Tensors, Tensors, Tensors, Tensors>())
+                    std::vector<py::object>, Tensors, Tensors, Tensors, Tensors,
+                    std::shared_ptr<shared::SharedState>>())
       .def("call", &Binding::call);
 #ifdef VECNORM_WITH_CUDA
   m.def("cuda_path", &set_cuda_path, py::arg("name"));
   m.def("last_cuda_path", &last_cuda_path);
 #endif
-  m.def("mutex_size", &shared::mutex_size);
-  m.def("mutex_init", [](const Tensor& t) { shared::mutex_init(memory_of(t)); });
-  m.def("mutex_acquire", &mutex_acquire, py::arg("mutex"), py::arg("timeout"));
-  m.def("mutex_release", [](const Tensor& t) { shared::mutex_unlock(mutex_of(t)); });
+  using shared::SharedState;
+  py::class_<SharedState, std::shared_ptr<SharedState>>(m, "SharedState")
+      .def(py::init<Tensor, std::vector<std::string>, Tensors, const std::string&>(),
+           py::arg("control"), py::arg("names"), py::arg("leaves"), py::arg("file"))
+      .def_property_readonly("note", &SharedState::note)
+      .def_property_readonly("copies", &SharedState::copies)
+      .def("acquire", &SharedState::acquire, py::arg("timeout"))
+      .def("try_acquire", &SharedState::try_acquire)
+      .def("release", &SharedState::release)
+      .def("load", &SharedState::load)
+      .def("commit", &SharedState::commit)
+      .def_static("size_for", &SharedState::size_for, py::arg("names"),
+                  py::arg("leaves"), py::arg("note"))
+      .def_static("init", &SharedState::init, py::arg("control"), py::arg("note"),
+                  py::arg("file"));
 }
 
 }  // namespace vecnorm

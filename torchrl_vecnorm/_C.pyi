@@ -47,6 +47,7 @@ class Binding:
         ssq: list[Tensor],
         count: list[Tensor],
         nonfinite: list[Tensor],
+        shared: SharedState | None,
     ) -> None: ...
     def call(
         self,
@@ -55,6 +56,7 @@ class Binding:
         updating: bool,
         keep: float,
         eps: float,
+        timeout: float,
     ) -> bool:
         """Normalises the entries of a tensordict, updating the statistics or not.
 
@@ -71,14 +73,49 @@ def cuda_path(name: str) -> None:
 def last_cuda_path() -> str:
     """How the last update on a GPU ran (in builds with CUDA kernels)."""
 
-def mutex_size() -> int:
-    """Bytes of the uint8 tensor that a mutex lives in."""
+class SharedState:
+    """Statistics in shared memory, behind a lock that outlives whoever holds it.
 
-def mutex_init(mutex: Tensor) -> None:
-    """Makes a mutex in a zeroed uint8 tensor in shared memory."""
+    ``copies`` are private copies of the leaves: an update works on them, and ``commit``
+    writes them back, all or none, at whatever instruction a process dies. See
+    csrc/shared/control.h.
+    """
 
-def mutex_acquire(mutex: Tensor, timeout: float) -> bool:
-    """Waits for at most ``timeout`` seconds; False when the time ran out."""
+    def __init__(
+        self, control: Tensor, names: list[str], leaves: list[Tensor], file: str
+    ) -> None:
+        """Attaches to a control block.
 
-def mutex_release(mutex: Tensor) -> None:
-    """Gives the mutex back; only for the thread that holds it."""
+        Raises:
+            RuntimeError: the tensor holds none, or it was made on another kind of machine.
+        """
+
+    note: str
+    copies: list[Tensor]
+
+    def acquire(self, timeout: float) -> None:
+        """Takes the lock.
+
+        Raises:
+            TimeoutError: after ``timeout`` seconds, naming the process that has it.
+        """
+
+    def try_acquire(self) -> bool:
+        """Takes the lock if nobody has it."""
+
+    def release(self) -> None:
+        """Gives the lock back; only for the thread that holds it."""
+
+    def load(self) -> None:
+        """Reads the leaves into the copies. With the lock held."""
+
+    def commit(self) -> None:
+        """Writes the copies to the leaves, all or none. With the lock held."""
+
+    @staticmethod
+    def size_for(names: list[str], leaves: list[Tensor], note: str) -> int:
+        """Bytes of the uint8 tensor that a control block for these leaves needs."""
+
+    @staticmethod
+    def init(control: Tensor, note: str, file: str) -> None:
+        """Makes a control block in a zeroed uint8 tensor in shared memory."""

@@ -11,64 +11,234 @@ carries its own lock, so that whoever has the tensordict can update it safely.
 
 from __future__ import annotations
 
+import json
+import multiprocessing
+import os
 from collections.abc import Sequence
+from multiprocessing import synchronize
 from typing import TYPE_CHECKING
 
 import torch
-from tensordict import TensorDict, TensorDictBase, unravel_key
+from tensordict import MemoryMappedTensor, TensorDict, TensorDictBase, unravel_key
 from tensordict.utils import NestedKey
 from torch import Tensor
 from torchrl.data.tensor_specs import Composite, TensorSpec
 
 from torchrl_vecnorm._load import _C
 from torchrl_vecnorm.moments import Moments
-from torchrl_vecnorm.names import StateNames
+from torchrl_vecnorm.names import StateNames, as_path
 
 if TYPE_CHECKING:
     from torchrl.envs import EnvBase
 
-#: The entry of a shared tensordict that holds its lock.
-MUTEX = "_vecnorm_mutex"
+#: The entry of a shared tensordict that holds its lock and its journal.
+CONTROL = "_vecnorm_control"
 
 #: Seconds after which a lock that nobody gives back is reported.
 LOCK_TIMEOUT = 60.0
 
 
-class StateLock:
-    """Holds the transform's lock and, where there is one, the tensordict's own.
+# ---------------------------------------------------------------------------- leaves
+
+
+def in_shared_memory(leaf: Tensor) -> bool:
+    """Whether other processes may see what is written to a tensor."""
+    return leaf.device.type == "cpu" and (
+        leaf.is_shared() or isinstance(leaf, MemoryMappedTensor)
+    )
+
+
+def _file(leaf: Tensor) -> str:
+    """The file behind a memory map; empty where there is none or it has no name."""
+    try:
+        return str(leaf.filename)
+    except (AttributeError, RuntimeError):
+        return ""
+
+
+def leaves_of(td: TensorDictBase) -> dict[str, Tensor]:
+    """The entries that belong to the statistics, in an order that all agree on."""
+    found = {
+        "/".join(as_path(key)): leaf
+        for key, leaf in td.items(True, True)
+        if key != CONTROL
+    }
+    return dict(sorted(found.items()))
+
+
+def _note(leaves: dict[str, Tensor]) -> str:
+    """What the entries were, for whoever attaches to a file."""
+    return json.dumps(
+        {name: [str(v.dtype), list(v.shape)] for name, v in leaves.items()}
+    )
+
+
+# ------------------------------------------------------------------------------ locks
+
+
+def _control(leaves: dict[str, Tensor], note: str = "") -> Tensor:
+    size = _C.SharedState.size_for(list(leaves), list(leaves.values()), note)
+    return torch.zeros(size, dtype=torch.uint8)
+
+
+class Lock(synchronize.Lock):
+    """A ``multiprocessing`` lock that outlives whoever holds it.
+
+    ``EnvCreator`` carries it to its workers, as any ``Lock`` that a transform has, and
+    with it the journal of the statistics (``csrc/shared/control.h``): a worker that is
+    killed blocks nobody and leaves no update half done.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(ctx=multiprocessing.get_context())
+        self.reserve({})
+
+    def reserve(self, leaves: dict[str, Tensor]) -> None:
+        """Makes the journal long enough for these tensors.
+
+        Before anybody else has the lock: whoever has it keeps the old one.
+        """
+        self.control = _control(leaves).share_memory_()
+        _C.SharedState.init(self.control, "", "")
+        self._attach()
+
+    def _attach(self) -> None:
+        self.state = _C.SharedState(self.control, [], [], "")
+        self.acquire = self._acquire
+        self.release = self.state.release
+
+    def _acquire(self, block: bool = True, timeout: float | None = None) -> bool:
+        """As ``multiprocessing.Lock.acquire``."""
+        if not block:
+            return self.state.try_acquire()
+        try:
+            self.state.acquire(1e9 if timeout is None else max(timeout, 0.0))
+        except TimeoutError:
+            return False
+        return True
+
+    def __enter__(self) -> bool:
+        return self.acquire()
+
+    def __exit__(self, *_) -> None:
+        self.release()
+
+    def __getstate__(self) -> tuple:
+        return super().__getstate__(), self.control
+
+    def __setstate__(self, state: tuple) -> None:
+        base, self.control = state
+        super().__setstate__(base)
+        self._attach()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of shared statistics>"
+
+
+class Session:
+    """Holds what protects the statistics: a user's lock and their own.
 
     Args:
         lock: a ``multiprocessing`` lock, or None.
-        mutex: the uint8 tensor of a shared tensordict that holds its lock, or None.
+        shared: the statistics in shared memory, or a lock alone, or None.
+        timeout: seconds to wait for ``shared``.
     """
 
-    __slots__ = ("lock", "mutex")
+    __slots__ = ("lock", "shared", "timeout")
 
-    def __init__(self, lock, mutex: Tensor | None) -> None:
+    def __init__(self, lock, shared: _C.SharedState | None, timeout: float) -> None:
         self.lock = lock
-        self.mutex = mutex
+        self.shared = shared
+        self.timeout = timeout
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Session:
         if self.lock is not None:
             self.lock.acquire()
-        if self.mutex is not None:
+        if self.shared is not None:
             try:
-                taken = _C.mutex_acquire(self.mutex, LOCK_TIMEOUT)
-                if not taken:
-                    raise TimeoutError(
-                        "the lock of the shared statistics was not given back for "
-                        f"{LOCK_TIMEOUT:.0f} s; is the process that holds it stopped?"
-                    )
+                self.shared.acquire(self.timeout)
             except BaseException:
                 if self.lock is not None:
                     self.lock.release()
                 raise
+        return self
 
     def __exit__(self, *_) -> None:
-        if self.mutex is not None:
-            _C.mutex_release(self.mutex)
+        if self.shared is not None:
+            self.shared.release()
         if self.lock is not None:
             self.lock.release()
+
+
+class Attached:
+    """The statistics of a tensordict behind a control block.
+
+    Args:
+        control: the control block.
+        td: the statistics. Entries that are not in shared memory are this process's own
+            and stay out of it.
+
+    Raises:
+        RuntimeError: ``control`` is not a control block of this kind of machine.
+    """
+
+    def __init__(self, control: Tensor, td: TensorDictBase) -> None:
+        self.control = control
+        self.leaves = {k: v for k, v in leaves_of(td).items() if in_shared_memory(v)}
+        names, leaves = list(self.leaves), list(self.leaves.values())
+        self.state = _C.SharedState(control, names, leaves, _file(control))
+        self._copies = dict(zip(names, self.state.copies, strict=True))
+
+    def is_of(self, control: Tensor, td: TensorDictBase) -> bool:
+        """Whether nothing was replaced since."""
+        leaves = leaves_of(td)
+        return control is self.control and all(
+            leaves.get(name) is leaf for name, leaf in self.leaves.items()
+        )
+
+    def copy_of(self, moments: Moments, names: StateNames) -> Moments:
+        """The private copies of a key's moments; what is not shared stays as it is."""
+        return Moments(
+            *(
+                self._copies.get("/".join(as_path(name)), leaf)
+                for name, leaf in zip(names, moments, strict=True)
+            )
+        )
+
+
+def check_td(td: TensorDictBase) -> None:
+    """Refuses a shared tensordict that is not what it was when it was built.
+
+    Raises:
+        KeyError: an entry is missing.
+        RuntimeError: a file was truncated, or an entry has another shape or dtype.
+    """
+    for key, leaf in td.items(True, True):
+        file = _file(leaf)
+        if file and os.path.getsize(file) < leaf.nbytes:
+            raise RuntimeError(
+                f"shared_td: entry {key!r}: expected {leaf.nbytes} bytes in {file}, "
+                f"which has {os.path.getsize(file)}: it was truncated"
+            )
+    control = td.get(CONTROL, None)
+    if control is None:
+        return
+    leaves = leaves_of(td)
+    built = json.loads(_C.SharedState(control, [], [], _file(control)).note)
+    for name, (dtype, shape) in built.items():
+        leaf = leaves.get(name)
+        if leaf is None:
+            raise KeyError(
+                f"shared_td: entry {name!r} is missing; it was built with {list(built)}"
+            )
+        if str(leaf.dtype) != dtype or list(leaf.shape) != shape:
+            raise RuntimeError(
+                f"shared_td: entry {name!r}: expected {dtype} of shape {shape}, as it "
+                f"was built, got {leaf.dtype} of shape {list(leaf.shape)}"
+            )
+
+
+# --------------------------------------------------------------------------- building
 
 
 def _step_keys(spec: Composite, keys: Sequence[NestedKey]) -> list[NestedKey]:
@@ -119,8 +289,11 @@ def build_td(
             names, Moments.zeros(_features(env, key, spec[key])), strict=True
         ):
             td.set(name, leaf)
-    td.set(MUTEX, torch.zeros(_C.mutex_size(), dtype=torch.uint8))
+    leaves = leaves_of(td)
+    note = _note(leaves)
+    td.set(CONTROL, _control(leaves, note))
     td = td.memmap_() if memmap else td.share_memory_()
     # Only here: sharing moves the bytes, and a mutex must not be moved.
-    _C.mutex_init(td.get(MUTEX))
+    control = td.get(CONTROL)
+    _C.SharedState.init(control, note, _file(control))
     return td

@@ -107,6 +107,7 @@ def bind(
     td: TensorDictBase | None,
     keys: Sequence[tuple[NestedKey, NestedKey, StateNames, int | None, torch.dtype]],
     moments: Sequence[Moments],
+    shared: _C.SharedState | None,
 ) -> _C.Binding | None:
     """The live leaves of all keys, with what a call has to look like to use them.
 
@@ -117,7 +118,8 @@ def bind(
         td: the statistics.
         keys: of each key the in_key, the out_key, the names of its entries, the number
             of its feature dimensions (None: given by ``shapes``) and its dtype.
-        moments: what ``td`` has there.
+        moments: what ``td`` has there, or the private copies of ``shared``.
+        shared: statistics in shared memory, or a lock alone, or None.
 
     Returns:
         None where the entries are not plain, or lie on several devices.
@@ -145,4 +147,5 @@ def bind(
         list(ndims),
         list(dtypes),
         *functional.columns(moments),
+        shared,
     )

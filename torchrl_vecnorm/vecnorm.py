@@ -11,7 +11,7 @@ import multiprocessing.context
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from torchrl.envs import VecNorm as _TorchRLVecNorm
 from torchrl.envs.transforms import Compose, ObservationNorm, Transform
 
 from torchrl_vecnorm import _ops, functional, oracle, sharing, specs
+from torchrl_vecnorm._load import _C
 from torchrl_vecnorm.moments import Moments
 from torchrl_vecnorm.names import StateNames, as_path
 from torchrl_vecnorm.state import (
@@ -113,6 +114,8 @@ class VecNorm(Transform):
             tensordict's batch size.
         new_api (bool, optional): if ``True``, an instance of
             :class:`torchrl.envs.VecNormV2` is returned.
+        lock_timeout (float, optional): seconds to wait for the lock of shared statistics
+            before a TimeoutError names the process that holds it. Default: 60.
 
     Raises:
         ValueError: ``decay`` is not in (0, 1], ``eps`` is not positive, ``shapes`` or
@@ -166,6 +169,7 @@ class VecNorm(Transform):
         eps: float = 1e-4,
         shapes: list[torch.Size] | None = None,
         new_api: bool | None = None,
+        lock_timeout: float = sharing.LOCK_TIMEOUT,
     ) -> None:
         if in_keys is None:
             in_keys = ["observation", "reward"]
@@ -174,6 +178,7 @@ class VecNorm(Transform):
         super().__init__(in_keys=in_keys, out_keys=out_keys)
         _check_number("decay", decay, 0 < decay <= 1, "in (0, 1]")
         _check_number("eps", eps, 0 < eps < math.inf, "positive and finite")
+        _check_number("lock_timeout", lock_timeout, lock_timeout > 0, "positive")
         self.decay = decay
         self.eps = eps
         self.shapes = shapes
@@ -182,7 +187,8 @@ class VecNorm(Transform):
         self._td = shared_td
         if shared_td is not None:
             _check_shared_td(shared_td, self._keys)
-        self.lock = mp.Lock() if lock is None else lock
+        self.lock = sharing.Lock() if lock is None else lock
+        self.lock_timeout = lock_timeout
         # Whether the statistics came from elsewhere, in shared memory: others may update
         # them, so they stay where they are. The leaves cannot tell: CUDA tensors always
         # say that they are shared, memory maps never do.
@@ -191,6 +197,9 @@ class VecNorm(Transform):
         self._dtypes: dict[NestedKey, torch.dtype] = {}
         self._warned = False
         self._binding: tuple | None = None
+        self._attached: sharing.Attached | None = None
+        if shared_td is not None:
+            self._protection()  # refuses a lock of another kind of machine
 
     # ------------------------------------------------------------ switching updates
 
@@ -307,12 +316,17 @@ class VecNorm(Transform):
                 "written; unlock it with `tensordict.unlock_()`, or pass a copy"
             )
         updating = self.training and not self.frozen
-        with self._locked():
+        with self._session() as session:
+            attached = self._attached if session is not None else None
+            if attached is not None and updating:
+                attached.state.load()
             entries = [
                 self._entry(key, value, td, updating, masks_td, mask_name)
                 for key, value in values
             ]
-            normalized = self._compute(entries, updating)
+            normalized = self._compute(entries, updating, attached)
+            if attached is not None and updating:
+                attached.state.commit()
         self._write_outputs(td, [e.key for e in entries], normalized)
         return td
 
@@ -333,19 +347,14 @@ class VecNorm(Transform):
         updating = self.training and not self.frozen
         if not updating and _ops.needs_plain_torch():
             return False
-        binding, lock = self._binding
-        if lock is None:
-            lock = self.lock
-        else:
-            lock.lock = self.lock  # the user may have given another
-        if lock is None:
-            return binding.call(
-                self._td, td, updating, float(self.decay), float(self.eps)
-            )
-        with lock:
-            return binding.call(
-                self._td, td, updating, float(self.decay), float(self.eps)
-            )
+        binding, bound_lock, users_lock = self._binding
+        if self.lock is not bound_lock:
+            return False
+        numbers = float(self.decay), float(self.eps), float(self.lock_timeout)
+        if users_lock is None:
+            return binding.call(self._td, td, updating, *numbers)
+        with users_lock:
+            return binding.call(self._td, td, updating, *numbers)
 
     def _write_outputs(
         self, td: TensorDictBase, keys: list[_Key], normalized: list[Tensor]
@@ -365,14 +374,43 @@ class VecNorm(Transform):
             )
         return _ops.normalize(values, *columns, float(self.eps))
 
-    def _locked(self):
-        # A lock means nothing inside a compiled graph.
-        if torch.compiler.is_compiling():
-            return nullcontext()
-        return sharing.StateLock(self.lock, self._mutex())
+    # ------------------------------------------------------------------------- locking
 
-    def _mutex(self) -> Tensor | None:
-        return None if self._td is None else get_entry(self._td, sharing.MUTEX)
+    def _protection(self) -> tuple[Any, _C.SharedState | None]:
+        """The user's lock and the statistics' own, None where there is none.
+
+        Brings ``_attached`` up to date: what others may see is only changed through it.
+        """
+        ours = self.lock if isinstance(self.lock, sharing.Lock) else None
+        users = self.lock if ours is None else None
+        control = None if self._td is None else get_entry(self._td, sharing.CONTROL)
+        if control is None and ours is not None and self._in_shared_memory():
+            control = ours.control
+        if control is None:
+            self._attached = None
+            return users, None if ours is None else ours.state
+        if self._attached is None or not self._attached.is_of(control, self._td):
+            self._attached = sharing.Attached(control, self._td)
+        return users, self._attached.state
+
+    def _in_shared_memory(self) -> bool:
+        return self._td is not None and any(
+            sharing.in_shared_memory(state.sum) for _, state in self._seen()
+        )
+
+    @contextmanager
+    def _session(self) -> Iterator[sharing.Session | None]:
+        """Holds the locks; None in a compiled graph, where they mean nothing."""
+        if torch.compiler.is_compiling():
+            yield None
+            return
+        while True:
+            users, shared = self._protection()
+            with sharing.Session(users, shared, self.lock_timeout) as session:
+                # Another thread may have replaced the statistics while this one waited.
+                if self._protection() == (users, shared):
+                    yield session
+                    return
 
     def _entry(
         self,
@@ -407,9 +445,17 @@ class VecNorm(Transform):
     def _state(self, key: _Key) -> Moments | None:
         return read_moments(self._td, key.names)
 
-    def _compute(self, entries: list[_Entry], updating: bool) -> list[Tensor]:
+    def _compute(
+        self,
+        entries: list[_Entry],
+        updating: bool,
+        attached: sharing.Attached | None,
+    ) -> list[Tensor]:
         """One call of the operator for all keys that have a state."""
         known = [e for e in entries if e.state is not None]
+        if updating and attached is not None:
+            for e in known:
+                e.state = attached.copy_of(e.state, e.key.names)
         if any(e.state.sum.device != e.value.device for e in known):
             results = iter(self._compute_staged(known, updating))
         else:
@@ -434,10 +480,15 @@ class VecNorm(Transform):
             )
             for e in known
         ]
-        binding = bind(self._td, keys, [e.state for e in known])
-        mutex = self._mutex()
-        lock = None if mutex is None else sharing.StateLock(self.lock, mutex)
-        self._binding = None if binding is None else (binding, lock)
+        users_lock, shared = self._protection()
+        states = [self._state(key) for key in self._keys]
+        if self._attached is not None:
+            states = [
+                self._attached.copy_of(state, key.names)
+                for state, key in zip(states, self._keys, strict=True)
+            ]
+        binding = bind(self._td, keys, states, shared)
+        self._binding = None if binding is None else (binding, self.lock, users_lock)
 
     def _compute_here(self, known: list[_Entry]) -> list[Tensor]:
         if not known:
@@ -502,6 +553,18 @@ class VecNorm(Transform):
                 if self._td is None:
                     self._td = TensorDict({}, batch_size=[])
                 write_moments(self._td, e.key.names, e.state)
+        if any(e.is_new for e in known):
+            self._reserve()
+
+    def _reserve(self) -> None:
+        """Makes our lock's journal long enough, while nobody else can have it yet."""
+        if (
+            isinstance(self.lock, sharing.Lock)
+            and not self._others_update
+            and not torch.compiler.is_compiling()
+            and next(self._seen())[1].sum.device.type == "cpu"
+        ):
+            self.lock.reserve(sharing.leaves_of(self._td))
 
     def _warn_identity(self, count: Tensor | None = None) -> None:
         if torch.compiler.is_compiling() or (count is not None and count.item() > 0):
@@ -524,7 +587,7 @@ class VecNorm(Transform):
 
     def _loc_scale(self) -> tuple[TensorDict, TensorDict]:
         loc, scale = TensorDict(), TensorDict()
-        with self._locked():
+        with self._session():
             for key, state in self._seen():
                 dtype = self._dtypes.get(key.in_key, torch.get_default_dtype())
                 both = functional.loc_scale(state, eps=self.eps)
@@ -553,7 +616,7 @@ class VecNorm(Transform):
         ``shared_td`` in the layout of ``torchrl.envs.VecNorm`` does not.
         """
         td = TensorDict()
-        with self._locked():
+        with self._session():
             for key, state in self._seen():
                 if state.nonfinite is not None:
                     td.set(key.in_key, state.nonfinite[1].to(torch.int64))
@@ -587,7 +650,7 @@ class VecNorm(Transform):
             raise RuntimeError("VecNorm must be initialized before calling denorm.")
         tensordict = tensordict.copy()
         keys, values, states = [], [], []
-        with self._locked():
+        with self._session():
             for key in self._keys:
                 value = tensordict.get(key.out_key, None)
                 if value is None:
@@ -666,7 +729,7 @@ class VecNorm(Transform):
         """
         if self._td is None:
             return self.get_extra_state()
-        with self._locked():
+        with self._session():
             return {name: leaf.clone() for name, leaf in self.get_extra_state().items()}
 
     def set_extra_state(self, state: dict[str, Tensor] | None) -> None:
@@ -690,7 +753,10 @@ class VecNorm(Transform):
         if self._td is None:
             self._adopt(loaded)
             return
-        with self._locked():
+        with self._session():
+            attached = self._attached
+            if attached is not None:
+                attached.state.load()
             for key, _ in self._seen():
                 if key.in_key not in loaded:
                     raise KeyError(
@@ -699,7 +765,9 @@ class VecNorm(Transform):
                     )
             for key in self._keys:
                 if key.in_key in loaded:
-                    self._write(key, loaded[key.in_key])
+                    self._write(key, loaded[key.in_key], attached)
+            if attached is not None:
+                attached.state.commit()
 
     def _parse_state(self, state: dict[str, Tensor]) -> dict[NestedKey, Moments]:
         """The moments of each of our keys in a state_dict."""
@@ -732,7 +800,9 @@ class VecNorm(Transform):
         EnvCreator shares them. Only what is private and not in our own layout, as in a
         checkpoint of ``torchrl.envs.VecNorm``, is copied into it.
         """
-        self._others_update = all(_in_shared_memory(m.sum) for m in loaded.values())
+        self._others_update = all(
+            sharing.in_shared_memory(m.sum) for m in loaded.values()
+        )
         if not self._others_update:
             warnings.warn(
                 "VecNorm wasn't initialized and the tensordict is not shared. In single "
@@ -748,7 +818,7 @@ class VecNorm(Transform):
             moments = loaded.get(key.in_key)
             if moments is None:
                 continue
-            if not _in_shared_memory(moments.sum):
+            if not sharing.in_shared_memory(moments.sum):
                 ours = Moments.zeros(moments.sum.shape, device=moments.sum.device)
                 if moments.nonfinite is None or moments.sum.dtype != ours.sum.dtype:
                     copy_moments(ours, moments)
@@ -757,13 +827,19 @@ class VecNorm(Transform):
                     leaf.share_memory_()  # of a CUDA tensor: nothing to do
             write_moments(td, key.names, moments)
         self._td = td
+        if loaded:
+            self._reserve()
 
-    def _write(self, key: _Key, moments: Moments) -> None:
+    def _write(
+        self, key: _Key, moments: Moments, attached: sharing.Attached | None
+    ) -> None:
         state = self._state(key)
         if state is None:
             # Seen where the state_dict comes from, not here yet.
             state = Moments.zeros(moments.sum.shape, device=moments.sum.device)
             write_moments(self._td, key.names, state)
+        if attached is not None:
+            state = attached.copy_of(state, key.names)
         copy_moments(state, moments)
 
     def to(self, *args, **kwargs) -> VecNorm:
@@ -779,6 +855,7 @@ class VecNorm(Transform):
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
         state["_binding"] = None
+        state["_attached"] = None
         # A multiprocessing lock can only be handed to a process that is being started.
         if multiprocessing.context.get_spawning_popen() is None:
             lock = state.pop("lock", None)
@@ -789,7 +866,7 @@ class VecNorm(Transform):
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "lock_placeholder" in state:
             state.pop("lock_placeholder")
-            state["lock"] = mp.Lock()
+            state["lock"] = sharing.Lock()
         super().__setstate__(state)
 
     # -------------------------------------------------------------------------- specs
@@ -921,6 +998,7 @@ def _check_shared_td(shared_td: TensorDictBase, keys: list[_Key]) -> None:
                 f"key {key.in_key!r} not present in the shared tensordict: it lacks "
                 f"{missing}, its keys are {sorted(map(str, present))}"
             )
+    sharing.check_td(shared_td)
 
 
 _PLACING = {
@@ -1012,10 +1090,6 @@ def _new_moments(features: torch.Size, device: torch.device) -> Moments:
     # Statistics outlive the block: nothing else could update them.
     with torch.inference_mode(False):
         return Moments.zeros(features, device=device)
-
-
-def _in_shared_memory(leaf: Tensor) -> bool:
-    return leaf.device.type == "cpu" and leaf.is_shared()
 
 
 def _identity(value: Tensor) -> Tensor:

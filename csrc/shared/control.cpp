@@ -1,0 +1,282 @@
+// Copyright (c) the torchrl_vecnorm authors.
+//
+// This source code is licensed under the MIT license found in the
+// LICENSE file in the root directory of this source tree.
+
+#include "control.h"
+
+#include <pthread.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cerrno>
+#include <cstring>
+#include <ctime>
+#include <new>
+#include <stdexcept>
+#include <system_error>
+#include <utility>
+
+#include "identity.h"
+
+// Tests kill the process at numbered points.
+#ifdef VECNORM_CRASH_POINTS
+extern "C" void vecnorm_crash_point(int point);
+#define VECNORM_CRASH(point) vecnorm_crash_point(point)
+#else
+#define VECNORM_CRASH(point)
+#endif
+
+namespace vecnorm {
+namespace shared {
+
+// Changes with the layout below.
+constexpr uint64_t kMagic = 0x76656e6f726d0002u;
+constexpr uint64_t kByteOrder = 0x0102030405060708u;
+
+enum State : uint64_t { kClean = 0, kCommitted = 1 };
+
+// What follows it in memory: the note, then the journal, a sequence of records.
+struct Control::Header {
+  uint64_t magic;
+  uint64_t byte_order;
+  uint64_t mutex_bytes;
+  std::atomic<uint64_t> identity;
+  uint64_t note_bytes;
+  uint64_t journal_offset;
+  uint64_t journal_bytes;
+  std::atomic<uint64_t> used;  // bytes of the journal
+  std::atomic<uint64_t> state;
+  std::atomic<int64_t> owner;
+  pthread_mutex_t mutex;
+
+  char* note() { return reinterpret_cast<char*>(this + 1); }
+  char* journal() { return reinterpret_cast<char*>(this) + journal_offset; }
+};
+
+namespace {
+
+// A record of the journal: this, then `bytes` of contents, rounded up to 8.
+struct Record {
+  uint64_t name;
+  uint64_t bytes;
+};
+
+constexpr size_t up_to_8(size_t n) { return (n + 7) / 8 * 8; }
+
+// Words one by one: others may look at the entries while they are written, and none of
+// them should be seen in halves.
+template <typename Word>
+void copy_words(void* to, const void* from, size_t bytes) {
+  auto* out = static_cast<Word*>(to);
+  const auto* in = static_cast<const Word*>(from);
+  for (size_t i = 0; i < bytes / sizeof(Word); ++i) {
+    __atomic_store_n(out + i, __atomic_load_n(in + i, __ATOMIC_RELAXED),
+                     __ATOMIC_RELAXED);
+  }
+}
+
+void copy(void* to, const void* from, size_t bytes) {
+  const auto at = reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from);
+  if (at % 8 == 0 && bytes % 8 == 0) {
+    copy_words<uint64_t>(to, from, bytes);
+  } else {
+    copy_words<uint32_t>(to, from, bytes);
+  }
+}
+
+void check(int error, const char* what) {
+  if (error != 0) {
+    throw std::system_error(error, std::generic_category(), what);
+  }
+}
+
+void init_mutex(pthread_mutex_t* mutex) {
+  pthread_mutexattr_t attributes;
+  check(pthread_mutexattr_init(&attributes), "pthread_mutexattr_init");
+  check(pthread_mutexattr_setpshared(&attributes, PTHREAD_PROCESS_SHARED),
+        "pthread_mutexattr_setpshared");
+#ifdef __linux__
+  check(pthread_mutexattr_setrobust(&attributes, PTHREAD_MUTEX_ROBUST),
+        "pthread_mutexattr_setrobust");
+#endif
+  std::memset(mutex, 0, sizeof(*mutex));
+  check(pthread_mutex_init(mutex, &attributes), "pthread_mutex_init");
+  pthread_mutexattr_destroy(&attributes);
+}
+
+}  // namespace
+
+size_t Control::size_for(const std::vector<Entry>& entries, const std::string& note) {
+  size_t bytes = sizeof(Header) + up_to_8(note.size());
+  for (const Entry& entry : entries) {
+    bytes += sizeof(Record) + up_to_8(entry.bytes);
+  }
+  return bytes;
+}
+
+void Control::init(void* memory, size_t bytes, const std::string& note,
+                   const std::string& file) {
+  auto* header = new (memory) Header;
+  header->byte_order = kByteOrder;
+  header->mutex_bytes = sizeof(pthread_mutex_t);
+  header->note_bytes = note.size();
+  header->journal_offset = sizeof(Header) + up_to_8(note.size());
+  header->journal_bytes = bytes - header->journal_offset;
+  header->used = 0;
+  header->state = kClean;
+  header->owner = 0;
+  std::memcpy(header->note(), note.data(), note.size());
+  init_mutex(&header->mutex);
+  header->identity = identity_of(memory, file);
+  header->magic = kMagic;
+}
+
+Control::Control(void* memory, size_t bytes, std::vector<Entry> entries,
+                 const std::string& file)
+    : header_(static_cast<Header*>(memory)), entries_(std::move(entries)) {
+  for (const Entry& entry : entries_) {
+    names_.push_back(hash_of(entry.name));
+  }
+  const auto expect = [](bool good, const char* what) {
+    if (!good) {
+      throw std::runtime_error(what);
+    }
+  };
+  expect(bytes >= sizeof(Header) && header_->magic == kMagic,
+         "the tensor holds no lock of this version of torchrl_vecnorm");
+  expect(header_->byte_order == kByteOrder &&
+             header_->mutex_bytes == sizeof(pthread_mutex_t),
+         "the lock was made on another kind of machine");
+  expect(header_->journal_offset == sizeof(Header) + up_to_8(header_->note_bytes) &&
+             header_->journal_offset + header_->journal_bytes <= bytes,
+         "the lock's memory is shorter than it was");
+  const uint64_t identity = identity_of(memory, file);
+  if (header_->identity.load() != identity) {
+    // A copy, or the machine was started anew: nobody can hold the mutex that is here.
+    const FileLock one_at_a_time(file);
+    if (header_->identity.load() != identity) {
+      init_mutex(&header_->mutex);
+      header_->identity.store(identity);
+    }
+  }
+}
+
+std::string Control::note() const { return {header_->note(), header_->note_bytes}; }
+
+int64_t Control::owner() const {
+  return header_->owner.load(std::memory_order_relaxed);
+}
+
+// True when the lock was taken. A robust mutex whose owner died is taken too, and is
+// made usable again: after the recovery, or it would have to be taken for granted.
+bool Control::taken(int error) {
+  if (error == EBUSY || error == ETIMEDOUT) {
+    return false;
+  }
+  VECNORM_CRASH(1);
+#ifdef __linux__
+  if (error == EOWNERDEAD) {
+    recover();
+    VECNORM_CRASH(2);
+    check(pthread_mutex_consistent(&header_->mutex), "pthread_mutex_consistent");
+    error = 0;
+  }
+#endif
+  check(error, "pthread_mutex_lock");
+  header_->owner.store(getpid(), std::memory_order_relaxed);
+  if (header_->state.load(std::memory_order_acquire) != kClean) {
+    recover();
+  }
+  return true;
+}
+
+bool Control::try_lock() { return taken(pthread_mutex_trylock(&header_->mutex)); }
+
+bool Control::lock(double seconds) {
+#ifdef __linux__
+  timespec until;
+  clock_gettime(CLOCK_REALTIME, &until);
+  const double whole = static_cast<double>(static_cast<int64_t>(seconds));
+  until.tv_sec += static_cast<time_t>(whole);
+  until.tv_nsec += static_cast<long>((seconds - whole) * 1e9);
+  if (until.tv_nsec >= 1000000000L) {
+    until.tv_sec += 1;
+    until.tv_nsec -= 1000000000L;
+  }
+  return taken(pthread_mutex_timedlock(&header_->mutex, &until));
+#else
+  // No timed lock here (macOS): ask again every millisecond.
+  const timespec pause{0, 1000000};
+  for (double waited = 0; waited < seconds; waited += 1e-3) {
+    if (try_lock()) {
+      return true;
+    }
+    nanosleep(&pause, nullptr);
+  }
+  return try_lock();
+#endif
+}
+
+void Control::unlock() {
+  VECNORM_CRASH(3);
+  check(pthread_mutex_unlock(&header_->mutex), "pthread_mutex_unlock");
+}
+
+void Control::commit(const std::vector<const void*>& values) {
+  size_t needed = 0;
+  for (const Entry& entry : entries_) {
+    needed += sizeof(Record) + up_to_8(entry.bytes);
+  }
+  if (needed > header_->journal_bytes) {
+    for (size_t i = 0; i < entries_.size(); ++i) {
+      copy(entries_[i].data, values[i], entries_[i].bytes);
+    }
+    return;
+  }
+  char* at = header_->journal();
+  for (size_t i = 0; i < entries_.size(); ++i) {
+    const Record record{names_[i], entries_[i].bytes};
+    copy(at, &record, sizeof(record));
+    copy(at + sizeof(record), values[i], record.bytes);
+    at += sizeof(record) + up_to_8(record.bytes);
+    VECNORM_CRASH(4);
+  }
+  header_->used.store(needed, std::memory_order_relaxed);
+  VECNORM_CRASH(5);
+  header_->state.store(kCommitted, std::memory_order_release);
+  VECNORM_CRASH(6);
+  publish();
+}
+
+void Control::recover() {
+  VECNORM_CRASH(7);
+  if (header_->state.load(std::memory_order_acquire) == kCommitted) {
+    publish();
+  }
+}
+
+// Entries that this process does not know are another's own.
+void Control::publish() {
+  const char* at = header_->journal();
+  const char* const end = at + header_->used.load(std::memory_order_relaxed);
+  while (at < end) {
+    Record record;
+    copy(&record, at, sizeof(record));
+    at += sizeof(record);
+    for (size_t i = 0; i < entries_.size(); ++i) {
+      if (names_[i] == record.name && entries_[i].bytes == record.bytes) {
+        VECNORM_CRASH(8);
+        copy(entries_[i].data, at, record.bytes);
+        VECNORM_CRASH(9);
+      }
+    }
+    at += up_to_8(record.bytes);
+  }
+  VECNORM_CRASH(10);
+  header_->state.store(kClean, std::memory_order_release);
+  VECNORM_CRASH(11);
+}
+
+}  // namespace shared
+}  // namespace vecnorm

@@ -1,0 +1,85 @@
+// Copyright (c) the torchrl_vecnorm authors.
+//
+// This source code is licensed under the MIT license found in the
+// LICENSE file in the root directory of this source tree.
+
+// The control block of statistics that several processes update: a lock and a journal,
+// in memory that all of them map. No torch and no Python here.
+//
+// An update works on a private copy of the statistics. Then, with the lock held,
+//
+//   1. write     the new values of all entries go into the journal
+//   2. commit    the journal's state becomes kCommitted: the update has happened
+//   3. publish   the values are copied from the journal to the entries
+//   4. clean     the state becomes kClean
+//
+// Whoever takes the lock next after its owner was killed finds kClean (the update never
+// happened) or kCommitted (it publishes again, which does no harm). So an update of all
+// keys happens whole or not at all, at whatever instruction a process dies. The lock is
+// a robust process-shared mutex: the kernel gives it to the next when its owner dies.
+//
+// A file can be copied, or outlive the machine's uptime, while its mutex is locked. The
+// block remembers where it lives (identity.h), and is given a new mutex elsewhere.
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace vecnorm {
+namespace shared {
+
+// A tensor of the statistics. `name` is the same in all processes.
+struct Entry {
+  std::string name;
+  void* data;    // where this process has it mapped
+  size_t bytes;  // a multiple of 4
+};
+
+class Control {
+ public:
+  // Bytes of a block with a journal for entries of these names and sizes; `note` is for
+  // whoever attaches.
+  static size_t size_for(const std::vector<Entry>& entries, const std::string& note);
+
+  // Makes a block in zeroed memory that nobody else uses yet.
+  static void init(void* memory, size_t bytes, const std::string& note,
+                   const std::string& file);
+
+  // Attaches to a block. `file` is the file behind the memory, empty where there is
+  // none or its name is unknown. `entries` are what this process knows of the
+  // statistics. Throws std::runtime_error where the memory holds no block of this
+  // layout.
+  Control(void* memory, size_t bytes, std::vector<Entry> entries,
+          const std::string& file);
+
+  std::string note() const;
+
+  // Takes the lock, waiting for at most `seconds`; false when the time ran out. What an
+  // owner that died has left is put right first.
+  bool lock(double seconds);
+  bool try_lock();
+  void unlock();
+
+  // The process that holds the lock, or held it last; 0 before the first.
+  int64_t owner() const;
+
+  // Replaces the contents of all entries, with the lock held. All happen or none, if
+  // the journal is long enough for them.
+  void commit(const std::vector<const void*>& values);
+
+ private:
+  struct Header;
+  bool taken(int error);
+  void recover();
+  void publish();
+
+  Header* header_;
+  std::vector<Entry> entries_;
+  std::vector<uint64_t> names_;  // hashes, as in the journal
+};
+
+}  // namespace shared
+}  // namespace vecnorm

@@ -1,0 +1,45 @@
+// Copyright (c) the torchrl_vecnorm authors.
+//
+// This source code is licensed under the MIT license found in the
+// LICENSE file in the root directory of this source tree.
+
+// Where a piece of memory lives, so that a copy of it can be told from the original.
+
+#pragma once
+
+#include <cstdint>
+#include <mutex>
+#include <string>
+
+namespace vecnorm {
+namespace shared {
+
+// FNV-1a.
+uint64_t hash_of(const std::string& text);
+
+// The same number for the same memory in all processes of a machine, until that starts
+// anew; another one for a copy. Made of the boot id and of
+//
+//   a named file          its device, inode and time of birth
+//   other shared memory   its device and inode
+//   private memory        the process and the address
+//
+// 0 where the system does not tell.
+uint64_t identity_of(const void* memory, const std::string& file);
+
+// Held by one thread of the machine at a time: an flock of the file, or of one in the
+// directory for temporary files.
+class FileLock {
+ public:
+  explicit FileLock(const std::string& file);
+  ~FileLock();
+  FileLock(const FileLock&) = delete;
+  FileLock& operator=(const FileLock&) = delete;
+
+ private:
+  std::unique_lock<std::mutex> threads_;
+  int fd_;
+};
+
+}  // namespace shared
+}  // namespace vecnorm
