@@ -286,6 +286,7 @@ PYBIND11_MODULE(_C, m) {
       .def("release", &SharedState::release)
       .def("load", &SharedState::load)
       .def("commit", &SharedState::commit)
+      .def("lost", &SharedState::lost)
       .def_static("size_for", &SharedState::size_for, py::arg("names"),
                   py::arg("leaves"), py::arg("note"))
       .def_static("init", &SharedState::init, py::arg("control"), py::arg("note"),

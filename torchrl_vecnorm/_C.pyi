@@ -112,6 +112,9 @@ class SharedState:
     def commit(self) -> None:
         """Writes the copies to the leaves, all or none. With the lock held."""
 
+    def lost(self) -> str:
+        """An entry that lost what was committed to it, or "". With the lock held."""
+
     @staticmethod
     def size_for(names: list[str], leaves: list[Tensor], note: str) -> int:
         """Bytes of the uint8 tensor that a control block for these leaves needs."""

@@ -211,20 +211,17 @@ def check_td(td: TensorDictBase) -> None:
 
     Raises:
         KeyError: an entry is missing.
-        RuntimeError: a file was truncated, or an entry has another shape or dtype.
+        RuntimeError: an entry has another shape or dtype, or a file was truncated.
     """
-    for key, leaf in td.items(True, True):
-        file = _file(leaf)
-        if file and os.path.getsize(file) < leaf.nbytes:
-            raise RuntimeError(
-                f"shared_td: entry {key!r}: expected {leaf.nbytes} bytes in {file}, "
-                f"which has {os.path.getsize(file)}: it was truncated"
-            )
     control = td.get(CONTROL, None)
     if control is None:
         return
+    try:
+        attached = Attached(control, td)
+    except RuntimeError as error:
+        raise RuntimeError(f"shared_td: entry {CONTROL!r}: {error}") from None
     leaves = leaves_of(td)
-    built = json.loads(_C.SharedState(control, [], [], _file(control)).note)
+    built = json.loads(attached.state.note)
     for name, (dtype, shape) in built.items():
         leaf = leaves.get(name)
         if leaf is None:
@@ -235,6 +232,15 @@ def check_td(td: TensorDictBase) -> None:
             raise RuntimeError(
                 f"shared_td: entry {name!r}: expected {dtype} of shape {shape}, as it "
                 f"was built, got {leaf.dtype} of shape {list(leaf.shape)}"
+            )
+    # Whoever has the lock has seen for itself.
+    if attached.state.try_acquire():
+        lost = attached.state.lost()
+        attached.state.release()
+        if lost:
+            raise RuntimeError(
+                f"shared_td: entry {lost!r}: expected the values that were last written, "
+                "got zeros instead; was its file truncated?"
             )
 
 
@@ -275,7 +281,7 @@ def _features(env: EnvBase, key: NestedKey, spec: TensorSpec) -> torch.Size:
 
 
 def build_td(
-    env: EnvBase, keys: Sequence[NestedKey] | None, memmap: bool
+    env: EnvBase, keys: Sequence[NestedKey] | None, memmap: bool | str | os.PathLike
 ) -> TensorDictBase:
     """See :meth:`VecNorm.build_td_for_shared_vecnorm`."""
     keys = ["next"] if keys is None else keys
@@ -292,7 +298,10 @@ def build_td(
     leaves = leaves_of(td)
     note = _note(leaves)
     td.set(CONTROL, _control(leaves, note))
-    td = td.memmap_() if memmap else td.share_memory_()
+    if memmap is False:
+        td = td.share_memory_()
+    else:
+        td = td.memmap_(None if memmap is True else memmap)
     # Only here: sharing moves the bytes, and a mutex must not be moved.
     control = td.get(CONTROL)
     _C.SharedState.init(control, note, _file(control))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing.context
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -893,7 +894,7 @@ class VecNorm(Transform):
     def build_td_for_shared_vecnorm(
         env: EnvBase,
         keys: Sequence[NestedKey] | None = None,
-        memmap: bool = False,
+        memmap: bool | str | os.PathLike = False,
     ) -> TensorDictBase:
         """Creates a shared tensordict for normalization across processes.
 
@@ -905,9 +906,11 @@ class VecNorm(Transform):
             keys (sequence of NestedKey, optional): entries of the step's output that
                 have to be normalized; ``"next"`` stands for all floating-point ones,
                 rewards among them. Default is ``["next"]``.
-            memmap (bool): if ``True``, the resulting tensordict will be cast into
-                memory map (using ``memmap_()``). Otherwise, the tensordict will be
-                placed in shared memory.
+            memmap (bool or path): if ``True``, the resulting tensordict will be cast
+                into memory map (using ``memmap_()``). Otherwise, the tensordict will be
+                placed in shared memory. A path is a folder for the memory map: its
+                statistics outlive all processes, and
+                ``VecNorm(shared_td=TensorDict.load_memmap(path))`` goes on with them.
 
         Returns:
             A tensordict in shared memory to be sent to each process.
@@ -986,10 +989,14 @@ def _resolve_keys(
 
 
 def _check_shared_td(shared_td: TensorDictBase, keys: list[_Key]) -> None:
-    if not (shared_td.is_shared() or shared_td.is_memmap()):
-        raise RuntimeError(
-            "shared_td must be either in shared memory or a memmap tensordict."
-        )
+    # What the tensordict says of itself is not to be trusted: `load_memmap` gives one that
+    # denies it, `torch.load` one that claims it.
+    for name, leaf in shared_td.items(True, True):
+        if leaf.device.type == "cpu" and not sharing.in_shared_memory(leaf):
+            raise RuntimeError(
+                "shared_td must be either in shared memory or a memmap tensordict; its "
+                f"entry {name!r} is neither."
+            )
     present = set(shared_td.keys(True, True))
     for key in keys:
         missing = [name for name in key.names[:3] if name not in present]

@@ -144,7 +144,8 @@ Control::Control(void* memory, size_t bytes, std::vector<Entry> entries,
     }
   };
   expect(bytes >= sizeof(Header) && header_->magic == kMagic,
-         "the tensor holds no lock of this version of torchrl_vecnorm");
+         "the tensor holds no lock of this version of torchrl_vecnorm; is it "
+         "another file, or was it truncated?");
   expect(header_->byte_order == kByteOrder &&
              header_->mutex_bytes == sizeof(pthread_mutex_t),
          "the lock was made on another kind of machine");
@@ -256,8 +257,10 @@ void Control::recover() {
   }
 }
 
-// Entries that this process does not know are another's own.
-void Control::publish() {
+// Calls f(entry, contents) for the records of the journal. Entries that this process
+// does not know are another's own.
+template <typename F>
+void Control::for_each_record(const F& f) const {
   const char* at = header_->journal();
   const char* const end = at + header_->used.load(std::memory_order_relaxed);
   while (at < end) {
@@ -266,13 +269,41 @@ void Control::publish() {
     at += sizeof(record);
     for (size_t i = 0; i < entries_.size(); ++i) {
       if (names_[i] == record.name && entries_[i].bytes == record.bytes) {
-        VECNORM_CRASH(8);
-        copy(entries_[i].data, at, record.bytes);
-        VECNORM_CRASH(9);
+        f(entries_[i], at);
       }
     }
     at += up_to_8(record.bytes);
   }
+}
+
+std::string Control::lost() const {
+  std::string name;
+  for_each_record([&](const Entry& entry, const char* committed) {
+    bool differs = false;
+    bool to_zero = true;
+    for (size_t at = 0; at < entry.bytes; at += 4) {
+      uint32_t now, then;
+      copy(&now, static_cast<char*>(entry.data) + at, 4);
+      copy(&then, committed + at, 4);
+      if (now != then) {
+        differs = true;
+        // Torch, when it makes a file longer, writes a zero to its first byte.
+        to_zero &= now == 0 || (at == 0 && now == (then & ~0xffu));
+      }
+    }
+    if (differs && to_zero && name.empty()) {
+      name = entry.name;
+    }
+  });
+  return name;
+}
+
+void Control::publish() {
+  for_each_record([](const Entry& entry, const char* committed) {
+    VECNORM_CRASH(8);
+    copy(entry.data, committed, entry.bytes);
+    VECNORM_CRASH(9);
+  });
   VECNORM_CRASH(10);
   header_->state.store(kClean, std::memory_order_release);
   VECNORM_CRASH(11);

@@ -70,11 +70,19 @@ class Control {
   // the journal is long enough for them.
   void commit(const std::vector<const void*>& values);
 
+  // With the lock held: the name of an entry that has lost what was last committed to
+  // it, as the end of a file does that was truncated and is mapped as long as before.
+  // Empty if there is none. Other values, of a program that has no journal, are not a
+  // loss.
+  std::string lost() const;
+
  private:
   struct Header;
   bool taken(int error);
   void recover();
   void publish();
+  template <typename F>
+  void for_each_record(const F& f) const;
 
   Header* header_;
   std::vector<Entry> entries_;

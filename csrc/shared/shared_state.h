@@ -46,6 +46,7 @@ class SharedState {
   // none.
   void load();
   void commit();
+  std::string lost() const { return control_.lost(); }
 
  private:
   at::Tensor memory_;  // kept, and with it the mapping

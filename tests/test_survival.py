@@ -1,0 +1,309 @@
+# Copyright (c) the torchrl_vecnorm authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Shared statistics when processes are killed or stopped and files are copied or cut.
+
+``test_shared_host.py`` does the same to the lock and the journal alone, at every crash
+point and faster.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from common import PATIENCE, IntegerEnv, count
+from tensordict import TensorDict
+from torch import multiprocessing as mp
+
+from torchrl_vecnorm import VecNorm, sharing
+
+KEYS = ["observation", "reward"]
+FEATURES = 96  # an update takes long enough to be killed in the middle of one
+
+
+def values() -> TensorDict:
+    return TensorDict(
+        observation=torch.arange(FEATURES).float(), reward=torch.full((1,), 3.0)
+    )
+
+
+def assert_whole(t: VecNorm) -> int:
+    """Every entry is that of some number of updates with `values`: that number."""
+    state = t.consistent_state_dict()
+    n = state["observation_count"].item()
+    for key, value in values().items():
+        exact = value.double()
+        assert state[f"{key}_count"].item() == n
+        assert torch.equal(state[f"{key}_sum"], n * exact)
+        assert torch.equal(state[f"{key}_ssq"], n * exact**2)
+    return int(n)
+
+
+# ------------------------------------------------------------------- two ways to share
+
+
+def of_a_td(tmp_path, memmap=False):
+    env = IntegerEnv(features=FEATURES)
+    td = VecNorm.build_td_for_shared_vecnorm(env, KEYS, memmap and tmp_path / "td")
+    return lambda: VecNorm(shared_td=td, decay=1)
+
+
+def of_env_creator(tmp_path):
+    """What EnvCreator does: it carries the live tensors and the lock."""
+    source = VecNorm(decay=1)
+    source(values())
+    state = source.state_dict()["_extra_state"]
+    for leaf in state.values():
+        leaf.zero_().share_memory_()
+
+    def make():
+        t = VecNorm(decay=1)
+        t.lock = source.lock
+        t.set_extra_state(state)
+        return t
+
+    return make
+
+
+WAYS = {
+    "shared": of_a_td,
+    "memmap": lambda path: of_a_td(path, memmap=True),
+    "EnvCreator": of_env_creator,
+}
+
+
+def update_forever(make, finished):
+    t = make()
+    while True:
+        t(values())
+        finished.add_(1)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_workers_are_killed_at_any_moment(way, tmp_path):
+    """No update is lost but those that the killed were at, and none is done in part."""
+    make = WAYS[way](tmp_path)
+    context = mp.get_context("fork")
+    kills, slots = 60, 3
+    finished = torch.zeros(kills + slots, dtype=torch.int64).share_memory_()
+    workers = []
+
+    def start():
+        slot = finished[len(workers)]
+        workers.append(context.Process(target=update_forever, args=(make, slot)))
+        workers[-1].start()
+
+    t = make()
+    alive = []
+    try:
+        for _ in range(slots):
+            start()
+        alive = list(workers)
+        for _ in range(kills):
+            time.sleep(random.uniform(0.0, 0.03))
+            victim = alive.pop(random.randrange(len(alive)))
+            os.kill(victim.pid, signal.SIGKILL)
+            victim.join(PATIENCE)
+            begin = time.monotonic()
+            assert_whole(t)
+            assert time.monotonic() - begin < PATIENCE
+            start()
+            alive.append(workers[-1])
+    finally:
+        for worker in alive:
+            worker.kill()
+            worker.join(PATIENCE)
+    done, n = finished.sum().item(), assert_whole(t)
+    assert n > kills
+    assert done <= n <= done + len(workers)
+
+
+# ------------------------------------------------------------------------ stopped owner
+
+
+def stop_with_the_lock(make, taken):
+    t = make()
+    with t._session():
+        taken.set()
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_stopped_owner_is_named(way, tmp_path):
+    make = WAYS[way](tmp_path)
+    context = mp.get_context("fork")
+    taken = context.Event()
+    owner = context.Process(target=stop_with_the_lock, args=(make, taken))
+    owner.start()
+    try:
+        assert taken.wait(PATIENCE)
+        t = make()
+        t.lock_timeout = 0.2
+        for _ in range(2):
+            with pytest.raises(TimeoutError, match=rf"0\.2 s by process {owner.pid} "):
+                t(values())
+        time.sleep(0.1)
+        with pytest.raises(TimeoutError, match="which is stopped: continue it"):
+            t(values())
+    finally:
+        os.kill(owner.pid, signal.SIGKILL)
+        owner.join(PATIENCE)
+    t(values())
+    assert assert_whole(t) == 1
+
+
+def test_a_lock_keeps_its_promises_as_a_lock():
+    lock = sharing.Lock()
+    assert lock.acquire()
+    assert not lock.acquire(block=False)
+    assert not lock.acquire(timeout=0.05)
+    lock.release()
+    with lock:
+        assert not lock.acquire(False)
+    assert lock.acquire(False)
+    lock.release()
+
+
+@pytest.mark.parametrize("bad", [0, -1, float("nan")])
+def test_the_timeout_is_positive(bad):
+    with pytest.raises(ValueError, match="lock_timeout"):
+        VecNorm(lock_timeout=bad)
+
+
+# ------------------------------------------------------------------------------- files
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A memory map with two updates."""
+    env = IntegerEnv(features=FEATURES)
+    td = VecNorm.build_td_for_shared_vecnorm(env, KEYS, tmp_path / "statistics")
+    t = VecNorm(shared_td=td, decay=1)
+    t(values())
+    t(values())
+    return tmp_path / "statistics"
+
+
+def attached(folder, **kwargs) -> VecNorm:
+    return VecNorm(shared_td=TensorDict.load_memmap(folder), decay=1, **kwargs)
+
+
+def die_with_the_lock(folder):
+    t = attached(folder)
+    t(values())
+    with t._session():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_statistics_outlive_their_processes(folder, method):
+    context = mp.get_context(method)
+    process = context.Process(target=die_with_the_lock, args=(folder,))
+    process.start()
+    process.join(PATIENCE)
+    assert process.exitcode == -signal.SIGKILL
+    t = attached(folder, lock_timeout=1)
+    assert assert_whole(t) == 3
+    t(values())
+    assert assert_whole(attached(folder)) == 4
+
+
+def test_a_copy_made_while_the_lock_was_held(folder, tmp_path):
+    """The copy is free. The original is not: a second look at it breaks no live lock."""
+    t = attached(folder)
+    with t._session():
+        shutil.copytree(folder, tmp_path / "copy")
+        other = attached(tmp_path / "copy", lock_timeout=0.2)
+        other(values())
+        assert assert_whole(other) == 3
+        with pytest.raises(TimeoutError, match=f"process {os.getpid()} "):
+            attached(folder, lock_timeout=0.2)(values())
+    assert assert_whole(t) == 2
+
+
+def test_a_clone_made_while_the_lock_was_held(folder):
+    td = TensorDict.load_memmap(folder)
+    t = VecNorm(shared_td=td, decay=1)
+    with t._session():
+        other = VecNorm(shared_td=td.clone().share_memory_(), decay=1, lock_timeout=0.2)
+        other(values())
+    assert assert_whole(other) == 3
+    assert assert_whole(t) == 2
+
+
+@pytest.mark.parametrize("part", [0, 0.1, 0.5])
+@pytest.mark.parametrize("entry", ["observation_sum", "reward_count", sharing.CONTROL])
+def test_a_truncated_file(folder, entry, part):
+    """Mapping it makes it as long as it was, so that its length tells nothing."""
+    file = folder / f"{entry}.memmap"
+    os.truncate(file, int(part * file.stat().st_size))
+    with pytest.raises(RuntimeError, match=f"entry '{entry}': "):
+        attached(folder)
+
+
+@pytest.mark.parametrize("entry", ["observation_sum", "reward_nonfinite"])
+def test_a_missing_entry(folder, entry):
+    td = TensorDict.load_memmap(folder)
+    td = td.exclude(entry)
+    with pytest.raises(KeyError, match=entry):
+        VecNorm(shared_td=td.share_memory_())
+
+
+def test_an_entry_of_another_shape(folder):
+    td = TensorDict.load_memmap(folder).clone()
+    td["observation_nonfinite"] = torch.zeros(2, 3, dtype=torch.float64)
+    with pytest.raises(
+        RuntimeError, match=r"observation_nonfinite.*\[2, 96\].*\[2, 3\]"
+    ):
+        VecNorm(shared_td=td.share_memory_())
+
+
+def test_a_control_block_of_something_else(folder):
+    td = TensorDict.load_memmap(folder)
+    td[sharing.CONTROL].fill_(7)
+    with pytest.raises(RuntimeError, match="no lock of this version"):
+        VecNorm(shared_td=td)
+
+
+# ---------------------------------------------------------------- how tensors are sent
+
+
+def count_up(queue, updates):
+    t = VecNorm(shared_td=queue.get(timeout=PATIENCE), decay=1)
+    for _ in range(updates):
+        t(values())
+
+
+@pytest.mark.parametrize("strategy", ["file_descriptor", "file_system"])
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_sharing_strategies(strategy, method):
+    if method == "forkserver" and strategy == "file_descriptor":
+        pytest.skip("as spawn")
+    before = mp.get_sharing_strategy()
+    mp.set_sharing_strategy(strategy)
+    try:
+        env = IntegerEnv(features=FEATURES)
+        td = VecNorm.build_td_for_shared_vecnorm(env, KEYS)
+        context = mp.get_context(method)
+        queue = context.Queue()
+        workers = [
+            context.Process(target=count_up, args=(queue, 500)) for _ in range(2)
+        ]
+        for worker in workers:
+            worker.start()
+            queue.put(td)
+        for worker in workers:
+            worker.join(PATIENCE)
+        assert [worker.exitcode for worker in workers] == [0, 0]
+        t = VecNorm(shared_td=td, decay=1)
+        assert assert_whole(t) == 1000
+        assert count(t, "reward") == 1000
+    finally:
+        mp.set_sharing_strategy(before)
