@@ -25,7 +25,7 @@ from common import (
     through_a_file,
 )
 from tensordict import TensorDict
-from torchrl.collectors import Collector, MultiSyncCollector
+from torchrl.collectors import Collector, MultiAsyncCollector, MultiSyncCollector
 from torchrl.collectors._evaluator import _freeze_vecnorm, _wrap_env_factory_frozen
 from torchrl.data import Bounded, LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.envs import (
@@ -499,6 +499,39 @@ def test_parallel_env_shares_through_env_creator():
         env.close()
 
 
+@pytest.mark.parametrize(
+    ("method", "workers"),
+    [("spawn", 3), ("spawn", 5), ("fork", 2), ("fork", 3), ("fork", 4), ("fork", 5)],
+)
+def test_every_worker_of_a_parallel_env_counts(method, workers):
+    creator = EnvCreator(integers)
+    t = creator().transform
+    env = ParallelEnv(workers, creator, mp_start_method=method)
+    try:
+        env.rollout(10)
+    finally:
+        env.close()
+    assert count(t) == 2 + workers * 11
+    assert count(t, "reward") == 1 + workers * 10
+    sums = 1 + workers * sum(range(1, 11))
+    assert leaf(t, field="sum").tolist() == [sums, -2 * sums]
+
+
+def test_a_worker_that_is_killed_stops_nobody():
+    creator = EnvCreator(integers)
+    env = ParallelEnv(3, creator, mp_start_method="fork")
+    other = creator()
+    try:
+        env.rollout(10)
+        for worker in env._workers[:2]:
+            worker.kill()
+            worker.join()
+        other.rollout(10)
+        assert count(other.transform) == 2 + 3 * 11 + 11
+    finally:
+        env._workers[2].kill()
+
+
 def test_a_checkpoint_from_before_the_workers_started():
     source = integers()
     source.rollout(99)
@@ -586,6 +619,25 @@ def test_multi_sync_collector():
     # Both workers went on to the same statistics. (With the reference too: 125 for 3.)
     assert count(t) == 2 + 2 + 120
     assert count(t, "reward") == 1 + 120
+
+
+def test_multi_async_collector():
+    creator = EnvCreator(integers)
+    t = creator().transform
+    collector = MultiAsyncCollector(
+        [creator, creator], None, frames_per_batch=40, total_frames=120
+    )
+    try:
+        frames = sum(data.numel() for data in collector)
+    finally:
+        collector.shutdown()
+    assert frames == 120
+    # The workers have gone on for a while: every frame counted once for each key.
+    made = count(t, "reward") - 1
+    assert made >= 120
+    assert count(t) == 2 + 2 + made
+    sums = leaf(t, "reward", "sum").item()
+    assert leaf(t, field="sum").tolist() == [sums, -2 * sums]
 
 
 # --------------------------------------------------------------------------- evaluators
