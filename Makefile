@@ -4,6 +4,7 @@
 #   make test     run the tests (make test TESTS="tests/test_ops.py -k opcheck")
 #   make bench    measure it against copy_ and other normalisers, into bench/results/
 #                 (make bench BENCH="--quick" for a couple of minutes)
+#   make soak     kill workers that share statistics, KILLS of them (100,000: ten minutes)
 #   make build    compile what has changed
 #   make lint     check style; make format mends it
 #   make clean    remove what was built, and the virtual environment
@@ -16,12 +17,13 @@ PYTHON ?= python3
 VENV ?= .venv
 TESTS ?= tests
 BENCH ?=
+KILLS ?= 100000
 
 bin := $(VENV)/bin
 cxx := $(shell find csrc -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu' \
 	-o -name '*.cuh')
 
-.PHONY: demo test bench gpu-check build lint format clean
+.PHONY: demo test bench soak gpu-check build lint format clean
 
 demo: build
 	$(bin)/python examples/pendulum.py
@@ -32,6 +34,15 @@ test: build
 bench: build $(VENV)/peers
 	$(bin)/python -m bench.run $(BENCH)
 
+soak: build/soak
+	build/soak cost
+	build/soak soak $(KILLS)
+
+build/soak: tests/shared_host/check.cpp $(wildcard csrc/shared/*)
+	mkdir -p build
+	$(CXX) -std=c++17 -O2 -pthread -I. -Icsrc/shared -o $@ tests/shared_host/check.cpp \
+		csrc/shared/control.cpp csrc/shared/identity.cpp
+
 gpu-check:
 	$(PYTHON) -m bench.gpu_check
 
@@ -40,12 +51,12 @@ build: $(VENV)/built
 lint: $(VENV)/installed
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
-	$(bin)/clang-format --dry-run --Werror $(cxx) tests/cuda_host/*
+	$(bin)/clang-format --dry-run --Werror $(cxx) tests/cuda_host/* tests/shared_host/*
 
 format: $(VENV)/installed
 	$(bin)/ruff check --fix .
 	$(bin)/ruff format .
-	$(bin)/clang-format -i $(cxx) tests/cuda_host/*
+	$(bin)/clang-format -i $(cxx) tests/cuda_host/* tests/shared_host/*
 
 clean:
 	rm -rf $(VENV) build dist demo-output *.egg-info torchrl_vecnorm/_build.py

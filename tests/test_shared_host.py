@@ -1,0 +1,228 @@
+# Copyright (c) the torchrl_vecnorm authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""The lock and the journal of shared statistics among processes that are killed.
+
+``shared_host/check.cpp`` runs them without Python and without torch, so that a process
+can die at any instruction, and under sanitizers.
+"""
+
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+COMPILER = shutil.which("g++") or shutil.which("c++")
+
+pytestmark = [
+    pytest.mark.skipif(
+        not (ROOT / "csrc").exists(), reason="away from the source tree"
+    ),
+    pytest.mark.skipif(sys.platform != "linux", reason="needs robust mutexes"),
+]
+
+CHECK = "tests/shared_host/check.cpp"
+SOURCES = ("csrc/shared/control.cpp", "csrc/shared/identity.cpp")
+CRASH_POINTS = "-DVECNORM_CRASH_POINTS"
+VARIANTS = {
+    "plain": ("-O2",),
+    "crash points": ("-O2", CRASH_POINTS),
+    "memory": (
+        "-O1",
+        CRASH_POINTS,
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=all",
+    ),
+    "races": ("-O1", "-fsanitize=thread"),
+}
+
+
+def compile_one(source: Path, to: Path, *flags: str) -> Path:
+    command = [COMPILER, "-std=c++17", "-g", "-pthread", "-Wall", "-Wextra", "-Werror"]
+    command += [f"-I{ROOT}", f"-I{ROOT / 'csrc' / 'shared'}", *flags, "-c"]
+    result = subprocess.run(
+        [*command, source, "-o", to],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return to
+
+
+def link(folder: Path, *flags: str) -> Path:
+    program = folder / "check"
+    objects = sorted(folder.glob("*.o"))
+    subprocess.run([COMPILER, "-pthread", *flags, *objects, "-o", program], check=True)
+    return program
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory) -> dict[str, Path]:
+    """The check in all variants."""
+    folder = tmp_path_factory.mktemp("shared_host")
+    with ThreadPoolExecutor(2) as pool:
+        jobs = []
+        for variant, flags in VARIANTS.items():
+            (folder / variant).mkdir()
+            jobs += [
+                pool.submit(
+                    compile_one,
+                    ROOT / source,
+                    folder / variant / f"{Path(source).stem}.o",
+                    *flags,
+                )
+                for source in (CHECK, *SOURCES)
+            ]
+        for job in jobs:
+            job.result()
+    return {name: link(folder / name, *flags) for name, flags in VARIANTS.items()}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Runs a program in a folder of its own, for the files that it makes."""
+
+    def run(program: Path, *args: object) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [program, *map(str, args)],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    return run
+
+
+def passes(result: subprocess.CompletedProcess) -> str:
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert not result.stderr
+    return result.stdout
+
+
+def test_crash_points(programs, run):
+    """Dead at each of them, and the next one dead at each too."""
+    output = passes(run(programs["crash points"], "crash"))
+    deaths = re.findall(r"(?:memory|file): (\d+) deaths", output)
+    assert len(deaths) == 2
+    assert all(int(n) > 1000 for n in deaths)
+
+
+def test_kills(programs, run):
+    """At any time. Some of them have to be with the lock held, or this says little."""
+    output = passes(run(programs["plain"], "soak", 400))
+    kills, locked, commit = re.search(
+        r"(\d+) kills, of them (\d+) with the lock and (\d+) more", output
+    ).groups()
+    assert int(kills) == 400
+    assert int(locked) + int(commit) > 0
+
+
+def test_kills_without_a_journal(programs, run):
+    """What the kills do to statistics that are written in place."""
+    result = run(programs["plain"], "soak", 10000, "--no-journal")
+    assert result.returncode == 3, result.stdout + result.stderr
+
+
+def test_contention(programs, run):
+    passes(run(programs["plain"], "contend", 8, 100000))
+
+
+def test_copies_and_damage(programs, run):
+    passes(run(programs["crash points"], "identity"))
+
+
+def test_memory(programs, run):
+    """Under AddressSanitizer and UndefinedBehaviorSanitizer."""
+    for args in (("crash", "few"), ("identity",), ("contend", 4, 5000)):
+        passes(run(programs["memory"], *args))
+
+
+def test_races(programs, run):
+    """Under ThreadSanitizer."""
+    passes(run(programs["races"], "threads"))
+
+
+@pytest.mark.parametrize(
+    ("what", "name", "old", "new"),
+    [
+        pytest.param(
+            "crash",
+            "control.cpp",
+            "char* at = header_->journal();",
+            "header_->state = kCommitted; char* at = header_->journal();",
+            id="committed before it is written",
+        ),
+        pytest.param(
+            "crash",
+            "control.cpp",
+            "const char* at = header_->journal();",
+            "header_->state = kClean; const char* at = header_->journal();",
+            id="clean before it is published",
+        ),
+        pytest.param("crash", "control.cpp", "    recover();", "", id="no recovery"),
+        pytest.param(
+            "identity",
+            "control.cpp",
+            "!= kClean) {\n    recover();",
+            "!= kClean) {",
+            id="no recovery of a copy",
+        ),
+        pytest.param(
+            "crash",
+            "control.cpp",
+            "check(pthread_mutex_consistent(&header_->mutex)",
+            "check(0",
+            id="mutex left inconsistent",
+        ),
+        pytest.param(
+            "identity",
+            "identity.cpp",
+            "hash_of(boot + ' ' + where)",
+            "hash_of(boot)",
+            id="copies are the same",
+        ),
+        pytest.param(
+            "identity",
+            "identity.cpp",
+            "hash_of(boot + ' ' + where)",
+            "hash_of(where + std::to_string(getpid()))",
+            id="processes are not the same",
+        ),
+    ],
+)
+def test_harness_catches(programs, run, tmp_path, what, name, old, new):
+    """A planted error."""
+    flags = VARIANTS["crash points"]
+    folder = tmp_path / "mutant"
+    shutil.copytree(programs["crash points"].parent, folder)
+    text = (ROOT / "csrc" / "shared" / name).read_text()
+    assert old in text, f"{old!r} is not there to be replaced"
+    text = re.sub(rf"(?<!const ){re.escape(old)}", lambda _: new, text)
+    (folder / name).write_text(text)
+    compile_one(folder / name, folder / f"{Path(name).stem}.o", *flags)
+    result = run(link(folder, *flags), what, *(["few"] if what == "crash" else []))
+    assert result.returncode in (1, -signal.SIGABRT), result.stdout + result.stderr
+
+
+def test_races_without_the_lock(programs, run, tmp_path, monkeypatch):
+    """That ThreadSanitizer sees the memory at all."""
+    flags = VARIANTS["races"]
+    folder = tmp_path / "mutant"
+    shutil.copytree(programs["races"].parent, folder)
+    text = (ROOT / SOURCES[0]).read_text()
+    old = "taken(pthread_mutex_timedlock(&header_->mutex, &until))"
+    assert old in text, f"{old!r} is not there to be replaced"
+    unlock = "check(pthread_mutex_unlock(&header_->mutex)"
+    text = text.replace(old, "taken(0)").replace(unlock, "check(0")
+    (folder / "control.cpp").write_text(text)
+    compile_one(folder / "control.cpp", folder / "control.o", *flags)
+    monkeypatch.setenv("TSAN_OPTIONS", "halt_on_error=1")
+    assert "data race" in run(link(folder, *flags), "threads").stderr
