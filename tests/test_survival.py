@@ -112,6 +112,10 @@ def test_workers_are_killed_at_any_moment(way, tmp_path):
             os.kill(victim.pid, signal.SIGKILL)
             victim.join(PATIENCE)
             begin = time.monotonic()
+            with (
+                t.lock
+            ):  # of EnvCreator's: without the statistics, for whoever has both
+                pass
             assert_whole(t)
             assert time.monotonic() - begin < PATIENCE
             start()
@@ -226,6 +230,29 @@ def test_a_copy_made_while_the_lock_was_held(folder, tmp_path):
         with pytest.raises(TimeoutError, match=f"process {os.getpid()} "):
             attached(folder, lock_timeout=0.2)(values())
     assert assert_whole(t) == 2
+
+
+def test_a_live_lock_under_another_name(folder):
+    """Who does not know the file's name, or knows another, breaks no live lock either."""
+    t = attached(folder)
+    leaves = {}
+    for name, leaf in sharing.leaves_of(t._td).items():
+        file = str(folder / f"{name}.memmap")
+        plain = torch.from_file(file, True, leaf.numel(), dtype=leaf.dtype)
+        leaves[name] = plain.reshape(leaf.shape)
+    size = t._td[sharing.CONTROL].numel()
+    leaves[sharing.CONTROL] = torch.from_file(
+        str(folder / f"{sharing.CONTROL}.memmap"), True, size, dtype=torch.uint8
+    )
+    link = folder.parent / "link"
+    link.symlink_to(folder)
+    with t._session():
+        for td in (TensorDict(leaves), TensorDict.load_memmap(link)):
+            other = VecNorm(shared_td=td, decay=1, lock_timeout=0.1)
+            with pytest.raises(TimeoutError):
+                other(values())
+    other(values())
+    assert assert_whole(t) == 3
 
 
 def test_a_clone_made_while_the_lock_was_held(folder):

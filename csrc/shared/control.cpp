@@ -8,6 +8,7 @@
 #include <pthread.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cerrno>
 #include <cstring>
@@ -42,6 +43,7 @@ struct Control::Header {
   uint64_t byte_order;
   uint64_t mutex_bytes;
   std::atomic<uint64_t> identity;
+  std::atomic<uint64_t> birth;
   uint64_t note_bytes;
   uint64_t journal_offset;
   uint64_t journal_bytes;
@@ -128,7 +130,8 @@ void Control::init(void* memory, size_t bytes, const std::string& note,
   header->owner = 0;
   std::memcpy(header->note(), note.data(), note.size());
   init_mutex(&header->mutex);
-  header->identity = identity_of(memory, file);
+  header->identity = identity_of(memory);
+  header->birth = birth_of(file);
   header->magic = kMagic;
 }
 
@@ -150,14 +153,25 @@ Control::Control(void* memory, size_t bytes, std::vector<Entry> entries,
              header_->mutex_bytes == sizeof(pthread_mutex_t),
          "the lock was made on another kind of machine");
   expect(header_->journal_offset == sizeof(Header) + up_to_8(header_->note_bytes) &&
-             header_->journal_offset + header_->journal_bytes <= bytes,
+             header_->journal_offset <= bytes &&
+             header_->journal_bytes <= bytes - header_->journal_offset &&
+             header_->used.load() <= header_->journal_bytes,
          "the lock's memory is shorter than it was");
-  const uint64_t identity = identity_of(memory, file);
-  if (header_->identity.load() != identity) {
+  const uint64_t identity = identity_of(memory);
+  const uint64_t birth = birth_of(file);
+  // What either does not know, a file's name for one, tells nothing.
+  const auto is_elsewhere = [&] {
+    const uint64_t was = header_->identity.load();
+    const uint64_t born = header_->birth.load();
+    return (identity != 0 && was != 0 && identity != was) ||
+           (birth != 0 && born != 0 && birth != born);
+  };
+  if (is_elsewhere()) {
     // A copy, or the machine was started anew: nobody can hold the mutex that is here.
     const FileLock one_at_a_time(file);
-    if (header_->identity.load() != identity) {
+    if (is_elsewhere()) {
       init_mutex(&header_->mutex);
+      header_->birth.store(birth);
       header_->identity.store(identity);
     }
   }
@@ -195,6 +209,10 @@ bool Control::taken(int error) {
 bool Control::try_lock() { return taken(pthread_mutex_trylock(&header_->mutex)); }
 
 bool Control::lock(double seconds) {
+  if (!(seconds > 0)) {
+    return try_lock();
+  }
+  seconds = std::min(seconds, 1e9);
 #ifdef __linux__
   timespec until;
   clock_gettime(CLOCK_REALTIME, &until);
@@ -225,6 +243,14 @@ void Control::unlock() {
 }
 
 void Control::commit(const std::vector<const void*>& values) {
+  if (entries_.empty()) {
+    return;
+  }
+  if (header_->state.load(std::memory_order_relaxed) != kClean) {
+    throw std::runtime_error(
+        "a process died in an update of statistics that are not known here: one that "
+        "has all of them must finish it first");
+  }
   size_t needed = 0;
   for (const Entry& entry : entries_) {
     needed += sizeof(Record) + up_to_8(entry.bytes);
@@ -250,13 +276,6 @@ void Control::commit(const std::vector<const void*>& values) {
   publish();
 }
 
-void Control::recover() {
-  VECNORM_CRASH(7);
-  if (header_->state.load(std::memory_order_acquire) == kCommitted) {
-    publish();
-  }
-}
-
 // Calls f(entry, contents) for the records of the journal. Entries that this process
 // does not know are another's own.
 template <typename F>
@@ -273,6 +292,21 @@ void Control::for_each_record(const F& f) const {
       }
     }
     at += up_to_8(record.bytes);
+  }
+}
+
+// Only by a process that knows all that the journal has, or a part would be lost:
+// others, such as those that have nothing but the lock, leave it as it is.
+void Control::recover() {
+  VECNORM_CRASH(7);
+  if (header_->state.load(std::memory_order_acquire) == kCommitted) {
+    size_t known = 0;
+    for_each_record([&](const Entry& entry, const char*) {
+      known += sizeof(Record) + up_to_8(entry.bytes);
+    });
+    if (known == header_->used.load(std::memory_order_relaxed)) {
+      publish();
+    }
   }
 }
 

@@ -32,20 +32,6 @@ std::string first_line(const char* file) {
   return line;
 }
 
-// The file's birth too: inodes are used again.
-std::string named_file(const std::string& file) {
-  struct statx s;
-  if (statx(AT_FDCWD, file.c_str(), 0, STATX_INO | STATX_BTIME, &s) != 0) {
-    return "";
-  }
-  std::ostringstream text;
-  text << "file " << s.stx_dev_major << ':' << s.stx_dev_minor << ' ' << s.stx_ino;
-  if ((s.stx_mask & STATX_BTIME) != 0) {
-    text << ' ' << s.stx_btime.tv_sec << '.' << s.stx_btime.tv_nsec;
-  }
-  return text.str();
-}
-
 // What the kernel says about the mapping at an address.
 std::string mapping(const void* memory) {
   const auto address = reinterpret_cast<uintptr_t>(memory);
@@ -95,9 +81,9 @@ uint64_t hash_of(const std::string& text) {
   return hash;
 }
 
-uint64_t identity_of(const void* memory, const std::string& file) {
+uint64_t identity_of(const void* memory) {
 #ifdef __linux__
-  const std::string where = file.empty() ? mapping(memory) : named_file(file);
+  const std::string where = mapping(memory);
   if (where.empty()) {
     return 0;
   }
@@ -106,6 +92,18 @@ uint64_t identity_of(const void* memory, const std::string& file) {
 #else
   return 0;
 #endif
+}
+
+uint64_t birth_of(const std::string& file) {
+#ifdef __linux__
+  struct statx s;
+  if (!file.empty() && statx(AT_FDCWD, file.c_str(), 0, STATX_BTIME, &s) == 0 &&
+      (s.stx_mask & STATX_BTIME) != 0) {
+    return static_cast<uint64_t>(s.stx_btime.tv_sec) * 1000000000u +
+           s.stx_btime.tv_nsec;
+  }
+#endif
+  return 0;
 }
 
 FileLock::FileLock(const std::string& file) : threads_(threads()) {
@@ -125,7 +123,11 @@ FileLock::FileLock(const std::string& file) : threads_(threads()) {
   }
 }
 
-FileLock::~FileLock() { close(fd_); }
+FileLock::~FileLock() {
+  // A child that was forked meanwhile has the file open too.
+  flock(fd_, LOCK_UN);
+  close(fd_);
+}
 
 }  // namespace shared
 }  // namespace vecnorm

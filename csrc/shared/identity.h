@@ -17,15 +17,14 @@ namespace shared {
 // FNV-1a.
 uint64_t hash_of(const std::string& text);
 
-// The same number for the same memory in all processes of a machine, until that starts
-// anew; another one for a copy. Made of the boot id and of
-//
-//   a named file          its device, inode and time of birth
-//   other shared memory   its device and inode
-//   private memory        the process and the address
-//
-// 0 where the system does not tell.
-uint64_t identity_of(const void* memory, const std::string& file);
+// The same number for the same memory in all processes of a machine, however they came
+// by it, until that starts anew; another one for a copy. Made of the boot id and of the
+// mapping: the device, inode and offset of shared memory, the process and address of
+// private memory. 0 where the system does not tell.
+uint64_t identity_of(const void* memory);
+
+// When a file was made: inodes are used again. 0 where that is not known.
+uint64_t birth_of(const std::string& file);
 
 // Held by one thread of the machine at a time: an flock of the file, or of one in the
 // directory for temporary files.

@@ -56,6 +56,8 @@ std::string describe(int64_t pid) {
       text << ", which is stopped: continue it with `kill -CONT " << pid
            << "`, or kill it";
     }
+  } else {
+    text << ", which does not exist here any more";
   }
   return text.str();
 }
