@@ -93,6 +93,15 @@ void check(int error, const char* what) {
   }
 }
 
+// getpid() is a system call: twice what the mutex costs.
+int64_t process() {
+  static std::atomic<int64_t> pid{[] {
+    pthread_atfork(nullptr, nullptr, [] { pid.store(getpid()); });
+    return getpid();
+  }()};
+  return pid.load(std::memory_order_relaxed);
+}
+
 void init_mutex(pthread_mutex_t* mutex) {
   pthread_mutexattr_t attributes;
   check(pthread_mutexattr_init(&attributes), "pthread_mutexattr_init");
@@ -199,7 +208,7 @@ bool Control::taken(int error) {
   }
 #endif
   check(error, "pthread_mutex_lock");
-  header_->owner.store(getpid(), std::memory_order_relaxed);
+  header_->owner.store(process(), std::memory_order_relaxed);
   if (header_->state.load(std::memory_order_acquire) != kClean) {
     recover();
   }
