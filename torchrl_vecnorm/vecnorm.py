@@ -351,11 +351,11 @@ class VecNorm(Transform):
         binding, bound_lock, users_lock = self._binding
         if self.lock is not bound_lock:
             return False
-        numbers = float(self.decay), float(self.eps), float(self.lock_timeout)
+        timeout = self.lock_timeout
         if users_lock is None:
-            return binding.call(self._td, td, updating, *numbers)
+            return binding.call(self._td, td, updating, self.decay, self.eps, timeout)
         with users_lock:
-            return binding.call(self._td, td, updating, *numbers)
+            return binding.call(self._td, td, updating, self.decay, self.eps, timeout)
 
     def _write_outputs(
         self, td: TensorDictBase, keys: list[_Key], normalized: list[Tensor]
