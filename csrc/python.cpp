@@ -277,8 +277,8 @@ PYBIND11_MODULE(_C, m) {
 #endif
   using shared::SharedState;
   py::class_<SharedState, std::shared_ptr<SharedState>>(m, "SharedState")
-      .def(py::init<Tensor, std::vector<std::string>, Tensors, const std::string&>(),
-           py::arg("control"), py::arg("names"), py::arg("leaves"), py::arg("file"))
+      .def(py::init<Tensor, std::vector<std::string>, Tensors>(), py::arg("control"),
+           py::arg("names"), py::arg("leaves"))
       .def_property_readonly("note", &SharedState::note)
       .def_property_readonly("copies", &SharedState::copies)
       .def("acquire", &SharedState::acquire, py::arg("timeout"))
@@ -289,8 +289,7 @@ PYBIND11_MODULE(_C, m) {
       .def("lost", &SharedState::lost)
       .def_static("size_for", &SharedState::size_for, py::arg("names"),
                   py::arg("leaves"), py::arg("note"))
-      .def_static("init", &SharedState::init, py::arg("control"), py::arg("note"),
-                  py::arg("file"));
+      .def_static("init", &SharedState::init, py::arg("control"), py::arg("note"));
 }
 
 }  // namespace vecnorm

@@ -210,6 +210,17 @@ def test_large(samples, features, dtype):
     assert torch.equal(x, y)
 
 
+@pytest.mark.parametrize("value", [1e8, 1e20, math.inf, math.nan])
+def test_a_masked_first_sample_is_no_shift(value):
+    x = data((64,), (3,))
+    x[0] = value
+    mask = torch.arange(64) > 0
+    state, other = Moments.zeros([3]), Moments.zeros([3])
+    F.update_(x, state, mask=mask)
+    F.update_(x[1:], other)
+    assert_same(state, other, rtol=1e-6, atol=1e-6)
+
+
 def test_default_dtype_of_integers():
     x = data((50,), (3,), torch.int64)
     for dtype in FLOATS:

@@ -163,6 +163,100 @@ def test_a_stopped_owner_is_named(way, tmp_path):
     assert assert_whole(t) == 1
 
 
+def interrupt(pid):
+    time.sleep(0.5)
+    os.kill(pid, signal.SIGINT)
+    time.sleep(0.3)
+
+
+def test_an_interrupt_is_heard_and_holds_no_lock(tmp_path):
+    make = of_a_td(tmp_path)
+    holder, t = make(), make()
+    context = mp.get_context("fork")
+    killer = context.Process(target=interrupt, args=(os.getpid(),))
+    killer.start()
+    begin = time.monotonic()
+    with holder._session(), pytest.raises(KeyboardInterrupt):
+        t(values())
+    assert time.monotonic() - begin < PATIENCE
+    killer.join(PATIENCE)
+    t(values())
+    assert assert_whole(t) == 1
+
+
+def rewards_too(t, updates):
+    for _ in range(updates):
+        t(values())
+
+
+def test_a_key_that_is_new_in_the_workers(tmp_path):
+    """What came before it is shared, and stays behind the lock that it was shared with."""
+    t = VecNorm(decay=1)
+    t._reset(TensorDict(), values().exclude("reward"))
+    context = mp.get_context("spawn")
+    workers = [context.Process(target=rewards_too, args=(t, 500)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    rewards_too(t, 500)
+    for worker in workers:
+        worker.join(PATIENCE)
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    assert count(t) == 1501
+    assert count(t, "reward") == 500
+
+
+def test_the_sharing_strategy_changes_while_it_is_held():
+    """Sending moves the memory to a file with a name; both ends follow."""
+    before = mp.get_sharing_strategy()
+    try:
+        mp.set_sharing_strategy("file_descriptor")
+        t = VecNorm(decay=1)
+        t(values())
+        mp.set_sharing_strategy("file_system")
+        context = mp.get_context("spawn")
+        worker = context.Process(target=rewards_too, args=(t, 500))
+        worker.start()
+        rewards_too(t, 500)
+        worker.join(PATIENCE)
+        assert worker.exitcode == 0
+        assert assert_whole(t) == 1001
+    finally:
+        mp.set_sharing_strategy(before)
+
+
+def test_transforms_of_one_tensordict_without_a_lock(tmp_path):
+    """Each has its own keys and leaves those of the other alone."""
+    td = TensorDict()
+    for key, value in values().items():
+        for field, shape in (("sum", value.shape), ("ssq", value.shape), ("count", 1)):
+            td[f"{key}_{field}"] = torch.zeros(shape, dtype=torch.float64)
+    td.share_memory_()
+    first, second = (VecNorm([key], shared_td=td, decay=1) for key in KEYS)
+    for t in (first, second, first):
+        t(values())
+    with first._session():
+        first._attached.state.load()
+        second(values())
+        first._attached.state.commit()
+    assert (count(first), count(second, "reward")) == (2, 2)
+
+
+@pytest.mark.parametrize("device", ["meta"])
+def test_a_default_device(device):
+    with torch.device(device):
+        t = VecNorm()
+    assert t.lock.control.device.type == "cpu"
+
+
+def test_adopted_in_inference_mode(tmp_path):
+    t = of_env_creator(tmp_path)()
+    with torch.inference_mode():
+        t(values())
+    state = {name: leaf.clone() for name, leaf in t.consistent_state_dict().items()}
+    t.set_extra_state(state)
+    assert assert_whole(t) == 1
+
+
 def test_a_lock_keeps_its_promises_as_a_lock():
     lock = sharing.Lock()
     assert lock.acquire()
@@ -253,6 +347,35 @@ def test_a_live_lock_under_another_name(folder):
                 other(values())
     other(values())
     assert assert_whole(t) == 3
+
+
+def test_a_folder_that_was_renamed_and_made_anew(folder):
+    """The name is another file's now: the old one's lock is not taken for a copy's."""
+    td = TensorDict.load_memmap(folder)
+    t = VecNorm(shared_td=td, decay=1)
+    with t._session():
+        folder.rename(folder.parent / "old")
+        env = IntegerEnv(features=FEATURES)
+        VecNorm.build_td_for_shared_vecnorm(env, KEYS, folder)
+        other = VecNorm(shared_td=td, decay=1, lock_timeout=0.1)
+        with pytest.raises(TimeoutError):
+            other(values())
+    other(values())
+    assert assert_whole(t) == 3
+
+
+def test_a_folder_in_use_is_left_alone(folder):
+    with pytest.raises(FileExistsError, match="statistics already"):
+        VecNorm.build_td_for_shared_vecnorm(IntegerEnv(), KEYS, folder)
+    assert assert_whole(attached(folder)) == 2
+
+
+def test_statistics_set_to_zero_are_no_loss(folder):
+    for leaf in sharing.leaves_of(TensorDict.load_memmap(folder)).values():
+        leaf.zero_()
+    t = attached(folder)
+    t(values())
+    assert assert_whole(t) == 1
 
 
 def test_a_clone_made_while_the_lock_was_held(folder):

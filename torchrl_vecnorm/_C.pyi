@@ -81,9 +81,7 @@ class SharedState:
     csrc/shared/control.h.
     """
 
-    def __init__(
-        self, control: Tensor, names: list[str], leaves: list[Tensor], file: str
-    ) -> None:
+    def __init__(self, control: Tensor, names: list[str], leaves: list[Tensor]) -> None:
         """Attaches to a control block.
 
         Raises:
@@ -120,5 +118,5 @@ class SharedState:
         """Bytes of the uint8 tensor that a control block for these leaves needs."""
 
     @staticmethod
-    def init(control: Tensor, note: str, file: str) -> None:
+    def init(control: Tensor, note: str) -> None:
         """Makes a control block in a zeroed uint8 tensor in shared memory."""

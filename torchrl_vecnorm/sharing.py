@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from multiprocessing import synchronize
 from typing import TYPE_CHECKING
 
@@ -48,14 +48,6 @@ def in_shared_memory(leaf: Tensor) -> bool:
     )
 
 
-def _file(leaf: Tensor) -> str:
-    """The file behind a memory map; empty where there is none or it has no name."""
-    try:
-        return str(leaf.filename)
-    except (AttributeError, RuntimeError):
-        return ""
-
-
 def leaves_of(td: TensorDictBase) -> dict[str, Tensor]:
     """The entries that belong to the statistics, in an order that all agree on."""
     found = {
@@ -78,7 +70,7 @@ def _note(leaves: dict[str, Tensor]) -> str:
 
 def _control(leaves: dict[str, Tensor], note: str = "") -> Tensor:
     size = _C.SharedState.size_for(list(leaves), list(leaves.values()), note)
-    return torch.zeros(size, dtype=torch.uint8)
+    return torch.zeros(size, dtype=torch.uint8, device="cpu")
 
 
 class Lock(synchronize.Lock):
@@ -91,19 +83,22 @@ class Lock(synchronize.Lock):
 
     def __init__(self) -> None:
         super().__init__(ctx=multiprocessing.get_context())
+        self.is_carried = False  # to another process
         self.reserve({})
 
     def reserve(self, leaves: dict[str, Tensor]) -> None:
         """Makes the journal long enough for these tensors.
 
-        Before anybody else has the lock: whoever has it keeps the old one.
+        Only before anybody else has the lock: whoever has it would keep the old one.
         """
+        if self.is_carried:
+            return
         self.control = _control(leaves).share_memory_()
-        _C.SharedState.init(self.control, "", "")
+        _C.SharedState.init(self.control, "")
         self._attach()
 
     def _attach(self) -> None:
-        self.state = _C.SharedState(self.control, [], [], "")
+        self.state = _C.SharedState(self.control, [], [])
         self.acquire = self._acquire
         self.release = self.state.release
 
@@ -124,10 +119,13 @@ class Lock(synchronize.Lock):
         self.release()
 
     def __getstate__(self) -> tuple:
-        return super().__getstate__(), self.control
+        state = super().__getstate__(), self.control
+        self.is_carried = True
+        return state
 
     def __setstate__(self, state: tuple) -> None:
         base, self.control = state
+        self.is_carried = True
         super().__setstate__(base)
         self._attach()
 
@@ -175,18 +173,29 @@ class Attached:
 
     Args:
         control: the control block.
-        td: the statistics. Entries that are not in shared memory are this process's own
-            and stay out of it.
+        td: the statistics.
+        names: the entries that belong to ``control``, where it does not say so itself.
+            Those that are not in shared memory are this process's own and stay out.
 
     Raises:
         RuntimeError: ``control`` is not a control block of this kind of machine.
     """
 
-    def __init__(self, control: Tensor, td: TensorDictBase) -> None:
+    def __init__(
+        self, control: Tensor, td: TensorDictBase, names: Iterable[NestedKey] = ()
+    ) -> None:
         self.control = control
-        self.leaves = {k: v for k, v in leaves_of(td).items() if in_shared_memory(v)}
-        names, leaves = list(self.leaves), list(self.leaves.values())
-        self.state = _C.SharedState(control, names, leaves, _file(control))
+        note = _C.SharedState(control, [], []).note
+        #: The entries that the tensordict was built with: dtype and shape of each.
+        self.built = json.loads(note) if note else {}
+        wanted = self.built or {"/".join(as_path(name)) for name in names}
+        self.leaves = {
+            name: leaf
+            for name, leaf in leaves_of(td).items()
+            if name in wanted and in_shared_memory(leaf)
+        }
+        names = list(self.leaves)
+        self.state = _C.SharedState(control, names, list(self.leaves.values()))
         self._copies = dict(zip(names, self.state.copies, strict=True))
 
     def is_of(self, control: Tensor, td: TensorDictBase) -> bool:
@@ -221,23 +230,24 @@ def check_td(td: TensorDictBase) -> None:
     except RuntimeError as error:
         raise RuntimeError(f"shared_td: entry {CONTROL!r}: {error}") from None
     leaves = leaves_of(td)
-    built = json.loads(attached.state.note)
-    for name, (dtype, shape) in built.items():
+    for name, (dtype, shape) in attached.built.items():
         leaf = leaves.get(name)
         if leaf is None:
             raise KeyError(
-                f"shared_td: entry {name!r} is missing; it was built with {list(built)}"
+                f"shared_td: entry {name!r} is missing; it was built with "
+                f"{list(attached.built)}"
             )
         if str(leaf.dtype) != dtype or list(leaf.shape) != shape:
             raise RuntimeError(
                 f"shared_td: entry {name!r}: expected {dtype} of shape {shape}, as it "
                 f"was built, got {leaf.dtype} of shape {list(leaf.shape)}"
             )
-    # Whoever has the lock has seen for itself.
-    if attached.state.try_acquire():
+    # Whoever has the lock has seen for itself. All zeros is a reset.
+    if isinstance(control, MemoryMappedTensor) and attached.state.try_acquire():
         lost = attached.state.lost()
+        is_reset = not any(leaf.any() for leaf in attached.leaves.values())
         attached.state.release()
-        if lost:
+        if lost and not is_reset:
             raise RuntimeError(
                 f"shared_td: entry {lost!r}: expected the values that were last written, "
                 "got zeros instead; was its file truncated?"
@@ -292,7 +302,9 @@ def build_td(
     for key in _step_keys(spec, keys):
         names = StateNames.of(key)
         for name, leaf in zip(
-            names, Moments.zeros(_features(env, key, spec[key])), strict=True
+            names,
+            Moments.zeros(_features(env, key, spec[key]), device="cpu"),
+            strict=True,
         ):
             td.set(name, leaf)
     leaves = leaves_of(td)
@@ -300,9 +312,15 @@ def build_td(
     td.set(CONTROL, _control(leaves, note))
     if memmap is False:
         td = td.share_memory_()
+    elif memmap is True:
+        td = td.memmap_()
     else:
-        td = td.memmap_(None if memmap is True else memmap)
+        if os.path.exists(os.path.join(memmap, f"{CONTROL}.memmap")):
+            raise FileExistsError(
+                f"{str(memmap)!r} has shared statistics already, which may be in use: go "
+                "on with them (TensorDict.load_memmap), or remove the folder"
+            )
+        td = td.memmap_(memmap)
     # Only here: sharing moves the bytes, and a mutex must not be moved.
-    control = td.get(CONTROL)
-    _C.SharedState.init(control, note, _file(control))
+    _C.SharedState.init(td.get(CONTROL), note)
     return td

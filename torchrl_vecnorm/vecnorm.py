@@ -391,7 +391,8 @@ class VecNorm(Transform):
             self._attached = None
             return users, None if ours is None else ours.state
         if self._attached is None or not self._attached.is_of(control, self._td):
-            self._attached = sharing.Attached(control, self._td)
+            names = [name for key in self._keys for name in key.names]
+            self._attached = sharing.Attached(control, self._td, names)
         return users, self._attached.state
 
     def _in_shared_memory(self) -> bool:
@@ -549,12 +550,13 @@ class VecNorm(Transform):
         return functional.normalize(values, states, eps=self.eps)
 
     def _keep_new(self, known: list[_Entry]) -> None:
+        others_have_it = self._in_shared_memory()
         for e in known:
             if e.is_new:
                 if self._td is None:
                     self._td = TensorDict({}, batch_size=[])
                 write_moments(self._td, e.key.names, e.state)
-        if any(e.is_new for e in known):
+        if any(e.is_new for e in known) and not others_have_it:
             self._reserve()
 
     def _reserve(self) -> None:
@@ -714,6 +716,8 @@ class VecNorm(Transform):
                 stacklevel=2,
             )
             return None
+        # Whoever asks may put them into shared memory, and others may update them then.
+        self._binding = None
         # A plain dict of tensors: EnvCreator drops the tensors of an OrderedDict.
         return {
             self.SEP.join(as_path(name)): leaf
@@ -854,6 +858,8 @@ class VecNorm(Transform):
         return super().to(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
+        # Sending tensors to another process shares them.
+        self._binding = None
         state = super().__getstate__()
         state["_binding"] = None
         state["_attached"] = None
@@ -918,6 +924,7 @@ class VecNorm(Transform):
         Raises:
             KeyError: a key is not an entry of the step's output.
             ValueError: an entry stacks values of different shapes.
+            FileExistsError: the folder has shared statistics already.
 
         Examples:
             >>> from torch import multiprocessing as mp

@@ -303,12 +303,17 @@ class Call {
     dispatch_any(key.x.dtype, [&](auto type) {
       using T = typename decltype(type)::type;
       bool is_anchored = true;
+      // Of the samples that count: others may be anything.
+      const bool* end = key.mask + key.samples;
+      const int64_t first =
+          key.mask != nullptr ? std::find(key.mask, end, true) - key.mask : 0;
+      const T* row = static_cast<const T*>(key.x.data) +
+                     (first < key.samples ? first : 0) * key.x.row_stride;
       for (int64_t f = features.begin; f < features.end; ++f) {
         const Moments state = read_state(key.state, f);
         const double used = state.used();
-        double shift = used > 0 ? state.sum / used
-                                : load<double>(static_cast<const T*>(
-                                      key.x.data)[f * key.x.feature_stride]);
+        double shift =
+            used > 0 ? state.sum / used : load<double>(row[f * key.x.feature_stride]);
         shift = static_cast<double>(static_cast<typename Compute<T>::type>(shift));
         work.shift[f] = usable(shift) ? shift : 0.;
         is_anchored &= anchored(used, static_cast<double>(key.samples), weights_);

@@ -43,7 +43,6 @@ struct Control::Header {
   uint64_t byte_order;
   uint64_t mutex_bytes;
   std::atomic<uint64_t> identity;
-  std::atomic<uint64_t> birth;
   uint64_t note_bytes;
   uint64_t journal_offset;
   uint64_t journal_bytes;
@@ -126,8 +125,7 @@ size_t Control::size_for(const std::vector<Entry>& entries, const std::string& n
   return bytes;
 }
 
-void Control::init(void* memory, size_t bytes, const std::string& note,
-                   const std::string& file) {
+void Control::init(void* memory, size_t bytes, const std::string& note) {
   auto* header = new (memory) Header;
   header->byte_order = kByteOrder;
   header->mutex_bytes = sizeof(pthread_mutex_t);
@@ -140,12 +138,10 @@ void Control::init(void* memory, size_t bytes, const std::string& note,
   std::memcpy(header->note(), note.data(), note.size());
   init_mutex(&header->mutex);
   header->identity = identity_of(memory);
-  header->birth = birth_of(file);
   header->magic = kMagic;
 }
 
-Control::Control(void* memory, size_t bytes, std::vector<Entry> entries,
-                 const std::string& file)
+Control::Control(void* memory, size_t bytes, std::vector<Entry> entries)
     : header_(static_cast<Header*>(memory)), entries_(std::move(entries)) {
   for (const Entry& entry : entries_) {
     names_.push_back(hash_of(entry.name));
@@ -167,20 +163,15 @@ Control::Control(void* memory, size_t bytes, std::vector<Entry> entries,
              header_->used.load() <= header_->journal_bytes,
          "the lock's memory is shorter than it was");
   const uint64_t identity = identity_of(memory);
-  const uint64_t birth = birth_of(file);
-  // What either does not know, a file's name for one, tells nothing.
   const auto is_elsewhere = [&] {
     const uint64_t was = header_->identity.load();
-    const uint64_t born = header_->birth.load();
-    return (identity != 0 && was != 0 && identity != was) ||
-           (birth != 0 && born != 0 && birth != born);
+    return identity != 0 && was != 0 && identity != was;
   };
   if (is_elsewhere()) {
     // A copy, or the machine was started anew: nobody can hold the mutex that is here.
-    const FileLock one_at_a_time(file);
+    const FileLock one_at_a_time;
     if (is_elsewhere()) {
       init_mutex(&header_->mutex);
-      header_->birth.store(birth);
       header_->identity.store(identity);
     }
   }
@@ -215,7 +206,12 @@ bool Control::taken(int error) {
   return true;
 }
 
-bool Control::try_lock() { return taken(pthread_mutex_trylock(&header_->mutex)); }
+bool Control::try_lock() {
+  if (header_->magic != kMagic) {
+    throw std::runtime_error("the lock of the shared statistics was overwritten");
+  }
+  return taken(pthread_mutex_trylock(&header_->mutex));
+}
 
 bool Control::lock(double seconds) {
   if (!(seconds > 0)) {
@@ -281,6 +277,8 @@ void Control::commit(const std::vector<const void*>& values) {
   header_->used.store(needed, std::memory_order_relaxed);
   VECNORM_CRASH(5);
   header_->state.store(kCommitted, std::memory_order_release);
+  // The entries are not written before.
+  std::atomic_signal_fence(std::memory_order_seq_cst);
   VECNORM_CRASH(6);
   publish();
 }

@@ -45,15 +45,11 @@ class Control {
   static size_t size_for(const std::vector<Entry>& entries, const std::string& note);
 
   // Makes a block in zeroed memory that nobody else uses yet.
-  static void init(void* memory, size_t bytes, const std::string& note,
-                   const std::string& file);
+  static void init(void* memory, size_t bytes, const std::string& note);
 
-  // Attaches to a block. `file` is the file behind the memory, empty where there is
-  // none or its name is unknown. `entries` are what this process knows of the
-  // statistics. Throws std::runtime_error where the memory holds no block of this
-  // layout.
-  Control(void* memory, size_t bytes, std::vector<Entry> entries,
-          const std::string& file);
+  // Attaches to a block. `entries` are what this process knows of the statistics.
+  // Throws std::runtime_error where the memory holds no block of this layout.
+  Control(void* memory, size_t bytes, std::vector<Entry> entries);
 
   std::string note() const;
 

@@ -15,9 +15,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
-#include <functional>
 #include <sstream>
-#include <system_error>
 
 namespace vecnorm {
 namespace shared {
@@ -58,7 +56,7 @@ std::string mapping(const void* memory) {
 
 #endif
 
-std::string fallback_file() {
+std::string lock_file() {
   const char* folder = std::getenv("TMPDIR");
   std::ostringstream name;
   name << (folder != nullptr ? folder : "/tmp") << "/torchrl_vecnorm-" << getuid()
@@ -84,49 +82,28 @@ uint64_t hash_of(const std::string& text) {
 uint64_t identity_of(const void* memory) {
 #ifdef __linux__
   const std::string where = mapping(memory);
-  if (where.empty()) {
+  const std::string boot = first_line("/proc/sys/kernel/random/boot_id");
+  if (where.empty() || boot.empty()) {
     return 0;
   }
-  static const std::string boot = first_line("/proc/sys/kernel/random/boot_id");
   return hash_of(boot + ' ' + where);
 #else
   return 0;
 #endif
 }
 
-uint64_t birth_of(const std::string& file) {
-#ifdef __linux__
-  struct statx s;
-  if (!file.empty() && statx(AT_FDCWD, file.c_str(), 0, STATX_BTIME, &s) == 0 &&
-      (s.stx_mask & STATX_BTIME) != 0) {
-    return static_cast<uint64_t>(s.stx_btime.tv_sec) * 1000000000u +
-           s.stx_btime.tv_nsec;
-  }
-#endif
-  return 0;
-}
-
-FileLock::FileLock(const std::string& file) : threads_(threads()) {
-  const std::string name = file.empty() ? fallback_file() : file;
-  fd_ = open(name.c_str(), O_RDWR | O_CLOEXEC | (file.empty() ? O_CREAT : 0), 0600);
-  if (fd_ < 0) {
-    throw std::system_error(errno, std::generic_category(), name);
-  }
-  int result;
-  do {
-    result = flock(fd_, LOCK_EX);
-  } while (result != 0 && errno == EINTR);
-  if (result != 0) {
-    const int error = errno;
-    close(fd_);
-    throw std::system_error(error, std::generic_category(), name);
+FileLock::FileLock() : threads_(threads()) {
+  fd_ = open(lock_file().c_str(), O_RDWR | O_CLOEXEC | O_CREAT, 0600);
+  while (fd_ >= 0 && flock(fd_, LOCK_EX) != 0 && errno == EINTR) {
   }
 }
 
 FileLock::~FileLock() {
-  // A child that was forked meanwhile has the file open too.
-  flock(fd_, LOCK_UN);
-  close(fd_);
+  if (fd_ >= 0) {
+    // A child that was forked meanwhile has the file open too.
+    flock(fd_, LOCK_UN);
+    close(fd_);
+  }
 }
 
 }  // namespace shared

@@ -23,14 +23,11 @@ uint64_t hash_of(const std::string& text);
 // private memory. 0 where the system does not tell.
 uint64_t identity_of(const void* memory);
 
-// When a file was made: inodes are used again. 0 where that is not known.
-uint64_t birth_of(const std::string& file);
-
-// Held by one thread of the machine at a time: an flock of the file, or of one in the
-// directory for temporary files.
+// Held by one thread of the machine at a time: an flock of a file in the directory for
+// temporary files. Where that cannot be written, by one thread of the process.
 class FileLock {
  public:
-  explicit FileLock(const std::string& file);
+  FileLock();
   ~FileLock();
   FileLock(const FileLock&) = delete;
   FileLock& operator=(const FileLock&) = delete;

@@ -6,8 +6,10 @@
 #include "shared_state.h"
 
 #include <ATen/Functions.h>
+#include <c10/core/InferenceMode.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
 #include <cstring>
 #include <fstream>
 #include <sstream>
@@ -69,40 +71,73 @@ int64_t SharedState::size_for(const std::vector<std::string>& names,
   return static_cast<int64_t>(Control::size_for(entries_of(names, leaves), note));
 }
 
-void SharedState::init(const at::Tensor& control, const std::string& note,
-                       const std::string& file) {
-  Control::init(memory_of(control), control.nbytes(), note, file);
+void SharedState::init(const at::Tensor& control, const std::string& note) {
+  Control::init(memory_of(control), control.nbytes(), note);
 }
 
 SharedState::SharedState(at::Tensor control, std::vector<std::string> names,
-                         Tensors leaves, const std::string& file)
+                         Tensors leaves)
     : memory_(std::move(control)),
-      leaves_(std::move(leaves)),
-      control_(memory_of(memory_), memory_.nbytes(), entries_of(names, leaves_), file) {
+      names_(std::move(names)),
+      leaves_(std::move(leaves)) {
+  // They outlive an inference_mode block that they may be made in.
+  const c10::InferenceMode off(false);
   for (const at::Tensor& leaf : leaves_) {
     // Of a memory map too, a plain tensor of memory of our own.
     copies_.push_back(at::empty(leaf.sizes(), leaf.scalar_type()));
     values_.push_back(copies_.back().data_ptr());
   }
+  follow();
+}
+
+void SharedState::follow() {
+  bool moved = !control_.has_value() || memory_.data_ptr() != addresses_.back();
+  for (size_t i = 0; i < leaves_.size() && !moved; ++i) {
+    moved = leaves_[i].data_ptr() != addresses_[i];
+  }
+  if (moved) {
+    control_.emplace(memory_of(memory_), memory_.nbytes(), entries_of(names_, leaves_));
+    addresses_.clear();
+    for (const at::Tensor& leaf : leaves_) {
+      addresses_.push_back(leaf.data_ptr());
+    }
+    addresses_.push_back(memory_.data_ptr());
+  }
+}
+
+bool SharedState::try_acquire() {
+  follow();
+  return control_->try_lock();
 }
 
 void SharedState::acquire(double seconds) {
-  if (control_.try_lock()) {
+  if (try_acquire()) {
     return;
   }
-  bool taken = false;
-  {
-    // Whoever holds it may be a thread that waits for the GIL.
-    pybind11::gil_scoped_release no_gil;
-    taken = control_.lock(seconds);
+  // In slices: an interrupt is heard while waiting.
+  constexpr double slice = 0.2;
+  for (double waited = 0; waited < seconds; waited += slice) {
+    bool taken = false;
+    {
+      // Whoever holds it may be a thread that waits for the GIL.
+      pybind11::gil_scoped_release no_gil;
+      taken = control_->lock(std::min(slice, seconds - waited));
+    }
+    if (PyErr_CheckSignals() != 0) {
+      if (taken) {
+        release();
+      }
+      throw pybind11::error_already_set();
+    }
+    if (taken) {
+      return;
+    }
   }
-  if (!taken) {
-    std::ostringstream text;
-    text << "VecNorm: the lock of the shared statistics was not given back for "
-         << seconds << " s by " << describe(control_.owner());
-    PyErr_SetString(PyExc_TimeoutError, text.str().c_str());
-    throw pybind11::error_already_set();
-  }
+  std::ostringstream text;
+  text << "VecNorm: the lock of the shared statistics was not given back for "
+       << seconds << " s by " << describe(control_->owner());
+  PyErr_SetString(PyExc_TimeoutError, text.str().c_str());
+  throw pybind11::error_already_set();
 }
 
 void SharedState::load() {
@@ -111,7 +146,7 @@ void SharedState::load() {
   }
 }
 
-void SharedState::commit() { control_.commit(values_); }
+void SharedState::commit() { control_->commit(values_); }
 
 }  // namespace shared
 }  // namespace vecnorm

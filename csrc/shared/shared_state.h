@@ -10,7 +10,9 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "control.h"
@@ -25,35 +27,38 @@ class SharedState {
   // Bytes of a control block for these leaves.
   static int64_t size_for(const std::vector<std::string>& names, const Tensors& leaves,
                           const std::string& note);
-  // Makes a control block in a zeroed uint8 tensor. `file` is the file behind it.
-  static void init(const at::Tensor& control, const std::string& note,
-                   const std::string& file);
+  // Makes a control block in a zeroed uint8 tensor.
+  static void init(const at::Tensor& control, const std::string& note);
 
-  SharedState(at::Tensor control, std::vector<std::string> names, Tensors leaves,
-              const std::string& file);
+  SharedState(at::Tensor control, std::vector<std::string> names, Tensors leaves);
 
-  std::string note() const { return control_.note(); }
+  std::string note() const { return control_->note(); }
   const Tensors& copies() const { return copies_; }
 
   // Takes the lock. Raises Python's TimeoutError, which names the owner, after
   // `seconds`.
   void acquire(double seconds);
   // False where somebody has it.
-  bool try_acquire() { return control_.try_lock(); }
-  void release() { control_.unlock(); }
+  bool try_acquire();
+  void release() { control_->unlock(); }
 
   // With the lock held: reads the leaves into the copies, and writes them back, all or
   // none.
   void load();
   void commit();
-  std::string lost() const { return control_.lost(); }
+  std::string lost() const { return control_->lost(); }
 
  private:
+  // Sending a tensor to a process can move its memory: follows it.
+  void follow();
+
   at::Tensor memory_;  // kept, and with it the mapping
+  std::vector<std::string> names_;
+  std::vector<void*> addresses_;
   Tensors leaves_;
   Tensors copies_;
   std::vector<const void*> values_;
-  Control control_;
+  std::optional<Control> control_;
 };
 
 // Holds the lock.
@@ -64,14 +69,20 @@ class Guard {
       state_->acquire(seconds);
     }
   }
-  ~Guard() { release(); }
+  ~Guard() {
+    try {
+      release();
+    } catch (const std::exception&) {
+      // An error is on its way already, or the lock was overwritten: nothing to give
+      // back.
+    }
+  }
   Guard(const Guard&) = delete;
   Guard& operator=(const Guard&) = delete;
 
   void release() {
-    if (state_ != nullptr) {
-      state_->release();
-      state_ = nullptr;
+    if (SharedState* state = std::exchange(state_, nullptr)) {
+      state->release();
     }
   }
 

@@ -198,8 +198,8 @@ Statistics* statistics_at(void* memory) {
                                        offset_of_statistics());
 }
 
-void init(void* memory, const std::string& file) {
-  Control::init(memory, block_bytes(), kNote, file);
+void init(void* memory) {
+  Control::init(memory, block_bytes(), kNote);
   *statistics_at(memory) = after(0);
 }
 
@@ -214,7 +214,7 @@ class Memory {
     if (fresh) {
       require(ftruncate(fd_, static_cast<off_t>(memory_bytes())) == 0, "ftruncate");
       void* memory = map();
-      init(memory, file);
+      init(memory);
       munmap(memory, memory_bytes());
     }
   }
@@ -244,16 +244,14 @@ class Memory {
 // Who shares the statistics: a process, or a thread.
 class Member {
  public:
-  Member(void* memory, const std::string& file)
+  explicit Member(void* memory)
       : shared_(statistics_at(memory)),
-        control_(memory, block_bytes(), entries_of(shared_), file) {
+        control_(memory, block_bytes(), entries_of(shared_)) {
     for (const Entry& entry : entries_of(&mine_)) {
       values_.push_back(entry.data);
     }
   }
-  explicit Member(const Memory& memory) : Member(memory.map(), memory.file()) {
-    mapped_ = true;
-  }
+  explicit Member(const Memory& memory) : Member(memory.map()) { mapped_ = true; }
   ~Member() {
     if (mapped_) {
       munmap(reinterpret_cast<char*>(shared_) - offset_of_statistics(), memory_bytes());
@@ -582,7 +580,7 @@ int threads() {
   std::vector<std::thread> all;
   for (int i = 0; i < kThreads; ++i) {
     all.emplace_back([&] {
-      Member member(mapped, "");
+      Member member(mapped);
       for (long n = 0; n < kUpdates; ++n) {
         bad += !member.update();
       }
@@ -590,7 +588,7 @@ int threads() {
     });
   }
   all.emplace_back([&] {
-    Member member(mapped, "");
+    Member member(mapped);
     while (writing > 0) {
       bad += member.count() < 0;
     }
@@ -614,7 +612,7 @@ int threads() {
   for (std::thread& thread : all) {
     thread.join();
   }
-  const long found = Member(mapped, "").count();
+  const long found = Member(mapped).count();
   std::printf("%ld updates of %d threads\n", found, kThreads);
   if (found != kThreads * kUpdates || bad != 0) {
     fail("updates were lost, or words were seen in halves");
@@ -639,7 +637,9 @@ void copy_file(const std::string& from, const std::string& to) {
 void expect_locked(const Memory& memory, const char* link, const std::string& where) {
   for (const std::string& name : {memory.file(), std::string(link)}) {
     const int status = wait_for(start([&] {
-      Member member(memory.map(), name);
+      const int fd = open(name.c_str(), O_RDWR);
+      Member member(
+          mmap(nullptr, memory_bytes(), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0));
       return member.control().try_lock() || member.control().lock(0.003);
     }));
     if (status != 0) {
@@ -721,16 +721,16 @@ void private_memory() {
   void* memory = mmap(nullptr, memory_bytes(), PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   require(memory != MAP_FAILED, "mmap");
-  init(memory, "");
-  Member member(memory, "");
+  init(memory);
+  Member member(memory);
   if (!member.control().lock(kLong)) {
     fail("private memory cannot be locked");
   }
-  if (Member(memory, "").control().try_lock()) {
+  if (Member(memory).control().try_lock()) {
     fail("a lock of private memory was broken");
   }
   const int status = wait_for(start([&] {
-    Member copy(memory, "");
+    Member copy(memory);
     if (!copy.control().lock(kShort)) {
       return 4;
     }
@@ -757,7 +757,7 @@ bool attaches(const std::vector<char>& block, size_t bytes, int changed = -1) {
   }
   Statistics statistics = after(0);
   try {
-    Control control(memory.get(), bytes, entries_of(&statistics), "");
+    Control control(memory.get(), bytes, entries_of(&statistics));
     return control.note() == kNote;
   } catch (const std::runtime_error&) {
     return false;
@@ -766,7 +766,7 @@ bool attaches(const std::vector<char>& block, size_t bytes, int changed = -1) {
 
 void damaged() {
   std::vector<char> block(block_bytes());
-  Control::init(block.data(), block.size(), kNote, "");
+  Control::init(block.data(), block.size(), kNote);
   if (!attaches(block, block.size())) {
     fail("a whole block is not accepted");
   }
@@ -826,8 +826,8 @@ int cost() {
   void* memory =
       mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
   require(memory != MAP_FAILED, "mmap");
-  Control::init(memory, bytes, kNote, "");
-  Control control(memory, bytes, entries, "");
+  Control::init(memory, bytes, kNote);
+  Control control(memory, bytes, entries);
   time_of("lock, unlock", [&] {
     control.lock(kLong);
     control.unlock();
