@@ -132,7 +132,7 @@ def extension():
     """The module torchrl_vecnorm._C."""
     flags = ["-O0", "-g"] if flag("DEBUG") else ["-O3", "-g0"]
     flags += ["-Wall", "-Wextra", "-Wno-unused-parameter", "-fvisibility=hidden"]
-    # at::parallel_for is a header: without the flag it would run on one thread.
+    # The team of threads is OpenMP (csrc/ops.cpp): without the flag it is one thread.
     openmp = ["-fopenmp"] if torch.backends.openmp.is_available() else []
     if sys.platform == "darwin":
         openmp = []  # Apple's compiler does not know it

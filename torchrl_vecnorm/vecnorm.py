@@ -550,13 +550,16 @@ class VecNorm(Transform):
         return functional.normalize(values, states, eps=self.eps)
 
     def _keep_new(self, known: list[_Entry]) -> None:
-        others_have_it = self._in_shared_memory()
+        if not any(e.is_new for e in known):
+            return
+        # What was there before may be others' already, with the lock as it is.
+        may_reserve = not torch.compiler.is_compiling() and not self._in_shared_memory()
         for e in known:
             if e.is_new:
                 if self._td is None:
                     self._td = TensorDict({}, batch_size=[])
                 write_moments(self._td, e.key.names, e.state)
-        if any(e.is_new for e in known) and not others_have_it:
+        if may_reserve:
             self._reserve()
 
     def _reserve(self) -> None:
@@ -564,7 +567,6 @@ class VecNorm(Transform):
         if (
             isinstance(self.lock, sharing.Lock)
             and not self._others_update
-            and not torch.compiler.is_compiling()
             and next(self._seen())[1].sum.device.type == "cpu"
         ):
             self.lock.reserve(sharing.leaves_of(self._td))
