@@ -41,7 +41,7 @@ soak: build/soak
 build/soak: tests/shared_host/check.cpp $(wildcard csrc/shared/*)
 	mkdir -p build
 	$(CXX) -std=c++17 -O2 -pthread -I. -Icsrc/shared -o $@ tests/shared_host/check.cpp \
-		csrc/shared/control.cpp csrc/shared/identity.cpp
+		$(filter-out %/shared_state.cpp,$(wildcard csrc/shared/*.cpp))
 
 gpu-check:
 	$(PYTHON) -m bench.gpu_check

@@ -25,12 +25,16 @@ pytestmark = [
     pytest.mark.skipif(
         not (ROOT / "csrc").exists(), reason="away from the source tree"
     ),
-    pytest.mark.skipif(sys.platform != "linux", reason="needs robust mutexes"),
+    pytest.mark.skipif(sys.platform != "linux", reason="uses /proc and memfd_create"),
 ]
 
 CHECK = "tests/shared_host/check.cpp"
-SOURCES = ("csrc/shared/control.cpp", "csrc/shared/identity.cpp")
+SOURCES = tuple(
+    f"csrc/shared/{name}.cpp"
+    for name in ("control", "identity", "robust_mutex", "record_lock")
+)
 CRASH_POINTS = "-DVECNORM_CRASH_POINTS"
+LOCKS = {"robust mutex": (), "record lock": ("-DVECNORM_RECORD_LOCK",)}
 VARIANTS = {
     "plain": ("-O2",),
     "crash points": ("-O2", CRASH_POINTS),
@@ -63,8 +67,8 @@ def link(folder: Path, *flags: str) -> Path:
     return program
 
 
-@pytest.fixture(scope="module")
-def programs(tmp_path_factory) -> dict[str, Path]:
+@pytest.fixture(scope="module", params=LOCKS)
+def programs(request, tmp_path_factory) -> dict[str, Path]:
     """The check in all variants."""
     folder = tmp_path_factory.mktemp("shared_host")
     with ThreadPoolExecutor(2) as pool:
@@ -77,6 +81,7 @@ def programs(tmp_path_factory) -> dict[str, Path]:
                     ROOT / source,
                     folder / variant / f"{Path(source).stem}.o",
                     *flags,
+                    *LOCKS[request.param],
                 )
                 for source in (CHECK, *SOURCES)
             ]
@@ -150,6 +155,46 @@ def test_races(programs, run):
     passes(run(programs["races"], "threads"))
 
 
+def check_is_caught(programs, run, tmp_path, lock, what, name, old, new):
+    """An error that is planted in a source makes ``check what`` fail."""
+    flags = VARIANTS["crash points"]
+    folder = tmp_path / "mutant"
+    shutil.copytree(programs["crash points"].parent, folder)
+    text = (ROOT / "csrc" / "shared" / name).read_text()
+    assert old in text, f"{old!r} is not there to be replaced"
+    text = re.sub(rf"(?<!const ){re.escape(old)}", lambda _: new, text)
+    (folder / name).write_text(text)
+    compile_one(folder / name, folder / f"{Path(name).stem}.o", *flags, *lock)
+    result = run(link(folder, *flags), what, *(["few"] if what == "crash" else []))
+    assert result.returncode in (1, -signal.SIGABRT), result.stdout + result.stderr
+
+
+# What is planted is an error of one kind of lock.
+of_the_mutex = pytest.mark.parametrize("programs", ["robust mutex"], indirect=True)
+
+
+@pytest.mark.parametrize("programs", ["record lock"], indirect=True)
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        pytest.param("status.st_nlink == 0", "false", id="a removed file is the same"),
+        pytest.param("made->held.clear();", "", id="a child has its parent's locks"),
+    ],
+)
+def test_harness_catches_record_locks(programs, run, tmp_path, old, new):
+    check_is_caught(
+        programs,
+        run,
+        tmp_path,
+        LOCKS["record lock"],
+        "identity",
+        "record_lock.cpp",
+        old,
+        new,
+    )
+
+
+@of_the_mutex
 @pytest.mark.parametrize(
     ("what", "name", "old", "new"),
     [
@@ -177,8 +222,8 @@ def test_races(programs, run):
         ),
         pytest.param(
             "crash",
-            "control.cpp",
-            "check(pthread_mutex_consistent(&header_->mutex)",
+            "robust_mutex.cpp",
+            "check(pthread_mutex_consistent(&mutex_)",
             "check(0",
             id="mutex left inconsistent",
         ),
@@ -199,30 +244,21 @@ def test_races(programs, run):
     ],
 )
 def test_harness_catches(programs, run, tmp_path, what, name, old, new):
-    """A planted error."""
-    flags = VARIANTS["crash points"]
-    folder = tmp_path / "mutant"
-    shutil.copytree(programs["crash points"].parent, folder)
-    text = (ROOT / "csrc" / "shared" / name).read_text()
-    assert old in text, f"{old!r} is not there to be replaced"
-    text = re.sub(rf"(?<!const ){re.escape(old)}", lambda _: new, text)
-    (folder / name).write_text(text)
-    compile_one(folder / name, folder / f"{Path(name).stem}.o", *flags)
-    result = run(link(folder, *flags), what, *(["few"] if what == "crash" else []))
-    assert result.returncode in (1, -signal.SIGABRT), result.stdout + result.stderr
+    check_is_caught(programs, run, tmp_path, (), what, name, old, new)
 
 
+@of_the_mutex
 def test_races_without_the_lock(programs, run, tmp_path, monkeypatch):
     """That ThreadSanitizer sees the memory at all."""
     flags = VARIANTS["races"]
     folder = tmp_path / "mutant"
     shutil.copytree(programs["races"].parent, folder)
-    text = (ROOT / SOURCES[0]).read_text()
-    old = "taken(pthread_mutex_timedlock(&header_->mutex, &until))"
+    text = (ROOT / "csrc/shared/robust_mutex.cpp").read_text()
+    old = "taken(pthread_mutex_timedlock(&mutex_, &until))"
     assert old in text, f"{old!r} is not there to be replaced"
-    unlock = "check(pthread_mutex_unlock(&header_->mutex)"
+    unlock = "check(pthread_mutex_unlock(&mutex_)"
     text = text.replace(old, "taken(0)").replace(unlock, "check(0")
-    (folder / "control.cpp").write_text(text)
-    compile_one(folder / "control.cpp", folder / "control.o", *flags)
+    (folder / "robust_mutex.cpp").write_text(text)
+    compile_one(folder / "robust_mutex.cpp", folder / "robust_mutex.o", *flags)
     monkeypatch.setenv("TSAN_OPTIONS", "halt_on_error=1")
     assert "data race" in run(link(folder, *flags), "threads").stderr

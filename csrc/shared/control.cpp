@@ -8,17 +8,14 @@
 #include <pthread.h>
 #include <unistd.h>
 
-#include <algorithm>
 #include <atomic>
-#include <cerrno>
 #include <cstring>
-#include <ctime>
 #include <new>
 #include <stdexcept>
-#include <system_error>
 #include <utility>
 
 #include "identity.h"
+#include "lock.h"
 
 // Tests kill the process at numbered points.
 #ifdef VECNORM_CRASH_POINTS
@@ -32,7 +29,7 @@ namespace vecnorm {
 namespace shared {
 
 // Changes with the layout below.
-constexpr uint64_t kMagic = 0x76656e6f726d0002u;
+constexpr uint64_t kMagic = 0x76656e6f726d0003u;
 constexpr uint64_t kByteOrder = 0x0102030405060708u;
 
 enum State : uint64_t { kClean = 0, kCommitted = 1 };
@@ -41,7 +38,7 @@ enum State : uint64_t { kClean = 0, kCommitted = 1 };
 struct Control::Header {
   uint64_t magic;
   uint64_t byte_order;
-  uint64_t mutex_bytes;
+  uint64_t lock_kind;
   std::atomic<uint64_t> identity;
   uint64_t note_bytes;
   uint64_t journal_offset;
@@ -49,7 +46,7 @@ struct Control::Header {
   std::atomic<uint64_t> used;  // bytes of the journal
   std::atomic<uint64_t> state;
   std::atomic<int64_t> owner;
-  pthread_mutex_t mutex;
+  Lock lock;
 
   char* note() { return reinterpret_cast<char*>(this + 1); }
   char* journal() { return reinterpret_cast<char*>(this) + journal_offset; }
@@ -86,12 +83,6 @@ void copy(void* to, const void* from, size_t bytes) {
   }
 }
 
-void check(int error, const char* what) {
-  if (error != 0) {
-    throw std::system_error(error, std::generic_category(), what);
-  }
-}
-
 // getpid() is a system call: twice what the mutex costs.
 int64_t process() {
   static std::atomic<int64_t> pid{[] {
@@ -99,20 +90,6 @@ int64_t process() {
     return getpid();
   }()};
   return pid.load(std::memory_order_relaxed);
-}
-
-void init_mutex(pthread_mutex_t* mutex) {
-  pthread_mutexattr_t attributes;
-  check(pthread_mutexattr_init(&attributes), "pthread_mutexattr_init");
-  check(pthread_mutexattr_setpshared(&attributes, PTHREAD_PROCESS_SHARED),
-        "pthread_mutexattr_setpshared");
-#ifdef __linux__
-  check(pthread_mutexattr_setrobust(&attributes, PTHREAD_MUTEX_ROBUST),
-        "pthread_mutexattr_setrobust");
-#endif
-  std::memset(mutex, 0, sizeof(*mutex));
-  check(pthread_mutex_init(mutex, &attributes), "pthread_mutex_init");
-  pthread_mutexattr_destroy(&attributes);
 }
 
 }  // namespace
@@ -128,7 +105,7 @@ size_t Control::size_for(const std::vector<Entry>& entries, const std::string& n
 void Control::init(void* memory, size_t bytes, const std::string& note) {
   auto* header = new (memory) Header;
   header->byte_order = kByteOrder;
-  header->mutex_bytes = sizeof(pthread_mutex_t);
+  header->lock_kind = Lock::kind();
   header->note_bytes = note.size();
   header->journal_offset = sizeof(Header) + up_to_8(note.size());
   header->journal_bytes = bytes - header->journal_offset;
@@ -136,7 +113,7 @@ void Control::init(void* memory, size_t bytes, const std::string& note) {
   header->state = kClean;
   header->owner = 0;
   std::memcpy(header->note(), note.data(), note.size());
-  init_mutex(&header->mutex);
+  header->lock.init();
   header->identity = identity_of(memory);
   header->magic = kMagic;
 }
@@ -154,9 +131,9 @@ Control::Control(void* memory, size_t bytes, std::vector<Entry> entries)
   expect(bytes >= sizeof(Header) && header_->magic == kMagic,
          "the tensor holds no lock of this version of torchrl_vecnorm; is it "
          "another file, or was it truncated?");
-  expect(header_->byte_order == kByteOrder &&
-             header_->mutex_bytes == sizeof(pthread_mutex_t),
-         "the lock was made on another kind of machine");
+  expect(header_->byte_order == kByteOrder && header_->lock_kind == Lock::kind(),
+         "the lock was made on another kind of machine, or by a build of "
+         "torchrl_vecnorm with another kind of lock");
   expect(header_->journal_offset == sizeof(Header) + up_to_8(header_->note_bytes) &&
              header_->journal_offset <= bytes &&
              header_->journal_bytes <= bytes - header_->journal_offset &&
@@ -168,10 +145,10 @@ Control::Control(void* memory, size_t bytes, std::vector<Entry> entries)
     return identity != 0 && was != 0 && identity != was;
   };
   if (is_elsewhere()) {
-    // A copy, or the machine was started anew: nobody can hold the mutex that is here.
+    // A copy, or the machine was started anew: nobody can hold the lock that is here.
     const FileLock one_at_a_time;
     if (is_elsewhere()) {
-      init_mutex(&header_->mutex);
+      header_->lock.init();
       header_->identity.store(identity);
     }
   }
@@ -183,22 +160,18 @@ int64_t Control::owner() const {
   return header_->owner.load(std::memory_order_relaxed);
 }
 
-// True when the lock was taken. A robust mutex whose owner died is taken too, and is
-// made usable again: after the recovery, or it would have to be taken for granted.
-bool Control::taken(int error) {
-  if (error == EBUSY || error == ETIMEDOUT) {
+// True when the lock was taken. One whose owner died is made usable again after the
+// recovery, or it would have to be taken for granted.
+bool Control::taken(Taken how) {
+  if (how == Taken::kNo) {
     return false;
   }
   VECNORM_CRASH(1);
-#ifdef __linux__
-  if (error == EOWNERDEAD) {
+  if (how == Taken::kFromDead) {
     recover();
     VECNORM_CRASH(2);
-    check(pthread_mutex_consistent(&header_->mutex), "pthread_mutex_consistent");
-    error = 0;
+    header_->lock.recovered();
   }
-#endif
-  check(error, "pthread_mutex_lock");
   header_->owner.store(process(), std::memory_order_relaxed);
   if (header_->state.load(std::memory_order_acquire) != kClean) {
     recover();
@@ -210,41 +183,16 @@ bool Control::try_lock() {
   if (header_->magic != kMagic) {
     throw std::runtime_error("the lock of the shared statistics was overwritten");
   }
-  return taken(pthread_mutex_trylock(&header_->mutex));
+  return taken(header_->lock.try_lock());
 }
 
 bool Control::lock(double seconds) {
-  if (!(seconds > 0)) {
-    return try_lock();
-  }
-  seconds = std::min(seconds, 1e9);
-#ifdef __linux__
-  timespec until;
-  clock_gettime(CLOCK_REALTIME, &until);
-  const double whole = static_cast<double>(static_cast<int64_t>(seconds));
-  until.tv_sec += static_cast<time_t>(whole);
-  until.tv_nsec += static_cast<long>((seconds - whole) * 1e9);
-  if (until.tv_nsec >= 1000000000L) {
-    until.tv_sec += 1;
-    until.tv_nsec -= 1000000000L;
-  }
-  return taken(pthread_mutex_timedlock(&header_->mutex, &until));
-#else
-  // No timed lock here (macOS): ask again every millisecond.
-  const timespec pause{0, 1000000};
-  for (double waited = 0; waited < seconds; waited += 1e-3) {
-    if (try_lock()) {
-      return true;
-    }
-    nanosleep(&pause, nullptr);
-  }
-  return try_lock();
-#endif
+  return seconds > 0 ? taken(header_->lock.lock(seconds)) : try_lock();
 }
 
 void Control::unlock() {
   VECNORM_CRASH(3);
-  check(pthread_mutex_unlock(&header_->mutex), "pthread_mutex_unlock");
+  header_->lock.unlock();
 }
 
 void Control::commit(const std::vector<const void*>& values) {

@@ -15,11 +15,11 @@
 //
 // Whoever takes the lock next after its owner was killed finds kClean (the update never
 // happened) or kCommitted (it publishes again, which does no harm). So an update of all
-// keys happens whole or not at all, at whatever instruction a process dies. The lock is
-// a robust process-shared mutex: the kernel gives it to the next when its owner dies.
+// keys happens whole or not at all, at whatever instruction a process dies. The lock
+// (lock.h) is the next one's when its owner dies.
 //
-// A file can be copied, or outlive the machine's uptime, while its mutex is locked. The
-// block remembers where it lives (identity.h), and is given a new mutex elsewhere.
+// A file can be copied, or outlive the machine's uptime, while its lock is held. The
+// block remembers where it lives (identity.h), and is given a new lock elsewhere.
 
 #pragma once
 
@@ -30,6 +30,8 @@
 
 namespace vecnorm {
 namespace shared {
+
+enum class Taken;  // lock.h, which only control.cpp depends on
 
 // A tensor of the statistics. `name` is the same in all processes.
 struct Entry {
@@ -74,7 +76,7 @@ class Control {
 
  private:
   struct Header;
-  bool taken(int error);
+  bool taken(Taken how);
   void recover();
   void publish();
   template <typename F>

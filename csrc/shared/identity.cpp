@@ -13,7 +13,6 @@
 #include <cerrno>
 #include <cinttypes>
 #include <cstdio>
-#include <cstdlib>
 #include <fstream>
 #include <sstream>
 
@@ -56,14 +55,6 @@ std::string mapping(const void* memory) {
 
 #endif
 
-std::string lock_file() {
-  const char* folder = std::getenv("TMPDIR");
-  std::ostringstream name;
-  name << (folder != nullptr ? folder : "/tmp") << "/torchrl_vecnorm-" << getuid()
-       << ".lock";
-  return name.str();
-}
-
 std::mutex& threads() {
   static auto* mutex = new std::mutex;
   return *mutex;
@@ -92,8 +83,14 @@ uint64_t identity_of(const void* memory) {
 #endif
 }
 
+int open_lock_file(const char* suffix) {
+  const std::string name = "/tmp/torchrl_vecnorm-" + std::to_string(getuid()) + suffix;
+  // Nobody else's: a link there could lead anywhere.
+  return open(name.c_str(), O_RDWR | O_CLOEXEC | O_CREAT | O_NOFOLLOW, 0600);
+}
+
 FileLock::FileLock() : threads_(threads()) {
-  fd_ = open(lock_file().c_str(), O_RDWR | O_CLOEXEC | O_CREAT, 0600);
+  fd_ = open_lock_file(".lock");
   while (fd_ >= 0 && flock(fd_, LOCK_EX) != 0 && errno == EINTR) {
   }
 }
