@@ -72,6 +72,11 @@ Tensors outputs_like(const Tensors& x) {
   return y;
 }
 
+// Whether a tensor is memory of another process's GPU context.
+bool came_from_another_process(const Tensor& t) {
+  return t.is_cuda() && t.storage().unsafeGetStorageImpl()->received_cuda();
+}
+
 Tensors update_and_normalize(const Tensors& x, const Tensors& sum, const Tensors& ssq,
                              const Tensors& count, const Tensors& nonfinite,
                              const Tensors& mask, double keep, double weight,
@@ -275,11 +280,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_path", &set_cuda_path, py::arg("name"));
   m.def("last_cuda_path", &last_cuda_path);
 #endif
+  m.def("came_from_another_process", &came_from_another_process, py::arg("tensor"));
   using shared::SharedState;
   py::class_<SharedState, std::shared_ptr<SharedState>>(m, "SharedState")
       .def(py::init<Tensor, std::vector<std::string>, Tensors>(), py::arg("control"),
            py::arg("names"), py::arg("leaves"))
       .def_property_readonly("note", &SharedState::note)
+      .def_property_readonly("has_journal", &SharedState::has_journal)
       .def_property_readonly("copies", &SharedState::copies)
       .def("acquire", &SharedState::acquire, py::arg("timeout"))
       .def("try_acquire", &SharedState::try_acquire)

@@ -6,9 +6,11 @@
 
 import pytest
 import torch
+from common import PATIENCE, count, started
 from samples import FLOATS, INTEGERS, LAYOUTS, SHAPES, data, op_samples
 from tensordict import TensorDict
 from test_ops import TOLERANCE, assert_same, check, clone
+from torch import multiprocessing as mp
 
 from torchrl_vecnorm import _C, Moments, VecNorm, _build, _ops
 from torchrl_vecnorm import functional as F
@@ -265,3 +267,45 @@ def test_shared_statistics_stay_on_the_cpu():
 def test_another_device():
     x = data((300,), (5,)).to("cuda:1")
     check(x, Moments.zeros([5], device="cuda:1"))
+
+
+# ------------------------------------------------------------------ several processes
+
+
+def is_refused(queue, results):
+    try:
+        VecNorm(["o"], shared_td=queue.get(timeout=PATIENCE))
+        results.put("taken")
+    except RuntimeError as error:
+        results.put(str(error))
+
+
+def test_statistics_on_a_gpu_are_one_processs_own():
+    td = TensorDict(zeros([2])._asdict(), batch_size=[])
+    td = TensorDict({f"o_{name}": leaf for name, leaf in td.items()})
+    first, second = (VecNorm(["o"], shared_td=td, decay=1) for _ in range(2))
+    for t in (first, second):
+        t(TensorDict(o=torch.ones(2, device="cuda")))
+    assert td["o_count"].item() == 2
+    context = mp.get_context("spawn")
+    queue, results = context.Queue(), context.Queue()
+    with started(context, is_refused, [(queue, results)]):
+        queue.put(td)
+        assert "expected CPU tensors" in results.get(timeout=PATIENCE)
+    with pytest.raises(RuntimeError, match="expected CPU tensors"):
+        context.Process(target=count_alone, args=(first, results)).start()
+
+
+def count_alone(t, results):
+    t(TensorDict(o=torch.ones(2, device="cuda")))
+    results.put(count(t, "o"))
+
+
+def test_a_private_transform_is_sent_as_a_copy():
+    t = VecNorm(["o"], decay=1)
+    t(TensorDict(o=torch.ones(2, device="cuda")))
+    context = mp.get_context("spawn")
+    results = context.Queue()
+    with started(context, count_alone, [(t, results)]):
+        assert results.get(timeout=PATIENCE) == 2
+    assert count(t, "o") == 1

@@ -204,6 +204,28 @@ def test_a_private_tensordict_is_refused():
         VecNorm(["observation"], shared_td=by_hand("observation"))
 
 
+def test_statistics_on_anothers_gpu_are_refused(monkeypatch):
+    """Who else has them cannot be locked out. Where a tensor came from is faked here."""
+    sent = []
+    monkeypatch.setattr(
+        "torchrl_vecnorm.sharing._C.came_from_another_process",
+        lambda leaf: any(leaf is other for other in sent),
+    )
+    td = built(["next"])
+    source = VecNorm(decay=1)
+    TransformedEnv(IntegerEnv(), source).rollout(3)
+    state = source.state_dict()
+    sent += [td["reward_sum"], state["_extra_state"]["reward_sum"]]
+    with pytest.raises(RuntimeError, match=r"reward.*killed.*on the CPU.*clone"):
+        VecNorm(shared_td=td)
+    t = VecNorm(decay=1)
+    with pytest.raises(RuntimeError, match=r"reward.*killed.*on the CPU.*clone"):
+        t.load_state_dict(state)
+    assert t._td is None
+    t.load_state_dict({"_extra_state": source.consistent_state_dict()})
+    assert count(t) == 4
+
+
 @pytest.mark.parametrize("key", ["reward", ("agents", "reward")], ids=str)
 @pytest.mark.parametrize("field", [*FIELDS, "all"])
 def test_missing_entries(key, field):

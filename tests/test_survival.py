@@ -10,7 +10,9 @@ point and faster.
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -241,6 +243,35 @@ def test_transforms_of_one_tensordict_without_a_lock(tmp_path):
     assert (count(first), count(second, "reward")) == (2, 2)
 
 
+def test_a_journal_without_room_is_said():
+    """The lock has left, with a journal for one key; then another one is there."""
+    t = VecNorm(decay=1)
+    t._reset(TensorDict(), values().exclude("reward"))
+    t.lock.is_carried = True
+    t(values())
+    state = t.state_dict()["_extra_state"]
+    for leaf in state.values():
+        leaf.share_memory_()
+    with pytest.warns(RuntimeWarning, match="no room for .*reward_sum.* before it is"):
+        t(values())
+    assert (count(t), count(t, "reward")) == (3, 2)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t))]
+)
+def test_a_copy_has_a_journal(copied, recwarn):
+    t = VecNorm(decay=1)
+    t(values())
+    t = copied(t)
+    for leaf in t.state_dict()["_extra_state"].values():
+        leaf.share_memory_()
+    t(values())
+    assert t._attached.state.has_journal
+    assert not [w for w in recwarn if w.category is RuntimeWarning]
+    assert assert_whole(t) == 2
+
+
 @pytest.mark.parametrize("device", ["meta"])
 def test_a_default_device(device):
     with torch.device(device):
@@ -434,8 +465,6 @@ def count_up(queue, updates):
 @pytest.mark.parametrize("strategy", ["file_descriptor", "file_system"])
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_sharing_strategies(strategy, method):
-    if method == "forkserver" and strategy == "file_descriptor":
-        pytest.skip("as spawn")
     before = mp.get_sharing_strategy()
     mp.set_sharing_strategy(strategy)
     try:

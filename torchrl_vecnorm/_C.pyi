@@ -73,6 +73,9 @@ def cuda_path(name: str) -> None:
 def last_cuda_path() -> str:
     """How the last update on a GPU ran (in builds with CUDA kernels)."""
 
+def came_from_another_process(tensor: Tensor) -> bool:
+    """Whether a CUDA tensor is memory that another process has sent."""
+
 class SharedState:
     """Statistics in shared memory, behind a lock that outlives whoever holds it.
 
@@ -89,6 +92,7 @@ class SharedState:
         """
 
     note: str
+    has_journal: bool  # False: it has no room for these leaves
     copies: list[Tensor]
 
     def acquire(self, timeout: float) -> None:

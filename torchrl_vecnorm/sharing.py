@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from multiprocessing import synchronize
 from typing import TYPE_CHECKING
@@ -37,6 +38,15 @@ CONTROL = "_vecnorm_control"
 #: Seconds after which a lock that nobody gives back is reported.
 LOCK_TIMEOUT = 60.0
 
+#: Why CUDA statistics are one process's own.
+CUDA_OF_OTHERS = (
+    "expected CPU tensors for statistics that several processes share, got a CUDA "
+    "tensor: a GPU has no lock that outlives a process that is killed. Keep shared "
+    "statistics on the CPU (`td.cpu().share_memory_()`): values may be on any GPU, only "
+    "their moments travel. For statistics of this process alone, pass a copy "
+    "(`td.clone()`)"
+)
+
 
 # ---------------------------------------------------------------------------- leaves
 
@@ -56,6 +66,17 @@ def leaves_of(td: TensorDictBase) -> dict[str, Tensor]:
         if key != CONTROL
     }
     return dict(sorted(found.items()))
+
+
+def refuse_cuda_of_others(leaves: dict[str, Tensor]) -> None:
+    """Refuses statistics on a GPU that another process has sent.
+
+    Raises:
+        RuntimeError: naming the entry and the reason.
+    """
+    for name, leaf in leaves.items():
+        if _C.came_from_another_process(leaf):
+            raise RuntimeError(f"VecNorm: entry {name!r}: {CUDA_OF_OTHERS}")
 
 
 def _note(leaves: dict[str, Tensor]) -> str:
@@ -197,6 +218,18 @@ class Attached:
         names = list(self.leaves)
         self.state = _C.SharedState(control, names, list(self.leaves.values()))
         self._copies = dict(zip(names, self.state.copies, strict=True))
+
+    def warn_without_journal(self) -> None:
+        """Says that a process that is killed in an update may leave half of it."""
+        if not self.state.has_journal:
+            warnings.warn(
+                "VecNorm: the journal of shared statistics has no room for "
+                f"{list(self.leaves)}: their lock was sent to other processes before all "
+                "of them were there. A process that is killed in an update may leave "
+                "half of it. Call the transform on all of its keys before it is shared.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def is_of(self, control: Tensor, td: TensorDictBase) -> bool:
         """Whether nothing was replaced since."""

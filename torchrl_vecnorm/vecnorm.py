@@ -102,7 +102,8 @@ class VecNorm(Transform):
             ``in_keys``.
         shared_td (TensorDictBase, optional): a shared tensordict containing the entries
             ``<key>_sum``, ``<key>_ssq`` and ``<key>_count`` of each key, updated in
-            place and in its own dtype.
+            place and in its own dtype. One on a GPU is for several transforms of one
+            process.
         lock (mp.Lock, optional): a lock to prevent race conditions between processes.
             Defaults to a lock of its own.
         decay (number, optional): decay rate of the moving average, in (0, 1], applied
@@ -122,7 +123,8 @@ class VecNorm(Transform):
         ValueError: ``decay`` is not in (0, 1], ``eps`` is not positive, ``shapes`` or
             ``out_keys`` do not match ``in_keys`` in length, a key is given twice or is
             the name of another's statistics.
-        RuntimeError: ``shared_td`` is neither in shared memory nor a memmap.
+        RuntimeError: ``shared_td`` is neither in shared memory nor a memmap, or it is on
+            a GPU and another process's.
         KeyError: ``shared_td`` lacks the entries of a key.
 
     Placing a transform in an environment or a replay buffer, which TorchRL does with a
@@ -200,6 +202,8 @@ class VecNorm(Transform):
         self._binding: tuple | None = None
         self._attached: sharing.Attached | None = None
         if shared_td is not None:
+            if lock is None:
+                self._reserve()
             self._protection()  # refuses a lock of another kind of machine
 
     # ------------------------------------------------------------ switching updates
@@ -393,6 +397,8 @@ class VecNorm(Transform):
         if self._attached is None or not self._attached.is_of(control, self._td):
             names = [name for key in self._keys for name in key.names]
             self._attached = sharing.Attached(control, self._td, names)
+            if ours is not None and ours.is_carried:
+                self._attached.warn_without_journal()
         return users, self._attached.state
 
     def _in_shared_memory(self) -> bool:
@@ -559,17 +565,15 @@ class VecNorm(Transform):
                 if self._td is None:
                     self._td = TensorDict({}, batch_size=[])
                 write_moments(self._td, e.key.names, e.state)
-        if may_reserve:
+        if may_reserve and not self._others_update:
             self._reserve()
 
     def _reserve(self) -> None:
         """Makes our lock's journal long enough, while nobody else can have it yet."""
-        if (
-            isinstance(self.lock, sharing.Lock)
-            and not self._others_update
-            and next(self._seen())[1].sum.device.type == "cpu"
-        ):
-            self.lock.reserve(sharing.leaves_of(self._td))
+        if isinstance(self.lock, sharing.Lock) and self._td is not None:
+            leaves = sharing.leaves_of(self._td)
+            if all(leaf.device.type == "cpu" for leaf in leaves.values()):
+                self.lock.reserve(leaves)
 
     def _warn_identity(self, count: Tensor | None = None) -> None:
         if torch.compiler.is_compiling() or (count is not None and count.item() > 0):
@@ -807,6 +811,8 @@ class VecNorm(Transform):
         EnvCreator shares them. Only what is private and not in our own layout, as in a
         checkpoint of ``torchrl.envs.VecNorm``, is copied into it.
         """
+        for key, moments in loaded.items():
+            sharing.refuse_cuda_of_others({str(key): moments.sum})
         self._others_update = all(
             sharing.in_shared_memory(m.sum) for m in loaded.values()
         )
@@ -834,7 +840,7 @@ class VecNorm(Transform):
                     leaf.share_memory_()  # of a CUDA tensor: nothing to do
             write_moments(td, key.names, moments)
         self._td = td
-        if loaded:
+        if loaded and not self._others_update:
             self._reserve()
 
     def _write(
@@ -866,17 +872,25 @@ class VecNorm(Transform):
         state["_binding"] = None
         state["_attached"] = None
         # A multiprocessing lock can only be handed to a process that is being started.
-        if multiprocessing.context.get_spawning_popen() is None:
+        if multiprocessing.context.get_spawning_popen() is not None:
+            if any(moments.sum.is_cuda for _, moments in self._seen()):
+                if self._others_update:
+                    raise RuntimeError(f"VecNorm: shared_td: {sharing.CUDA_OF_OTHERS}")
+                state["_td"] = self._td.cpu()  # or both would update this memory
+        else:
             lock = state.pop("lock", None)
             if lock is not None:
                 state["lock_placeholder"] = None
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if "lock_placeholder" in state:
+        is_alone = "lock_placeholder" in state
+        if is_alone:
             state.pop("lock_placeholder")
             state["lock"] = sharing.Lock()
         super().__setstate__(state)
+        if is_alone:
+            self._reserve()  # EnvCreator may share the copy next
 
     # -------------------------------------------------------------------------- specs
 
@@ -1014,6 +1028,7 @@ def _check_shared_td(shared_td: TensorDictBase, keys: list[_Key]) -> None:
                 f"key {key.in_key!r} not present in the shared tensordict: it lacks "
                 f"{missing}, its keys are {sorted(map(str, present))}"
             )
+    sharing.refuse_cuda_of_others(sharing.leaves_of(shared_td))
     sharing.check_td(shared_td)
 
 

@@ -62,6 +62,15 @@ struct Record {
 
 constexpr size_t up_to_8(size_t n) { return (n + 7) / 8 * 8; }
 
+// Bytes of the journal that entries take.
+size_t records_of(const std::vector<Entry>& entries) {
+  size_t bytes = 0;
+  for (const Entry& entry : entries) {
+    bytes += sizeof(Record) + up_to_8(entry.bytes);
+  }
+  return bytes;
+}
+
 // Words one by one: others may look at the entries while they are written, and none of
 // them should be seen in halves.
 template <typename Word>
@@ -95,11 +104,7 @@ int64_t process() {
 }  // namespace
 
 size_t Control::size_for(const std::vector<Entry>& entries, const std::string& note) {
-  size_t bytes = sizeof(Header) + up_to_8(note.size());
-  for (const Entry& entry : entries) {
-    bytes += sizeof(Record) + up_to_8(entry.bytes);
-  }
-  return bytes;
+  return sizeof(Header) + up_to_8(note.size()) + records_of(entries);
 }
 
 void Control::init(void* memory, size_t bytes, const std::string& note) {
@@ -119,7 +124,9 @@ void Control::init(void* memory, size_t bytes, const std::string& note) {
 }
 
 Control::Control(void* memory, size_t bytes, std::vector<Entry> entries)
-    : header_(static_cast<Header*>(memory)), entries_(std::move(entries)) {
+    : header_(static_cast<Header*>(memory)),
+      entries_(std::move(entries)),
+      needed_(records_of(entries_)) {
   for (const Entry& entry : entries_) {
     names_.push_back(hash_of(entry.name));
   }
@@ -195,6 +202,8 @@ void Control::unlock() {
   header_->lock.unlock();
 }
 
+bool Control::has_room() const { return needed_ <= header_->journal_bytes; }
+
 void Control::commit(const std::vector<const void*>& values) {
   if (entries_.empty()) {
     return;
@@ -204,11 +213,7 @@ void Control::commit(const std::vector<const void*>& values) {
         "a process died in an update of statistics that are not known here: one that "
         "has all of them must finish it first");
   }
-  size_t needed = 0;
-  for (const Entry& entry : entries_) {
-    needed += sizeof(Record) + up_to_8(entry.bytes);
-  }
-  if (needed > header_->journal_bytes) {
+  if (!has_room()) {
     for (size_t i = 0; i < entries_.size(); ++i) {
       copy(entries_[i].data, values[i], entries_[i].bytes);
     }
@@ -222,7 +227,7 @@ void Control::commit(const std::vector<const void*>& values) {
     at += sizeof(record) + up_to_8(record.bytes);
     VECNORM_CRASH(4);
   }
-  header_->used.store(needed, std::memory_order_relaxed);
+  header_->used.store(needed_, std::memory_order_relaxed);
   VECNORM_CRASH(5);
   header_->state.store(kCommitted, std::memory_order_release);
   // The entries are not written before.

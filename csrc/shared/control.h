@@ -64,8 +64,11 @@ class Control {
   // The process that holds the lock, or held it last; 0 before the first.
   int64_t owner() const;
 
+  // Whether the journal is long enough for all entries.
+  bool has_room() const;
+
   // Replaces the contents of all entries, with the lock held. All happen or none, if
-  // the journal is long enough for them.
+  // the journal has room for them.
   void commit(const std::vector<const void*>& values);
 
   // With the lock held: the name of an entry that has lost what was last committed to
@@ -84,6 +87,7 @@ class Control {
 
   Header* header_;
   std::vector<Entry> entries_;
+  size_t needed_;                // bytes of the journal
   std::vector<uint64_t> names_;  // hashes, as in the journal
 };
 

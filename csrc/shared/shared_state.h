@@ -33,6 +33,7 @@ class SharedState {
   SharedState(at::Tensor control, std::vector<std::string> names, Tensors leaves);
 
   std::string note() const { return control_->note(); }
+  bool has_journal() const { return control_->has_room(); }
   const Tensors& copies() const { return copies_; }
 
   // Takes the lock. Raises Python's TimeoutError, which names the owner, after
