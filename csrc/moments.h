@@ -178,6 +178,12 @@ struct Affine {
     const T hi = static_cast<T>(s.loc);
     // Clamped, so that a constant feature under a tiny eps gives 0 and not 0 * inf.
     const T inv = static_cast<T>(reciprocal > largest ? largest : reciprocal);
+    // Deviations this large are near the end of T's range: x - hi may overflow where y is
+    // an ordinary number. The mean is taken away last, which costs no digits that
+    // matter, since it is less than 4096 deviations.
+    if (s.scale > largest / 4096) {
+      return {T(0), inv, static_cast<T>(-s.loc * reciprocal)};
+    }
     const double rest = (static_cast<double>(hi) - s.loc) * reciprocal;
     return {hi, inv, static_cast<T>(rest)};
   }
@@ -185,7 +191,8 @@ struct Affine {
   VECNORM_HD T operator()(T x) const { return (x - hi) * inv + rest; }
 };
 
-// x = y * scale + loc, the inverse of the above.
+// x = y * scale + loc, the inverse of the above, from halves: y * scale may overflow
+// where x does not.
 template <typename T>
 struct InverseAffine {
   T scale;
@@ -195,10 +202,10 @@ struct InverseAffine {
   VECNORM_HD static InverseAffine of(Statistic s) {
     const T hi = static_cast<T>(s.loc);
     const double lo = s.loc - static_cast<double>(hi);
-    return {static_cast<T>(s.scale), hi, static_cast<T>(lo)};
+    return {static_cast<T>(s.scale / 2), hi / 2, static_cast<T>(lo / 2)};
   }
 
-  VECNORM_HD T operator()(T y) const { return (y * scale + lo) + hi; }
+  VECNORM_HD T operator()(T y) const { return ((y * scale + lo) + hi) * 2; }
 };
 
 }  // namespace vecnorm
