@@ -49,6 +49,16 @@ class Formula:
         )
 
 
+def moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and sum of squared deviations of batches ``[..., N, F]``, in long double."""
+    x = x.astype(np.longdouble)
+    first = x[..., :1, :].copy()
+    x -= first  # so that a mean far from zero costs no digits
+    mean = x.mean(-2, keepdims=True)
+    squares = np.square(x - mean).sum(-2)
+    return (first + mean)[..., 0, :], squares
+
+
 class Exact:
     """A formula in long double: moments around the mean, merged batch by batch."""
 
@@ -60,14 +70,16 @@ class Exact:
 
     def update(self, x: np.ndarray) -> None:
         """Folds in a batch ``[N, F]``."""
-        f, n = self.formula, np.longdouble(len(x))
+        self.merge(len(x), *moments(x))
+
+    def merge(self, n: int, mean: np.ndarray, squares: np.ndarray) -> None:
+        """Folds in what :func:`moments` says of a batch of ``n``."""
+        f, n = self.formula, np.longdouble(n)
         keep, mass = np.longdouble(f.decay), n
         if f.decays_each_sample:
             keep = keep**n
             mass = 1 - keep
-        x = x.astype(np.longdouble)
-        mean = x.mean(0)
-        squares = ((x - mean) ** 2).sum(0) / (n - 1 if f.unbiased else n) * mass
+        squares = squares / (n - 1 if f.unbiased else n) * mass
         old = keep * self.mass
         delta = mean - self.mean
         self.mass = old + mass
@@ -126,4 +138,66 @@ def errors(
                 "total": _worst(np.abs(y - simple.normalize(values))),
                 "scale": scale,
             }
+    return found
+
+
+#: Values of a few calls that are looked at together.
+_AT_ONCE = 1 << 21
+
+
+def precision(
+    makes: dict[str, tuple[Callable, Formula]],
+    dtype: torch.dtype,
+    ratio: float,
+    size: tuple[int, int],
+    calls: tuple[int, ...],
+    device: str,
+) -> dict[str, dict[int, dict[str, float]] | Exception]:
+    """Errors of each normaliser after so many calls, or what it raised.
+
+    The data are normal with deviation 1 and mean ``ratio``, rounded to ``dtype``: what
+    is exact is exact for the rounded values. ``scale`` is a relative error, ``y`` in
+    deviations; ``own`` is what rounding alone makes of an exact y.
+    """
+    n, features = size
+    generator = torch.Generator().manual_seed(0)
+    x = torch.empty(n, features, dtype=dtype, device=device)
+    exact = {formula: Exact(formula) for _, formula in makes.values()}
+    runs, found = {}, {}
+    done = 0
+    while done < max(calls):
+        some = min(max(calls) - done, max(1, _AT_ONCE // (n * features)))
+        block = torch.randn(some, n, features, generator=generator, dtype=torch.float64)
+        block = (block + ratio).to(dtype)
+        if not block.isfinite().all():
+            raise ValueError("the values overflow")
+        if block.numel() > features and (block == block[0, 0]).all():
+            raise ValueError("every value is the same")
+        values = block.double().numpy()
+        for i, means, squares in zip(range(some), *moments(values), strict=True):
+            x.copy_(block[i])
+            for judge in exact.values():
+                judge.merge(n, means, squares)
+            for name, (make, formula) in makes.items():
+                if isinstance(found.get(name), Exception):
+                    continue
+                try:
+                    if name not in runs:
+                        runs[name] = make([x], [torch.empty_like(x)])
+                    result = runs[name].call()
+                    if done + i + 1 in calls:
+                        y = _double(runs[name].read(result))
+                        scale = _double(runs[name].scale())
+                except Exception as error:
+                    found[name] = error
+                    continue
+                if done + i + 1 in calls:
+                    want = exact[formula].normalize(values[i])
+                    rounded = _double(torch.from_numpy(want.astype(float)).to(dtype))
+                    found.setdefault(name, {})[done + i + 1] = {
+                        "scale": _worst(np.abs(scale / exact[formula].scale() - 1)),
+                        "y": _worst(np.abs(y - want)),
+                        "own": _worst(np.abs(rounded - want)),
+                    }
+        done += some
     return found

@@ -88,15 +88,15 @@ def copy(xs: Tensors, ys: Tensors) -> Run:
 # -------------------------------------------------------------------------- ours
 
 
-def operator(xs: Tensors, ys: Tensors) -> Run:
+def operator(xs: Tensors, ys: Tensors, decay: float = DECAY) -> Run:
     """The operator, writing where it is told."""
     states = [F.Moments.zeros(x.shape[1:], device=x.device) for x in xs]
 
     def bind(xs, ys):
         if len(xs) == 1:
             x, y, state = xs[0], ys[0], states[0]
-            return lambda: F.update_(x, state, decay=DECAY, eps=EPS, out=y)
-        return lambda: F.update_(xs, states, decay=DECAY, eps=EPS, out=ys)
+            return lambda: F.update_(x, state, decay=decay, eps=EPS, out=y)
+        return lambda: F.update_(xs, states, decay=decay, eps=EPS, out=ys)
 
     return Run(
         bind(xs, ys),
@@ -148,13 +148,13 @@ def ours(method: str, xs: Tensors, ys: Tensors) -> Run:
 # ----------------------------------------------------------------------- torchrl
 
 
-def torchrl_vecnorm(keys=None, out_keys=None):
+def torchrl_vecnorm(keys=None, out_keys=None, decay=DECAY):
     """The VecNorm of torchrl with the settings of ours; its eps bounds the variance."""
     from torchrl.envs import VecNorm
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return VecNorm(keys, out_keys, decay=DECAY, eps=EPS**2, new_api=False)
+        return VecNorm(keys, out_keys, decay=decay, eps=EPS**2, new_api=False)
 
 
 def torchrl_v2(keys=None, out_keys=None):
@@ -164,9 +164,9 @@ def torchrl_v2(keys=None, out_keys=None):
     return VecNormV2(keys, out_keys, decay=DECAY, eps=EPS, reduce_batch_dims=True)
 
 
-def torchrl(xs: Tensors, ys: Tensors) -> Run:
+def torchrl(xs: Tensors, ys: Tensors, decay: float = DECAY) -> Run:
     """The class that ours stands in for."""
-    return _transform(torchrl_vecnorm, "_call", xs)
+    return _transform(partial(torchrl_vecnorm, decay=decay), "_call", xs)
 
 
 def v2(compiled: bool, xs: Tensors, ys: Tensors) -> Run:
@@ -329,7 +329,12 @@ def _v2_scale(var, mean, mass):
     return np.maximum(np.sqrt(var + (1 - mass) * mean**2), EPS)
 
 
-_DECAYED = Formula(_at_least(EPS), decay=DECAY)
+def decayed(decay: float) -> Formula:
+    """The formula of the contract: ours, and torchrl's VecNorm."""
+    return Formula(_at_least(EPS), decay=decay)
+
+
+_DECAYED = decayed(DECAY)
 _V2 = Formula(_v2_scale, decay=DECAY, decays_each_sample=True)
 
 PEERS = [

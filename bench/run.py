@@ -18,12 +18,13 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from bench import accuracy, env, measure, peers, report, results_folder
+from bench import accuracy, env, goals, measure, peers, report, results_folder
 from torchrl_vecnorm import functional as F
 
 Size = tuple[int, int]
@@ -41,6 +42,7 @@ class Plan:
     some: tuple[Size, ...]  # for keys, dtypes and threads
     steps: tuple[Size, ...]
     memory: tuple[Size, ...]
+    precision: tuple[tuple[Size, tuple[int, ...]], ...]  # and after how many calls
     calls: int = 1000  # for accuracy
     rounds: int = 7
     seconds: float = 0.05  # a round of one peer at least
@@ -63,6 +65,12 @@ FULL = Plan(
     some=((64, 32), (4096, 64), (4096, 256)),
     steps=((1, 8), (64, 32), (4096, 64)),
     memory=((65536, 256),),
+    precision=(
+        ((1, 8), (1, 20, 10_000)),
+        ((64, 8), (1, 20, 10_000)),
+        ((4096, 8), (1, 20)),
+        ((M, 1), (1, 20)),
+    ),
 )
 QUICK = replace(
     FULL,
@@ -70,6 +78,7 @@ QUICK = replace(
     features=(1, 16, 256),
     some=((4096, 64),),
     steps=((1, 8),),
+    precision=(((1, 8), (1, 20)), ((4096, 8), (1,))),
     calls=100,
     rounds=3,
     seconds=0.01,
@@ -207,6 +216,41 @@ def errors(peer: peers.Peer, ratio: float, calls: int, device: str) -> list[dict
     return [{**record, "calls": k, **values} for k, values in found.items()]
 
 
+def precision(
+    dtype: torch.dtype, ratio: float, size: Size, calls: tuple[int, ...], device: str
+) -> list[dict]:
+    """The error of ours and of torchrl's, with each decay."""
+    record = {
+        "section": "precision",
+        "samples": size[0],
+        "features": size[1],
+        "dtype": str(dtype).removeprefix("torch."),
+        "ratio": ratio,
+    }
+    makes = {}
+    for decay in goals.DECAYS:
+        formula = peers.decayed(decay)
+        makes[peers.OPERATOR, decay] = partial(peers.operator, decay=decay), formula
+        makes[peers.TORCHRL, decay] = partial(peers.torchrl, decay=decay), formula
+    try:
+        found = accuracy.precision(makes, dtype, ratio, size, calls, device)
+    except ValueError as error:  # not of data that this dtype can hold
+        return [
+            {**record, "name": name, "calls": k, "reason": str(error)}
+            for name in dict.fromkeys(name for name, _ in makes)
+            for k in calls
+        ]
+    records = []
+    for (name, decay), errors in found.items():
+        more = {**record, "name": name, "decay": decay}
+        if isinstance(errors, Exception):
+            why = peers.reason(errors)
+            records += [{**more, "calls": k, "reason": why} for k in calls]
+        else:
+            records += [{**more, "calls": k, **e} for k, e in errors.items()]
+    return records
+
+
 TOLERANCE = {
     torch.float64: 1e-9,
     torch.float32: 2e-5,
@@ -332,6 +376,11 @@ def tasks(plan: Plan, device: str) -> list[Task]:
             for ratio in (1, 1e3, 1e5):
                 label = f"{peer.name} {ratio:g}"
                 add("accuracy", label, errors, peer, ratio, plan.calls, device)
+    for dtype in TOLERANCE:
+        for ratio in (1, 1e3, 1e5):
+            for size, calls in plan.precision:
+                label = f"{dtype} {ratio:g} {size[0]}"
+                add("precision", label, precision, dtype, ratio, size, calls, device)
     for n, f in plan.some[:2]:
         for keys in (1, 8):
             label, shapes = f"{keys} × {n} × {f}", [(n, f)] * keys

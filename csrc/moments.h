@@ -191,8 +191,7 @@ struct Affine {
   VECNORM_HD T operator()(T x) const { return (x - hi) * inv + rest; }
 };
 
-// x = y * scale + loc, the inverse of the above, from halves: y * scale may overflow
-// where x does not.
+// x = y * scale + loc, the inverse of the above.
 template <typename T>
 struct InverseAffine {
   T scale;
@@ -202,10 +201,10 @@ struct InverseAffine {
   VECNORM_HD static InverseAffine of(Statistic s) {
     const T hi = static_cast<T>(s.loc);
     const double lo = s.loc - static_cast<double>(hi);
-    return {static_cast<T>(s.scale / 2), hi / 2, static_cast<T>(lo / 2)};
+    return {static_cast<T>(s.scale), hi, static_cast<T>(lo)};
   }
 
-  VECNORM_HD T operator()(T y) const { return ((y * scale + lo) + hi) * 2; }
+  VECNORM_HD T operator()(T y) const { return (y * scale + lo) + hi; }
 };
 
 }  // namespace vecnorm

@@ -360,7 +360,7 @@ def test_squares_out_of_range(value):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], **ids)
 @pytest.mark.parametrize("sign", [1, -1])
 def test_differences_out_of_range(sign, dtype, features):
-    """x - loc and y * scale overflow in float, where y and x are ordinary numbers."""
+    """x - loc overflows in float, where y is an ordinary number."""
     # From one value in three to one in a hundred on the other side of zero.
     other = torch.arange(300)[:, None] % torch.linspace(3, 100, features).int() == 0
     x = (torch.rand(300, features) * 3e37 + 3e38).to(dtype)
@@ -372,10 +372,6 @@ def test_differences_out_of_range(sign, dtype, features):
     rtol, atol = (1e-5, 1e-5) if dtype is torch.float32 else (5e-3, 1e-5)
     np.testing.assert_allclose(y.double(), want, rtol=rtol, atol=atol)
     assert torch.equal(F.normalize(x, state), y)
-    back = F.denormalize(y * 0.99, state).double()  # what y was rounded to may not fit
-    scaled = (y * 0.99).double().numpy() * exact.std(0)
-    assert (np.abs(scaled) > torch.finfo(torch.float32).max).any()
-    np.testing.assert_allclose(back, scaled + exact.mean(0), rtol=rtol, atol=1e33)
 
 
 def test_a_constant_at_the_end_of_the_range():
@@ -383,7 +379,6 @@ def test_a_constant_at_the_end_of_the_range():
     state = Moments.zeros([2])
     x = torch.full((1, 2), 3e38)
     assert torch.equal(F.update_(x, state), torch.zeros(1, 2))
-    assert torch.equal(F.denormalize(torch.zeros(1, 2), state), x)
 
 
 @pytest.mark.parametrize("features", [(1,), (3,), (64,), (100,)], **ids)

@@ -104,8 +104,9 @@ def update_(
         ``(x - loc) / scale`` in the shape and dtype of ``x`` (the default dtype for
         integers). Differentiable in ``x``, with the statistics as constants.
 
-    Values that are NaN or infinite are left out of the statistics and counted in
-    ``state.nonfinite[1]``. An empty batch changes nothing.
+    Values that are NaN or infinite, or float64 values beyond 1e145, whose squares no sum
+    could hold, are left out of the statistics and counted in ``state.nonfinite[1]``. An
+    empty batch changes nothing.
 
     Raises:
         ValueError: the trailing shape of ``x`` is not that of the state.

@@ -25,7 +25,8 @@ class Moments(NamedTuple):
         count: ``[1]``, the number of samples, decayed.
         nonfinite: ``[2, *features]``, float64. ``nonfinite[0]`` is how many of the
             samples in ``count`` are missing from ``sum`` and ``ssq``, because their
-            value was NaN or infinite, and decays as ``count`` does; ``nonfinite[1]`` is
+            value was NaN, infinite or beyond 1e145, and decays as ``count`` does;
+            ``nonfinite[1]`` is
             how many values were left out so far, and does not decay. ``None`` in the
             layout of ``torchrl.envs.VecNorm``, which has no such counter: there a value
             that cannot be used counts as one at the running mean.

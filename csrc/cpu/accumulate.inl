@@ -24,7 +24,10 @@ constexpr int64_t kWideRows = 4;
 // Packs of a cache line. Hardware prefetches along some rows at once, but not from one
 // to the next: loops over wide rows do it themselves, once a line.
 constexpr int64_t kLinePacks = std::max<int64_t>(1, 64 / kPackBytes);
-// Rows that are summed in float before they are flushed to double.
+// Rows that are summed in float before they are flushed to double. Rounding is then at
+// most 64 · 2^-24 = 4e-6 of Σd², however many rows there are. Values of few digits come
+// near it, as their rounding errors are alike; half as many rows would halve it, at 2 %
+// of the time.
 constexpr int64_t kFlushRows = 128;
 // Fewer rows than that are summed in double at once: checking would cost as much.
 constexpr int64_t kFewRows = 16;

@@ -55,7 +55,7 @@ struct PackMap {
       return (x - a) * b + c;
     } else {
       static_assert(std::is_same_v<Map<C>, InverseAffine<C>>);
-      return ((x * a + c) + b) * C(2);
+      return (x * a + c) + b;
     }
   }
 };

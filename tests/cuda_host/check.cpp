@@ -434,6 +434,11 @@ std::vector<std::vector<Case>> calls(const std::string& extent) {
   c.loc = 1e4;
   c.scale = 1;
   one(c);
+  c = make("end of the range", 130, 24);  // x - loc overflows, and some values do
+  c.loc = -1.5e38;
+  c.scale = 7e37;
+  c.spoiled = 0.01;
+  one(c);
   std::vector<Case> many;
   for (int k = 0; k < (small ? 5 : 33); ++k) {
     many.push_back(make("one of many", 20 + 13 * k, 1 + k * 7 % 70,
