@@ -358,6 +358,77 @@ def _accuracy(records: list[dict]) -> list[Table]:
     return tables
 
 
+def precision(records: list[dict], key: str) -> Table:
+    """The errors of ours and of torchrl's for each dtype, mean, N and number of calls.
+
+    ``key`` is "scale" or "y".
+    """
+
+    def column(r: dict) -> str:
+        calls = "1 call" if r["calls"] == 1 else f"{r['calls']:,} calls"
+        return f"N = {r['samples']:,}, {calls}"
+
+    def worst(some: list[dict], key: str) -> str:
+        values = [r[key] for r in some if key in r]
+        if not values:
+            return NOTHING
+        # max() alone would pass over NaN.
+        value = max(values, key=lambda v: (v != v, v))
+        return "NaN" if value != value else f"{value:.0e}" if value else "0"
+
+    rows = []
+    columns = _values(records, column)
+    for dtype, ratio in _values(records, lambda r: (r["dtype"], r["ratio"])):
+        row = [f"{dtype}, {ratio:g}"]
+        for c in columns:
+            here = [
+                r
+                for r in records
+                if (r["dtype"], r["ratio"], column(r)) == (dtype, ratio, c)
+            ]
+            ours, theirs = (
+                [r for r in here if r["name"] == name]
+                for name in (peers.OPERATOR, peers.TORCHRL)
+            )
+            cell = f"{worst(ours, key)} / {worst(theirs, key)}"
+            if key == "y" and any("own" in r for r in ours):
+                cell += f" ({worst(ours, 'own')})"
+            row.append(cell if cell != f"{NOTHING} / {NOTHING}" else NOTHING)
+        rows.append(row)
+    what = {
+        "scale": "Relative error of `scale`",
+        "y": "Largest error of y, in deviations (what rounding alone makes of it in "
+        "its dtype)",
+    }[key]
+    decays = ", ".join(f"{d:g}" for d in goals.DECAYS)
+    why = _values([r for r in records if "reason" in r], lambda r: r["reason"])
+    note = (
+        f"{what}: ours / torchrl's VecNorm, the larger of the errors at the decays "
+        f"{decays}, against numpy's long double. Values are normal with deviation 1, "
+        "rounded to the dtype before; rows are the dtype and mean/std. "
+        f"{NOTHING}: {'; '.join(why) if why else 'not measured'}."
+    )
+    title = f"Precision of {'the scale' if key == 'scale' else 'y'}"
+    return Table(title, ["", *columns], rows, note)
+
+
+#: Where the project's README has the table that is made of a results file.
+README = Path(__file__).parents[1] / "README.md"
+BEGIN, END = "<!-- precision: from {} -->\n", "<!-- end of precision -->\n"
+
+
+def readme(text: str, records: list[dict], folder: str) -> str:
+    """The project's README with the table of precision that records give."""
+    table = precision(_of(records, "precision"), "scale").markdown()
+    table = table.split("\n", 2)[2]  # the README has a heading of its own
+    block = BEGIN.format(folder) + table + END
+    pattern = BEGIN.format(".*") + "(?s:.*?)" + END
+    text, places = re.subn(pattern, lambda _: block, text)
+    if places != 1:
+        raise ValueError(f"README.md has {places} places for the table, not one")
+    return text
+
+
 def _memory(records: list[dict]) -> Table:
     def cell(mine: dict, others: dict) -> str:
         of_x = mine.get("of_x")
@@ -410,6 +481,8 @@ def tables(records: list[dict], device: str) -> list[Table]:
         found.append(_steps(some))
     if some := _of(records, "accuracy"):
         found += _accuracy(some)
+    if some := [r for r in _of(records, "precision") if "name" in r]:
+        found += [precision(some, key) for key in ("scale", "y")]
     if some := _of(records, "memory"):
         found.append(_memory(some))
     if some := _of(records, "correctness"):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import os
 import sys
 import time
@@ -400,19 +401,28 @@ def tasks(plan: Plan, device: str) -> list[Task]:
     return found
 
 
-def run(plan: Plan, device: str, folder: Path) -> list[dict]:
-    """Measures everything and writes it into a folder, as it goes."""
+def run(plan: Plan, device: str, folder: Path, only: str | None = None) -> list[dict]:
+    """Measures everything and writes it into a folder, as it goes.
+
+    ``only`` one section is measured anew beside what the folder has of the others.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     about = report.about(device)
-    if device == "cpu" and about["load before"] > 0.5:
+    records: list[dict] = []
+    numbers = folder / "results.json"
+    if only and numbers.exists():
+        before = json.loads(numbers.read_text())
+        records = [r for r in before["records"] if r["section"] != only]
+        again = f"{about['date']}, commit {about['commit']}"
+        about = {**before["about"], f"{only} measured": again}
+    if device == "cpu" and os.getloadavg()[0] > 0.5:
         busy = (
             "other programs are running: threads that wait for each other will show it"
         )
         print(busy, file=sys.stderr)
-    records: list[dict] = []
     gc.freeze()  # modules are here to stay: collections need not look at them
     begin = time.perf_counter()
-    todo = tasks(plan, device)
+    todo = [t for t in tasks(plan, device) if only in (None, t.section)]
     with tqdm(todo, unit="task") as bar:
         for i, task in enumerate(bar):
             bar.set_description(f"{task.section}: {task.label}")
@@ -420,7 +430,8 @@ def run(plan: Plan, device: str, folder: Path) -> list[dict]:
             last = i + 1 == len(todo) or todo[i + 1].section != task.section
             if last:  # what a run that is cut short leaves behind
                 report.write_numbers(folder, about, records)
-    about["minutes"] = round((time.perf_counter() - begin) / 60, 1)
+    if only is None:
+        about["minutes"] = round((time.perf_counter() - begin) / 60, 1)
     report.write_numbers(folder, about, records)
     report.write(folder, about, records, device)
     return records
@@ -430,6 +441,12 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the benchmark; 1 if a result was wrong, whatever the speed."""
     parser = argparse.ArgumentParser(prog="bench.run", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a couple of minutes")
+    parser.add_argument(
+        "--only",
+        choices=dict.fromkeys(t.section for t in tasks(FULL, "cpu")),
+        help="one section, beside what the folder has of the others; with precision, "
+        "the project's README gets its table",
+    )
     parser.add_argument(
         "--device",
         choices=("cpu", "cuda"),
@@ -446,7 +463,10 @@ def main(arguments: list[str] | None = None) -> int:
     if args.device == "cuda":
         plan = on_cuda(plan)
     folder = args.out or results_folder(report.device_name(args.device))
-    records = run(plan, args.device, folder)
+    records = run(plan, args.device, folder, args.only)
+    if args.only == "precision" and args.out is None and not args.quick:
+        text = report.readme(report.README.read_text(), records, folder.name)
+        report.README.write_text(text)
     report.show(records, args.device)
     print(f"\nwritten to {folder}")
     wrong = [r for r in records if r["section"] == "correctness" and not r["passed"]]

@@ -140,6 +140,39 @@ def test_goals_on_the_cpu():
     assert verdicts[-2:] == ["misses by 0.1 (0%)", "met"]
 
 
+def test_a_nan_misses_the_goal_of_precision():
+    record = {"section": "precision", "name": peers.OPERATOR, "dtype": "float32"}
+    records = [{**record, "ratio": 1e5, "scale": e} for e in (1e-6, math.nan, 1e-7)]
+    assert goals.evaluate(records[:1], "cpu")[-1].met
+    assert not goals.evaluate(records, "cpu")[-1].met
+
+
+def test_the_table_in_the_readme():
+    """It is what the committed results make of it."""
+    text = report.README.read_text()
+    folder = re.search(r"<!-- precision: from (.*) -->", text).group(1)
+    results = report.README.parent / "bench" / "results" / folder / "results.json"
+    records = json.loads(results.read_text())["records"]
+    assert report.readme(text, records, folder) == text
+    assert re.search(r"float32, 100000 +\| .*\d", text)
+
+
+def test_one_section_leaves_the_others(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "QUICK", replace(run.QUICK, precision=(((2, 3), (1, 3)),)))
+    other = {"section": "memory", "name": "x", "of_x": 1.0, "samples": 1, "features": 1}
+    old = {"section": "precision", "name": "x"}
+    text = json.dumps({"about": {"device": "d"}, "records": [other, old]})
+    (tmp_path / "results.json").write_text(text)
+    arguments = ["--quick", "--only", "precision", "--out", str(tmp_path)]
+    assert run.main([*arguments, "--device", "cpu"]) == 0
+    saved = json.loads((tmp_path / "results.json").read_text())
+    assert saved["about"]["device"] == "d" and "precision measured" in saved["about"]
+    first, *rest = saved["records"]
+    assert first == other and old not in rest
+    assert {r["calls"] for r in rest} == {1, 3}
+    assert "Precision of y" in (tmp_path / "README.md").read_text()
+
+
 def test_goals_on_a_gpu():
     at = (1_000_000, 256)
     records = []

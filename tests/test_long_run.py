@@ -65,7 +65,9 @@ def exact_sums(power: int, decay: float) -> list[Fraction]:
     rounds = Fraction(CALLS, period) if d == 1 else 1 / (1 - d**period)
     return [
         rounds
-        * sum(Fraction(x) ** power * d ** (period - 1 - i) for i, x in enumerate(column))
+        * sum(
+            Fraction(x) ** power * d ** (period - 1 - i) for i, x in enumerate(column)
+        )
         for column in VALUES[:, 0].T.tolist()
     ]
 
@@ -84,7 +86,9 @@ def test_a_million_calls(decay, requires_grad):
     # An update rounds twice, by 2^-53 at most, and forgets old rounding as it forgets
     # old values. Sums of integers round nothing without decay.
     bound = 0.0 if decay == 1 else 2 * 2**-53 / (1 - decay)
-    want = {f"observation_{f}": exact_sums(p, decay) for f, p in [("sum", 1), ("ssq", 2)]}
+    want = {
+        f"observation_{f}": exact_sums(p, decay) for f, p in [("sum", 1), ("ssq", 2)]
+    }
     want["observation_count"] = exact_sums(0, decay)[:1]
     for name, values in want.items():
         for got, value in zip(transform._td[name].tolist(), values, strict=True):
@@ -103,7 +107,9 @@ def test_a_million_calls(decay, requires_grad):
 def test_shared_statistics(memmap, tmp_path):
     calls = 200_000
     td = VecNorm.build_td_for_shared_vecnorm(
-        IntegerEnv(), ["observation"], memmap=tmp_path / "statistics" if memmap else False
+        IntegerEnv(),
+        ["observation"],
+        memmap=tmp_path / "statistics" if memmap else False,
     )
     transform = VecNorm(["observation"], ["normalized"], shared_td=td, decay=1.0)
     assert grown(transform, tensordicts(), calls) <= MIB

@@ -21,7 +21,6 @@ import math
 import os
 import pickle
 import tempfile
-from collections import Counter
 from dataclasses import dataclass, field
 from fractions import Fraction
 from types import SimpleNamespace
@@ -695,7 +694,6 @@ class Machine(RuleBasedStateMachine):
     )
     def bad_call(self, living, batch, position, kind, how):
         key = KEYS[position]
-        t = living.transform
         batch.lazy = False
         td = batch.build(living.has_shapes, use_mask=how != "call")
         if kind in ("shape", "dimensions"):
@@ -794,7 +792,9 @@ class Machine(RuleBasedStateMachine):
         state = checkpoint.load()
         lacking = [key for key in living.stats if key not in checkpoint.stats]
         if lacking:
-            self.refuse_to_load(living, state, KeyError, "" if state is None else lacking)
+            self.refuse_to_load(
+                living, state, KeyError, "" if state is None else lacking
+            )
             return
         t.load_state_dict({"_extra_state": state})
         if not checkpoint.stats:
