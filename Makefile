@@ -22,6 +22,7 @@ KILLS ?= 100000
 bin := $(VENV)/bin
 cxx := $(shell find csrc -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu' \
 	-o -name '*.cuh')
+checks := tests/cases.h $(wildcard tests/*_host/*)
 
 .PHONY: demo test bench soak gpu-check build lint format clean
 
@@ -51,12 +52,12 @@ build: $(VENV)/built
 lint: $(VENV)/installed
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
-	$(bin)/clang-format --dry-run --Werror $(cxx) tests/cuda_host/* tests/shared_host/*
+	$(bin)/clang-format --dry-run --Werror $(cxx) $(checks)
 
 format: $(VENV)/installed
 	$(bin)/ruff check --fix .
 	$(bin)/ruff format .
-	$(bin)/clang-format -i $(cxx) tests/cuda_host/* tests/shared_host/*
+	$(bin)/clang-format -i $(cxx) $(checks)
 
 clean:
 	rm -rf $(VENV) build dist demo-output *.egg-info torchrl_vecnorm/_build.py

@@ -44,6 +44,7 @@ def build(folder: Path, *flags: str, mutate: tuple | None = None) -> Path:
     source = folder / "source"
     for part in ("csrc", "tests/cuda_host"):
         shutil.copytree(ROOT / part, source / part)
+    shutil.copy(ROOT / "tests" / "cases.h", source / "tests")
     if mutate is not None:
         name, old, new, index = mutate
         path = source / "csrc" / "cuda" / name

@@ -1,0 +1,188 @@
+// Copyright (c) the torchrl_vecnorm authors.
+//
+// This source code is licensed under the MIT license found in the
+// LICENSE file in the root directory of this source tree.
+
+// The CPU kernels on a team of std::thread, for ThreadSanitizer, which knows nothing of
+// OpenMP's barrier: against sums in long double, and the same to the bit for every
+// number of threads. Prints what differs; exits with 1 then.
+//
+//   check [--no-barrier]
+//
+// without the barrier between phases: ThreadSanitizer has to see that.
+
+#include <algorithm>
+#include <barrier>
+#include <cstdio>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "csrc/cpu/isa.h"
+#include "tests/cases.h"
+
+using namespace vecnorm;
+namespace kernels = vecnorm::cpu::baseline;
+
+namespace {
+
+int team_size = 1;
+bool with_barrier = true;
+int teams = 0;  // that the calls have asked for
+
+// As run_phases of csrc/ops.cpp.
+void run_phases(const std::vector<cpu::Phase>& phases) {
+  ++teams;
+  std::barrier<> barrier(team_size);
+  std::vector<std::thread> team;
+  for (int rank = 0; rank < team_size; ++rank) {
+    team.emplace_back([&, rank] {
+      for (const cpu::Phase& phase : phases) {
+        if (with_barrier && &phase != &phases.front()) {
+          barrier.arrive_and_wait();
+        }
+        phase.body(phase.parts * rank / team_size,
+                   phase.parts * (rank + 1) / team_size);
+      }
+    });
+  }
+  for (std::thread& thread : team) {
+    thread.join();
+  }
+}
+
+// On a thread that has no workspace yet: it gets one of the size that it asks for.
+template <typename Call>
+void alone(Call call) {
+  std::thread(call).join();
+}
+
+using Bytes = std::vector<std::vector<unsigned char>>;
+
+// Two updates of the keys of one call, each normalised once more, and the inverse.
+Bytes run(const std::vector<Case>& cases) {
+  constexpr double keep = 0.9;
+  constexpr double eps = 1e-4;
+  constexpr double kExact = 1e-5;  // 128 rows at a time are summed in float
+  random_bits.seed(7);
+  Bytes result;
+  std::vector<Buffers> all;
+  for (const Case& c : cases) {
+    all.emplace_back(c);
+    all.back().c.name += ", " + std::to_string(team_size) + " threads";
+  }
+  for (int call = 0; call < 2; ++call) {
+    std::vector<Key> keys;
+    for (Buffers& b : all) {
+      b.fill();
+      b.expect(keep);
+      keys.push_back(b.key());
+    }
+    alone([&] { kernels::update(keys, {keep, 1}, eps, run_phases); });
+    for (Buffers& b : all) {
+      b.compare(eps, kExact);
+      for (const auto* leaf : {&b.sum, &b.ssq, &b.count, &b.nonfinite}) {
+        result.push_back(leaf->bytes());
+      }
+      result.push_back(b.y.bytes());
+      std::fill_n(b.y.data(), b.bytes(b.out_dtype()), 0);
+    }
+    alone([&] { kernels::normalize(keys, eps, run_phases); });
+    for (Buffers& b : all) {
+      b.compare(eps, kExact);
+    }
+  }
+  for (Buffers& b : all) {
+    const Dtype out = b.out_dtype();
+    if (b.c.dtype == out && b.c.spoiled == 0) {
+      Key k = b.key();
+      Guarded<unsigned char> back(b.bytes(out));
+      k.x = b.matrix(b.y, out);
+      k.y = b.matrix(back, out);
+      alone([&] { kernels::denormalize({k}, eps, run_phases); });
+      const double tolerance = out == Dtype::kBFloat16  ? 5e-2
+                               : out == Dtype::kFloat16 ? 5e-3
+                                                        : 1e-4;
+      for (int64_t r = 0; r < b.c.samples; ++r) {
+        for (int64_t f = 0; f < b.c.features; ++f) {
+          b.near("x", r, f, b.get(back, out, r, f), b.get(b.x, out, r, f), tolerance);
+        }
+      }
+    }
+  }
+  return result;
+}
+
+std::vector<std::vector<Case>> calls() {
+  std::vector<std::vector<Case>> all;
+  const auto one = [&](Case c) { all.push_back({c}); };
+  // Some too small for a team; rows taken as one, of one pack, of some, of many, cut.
+  for (const auto& [n, f] : std::vector<std::pair<int64_t, int64_t>>{{1, 1},
+                                                                     {5, 3},
+                                                                     {33, 64},
+                                                                     {40000, 1},
+                                                                     {11003, 3},
+                                                                     {2200, 15},
+                                                                     {600, 70},
+                                                                     {90, 400},
+                                                                     {8, 5001}}) {
+    one(make("shape", n, f));
+  }
+  for (Dtype d :
+       {Dtype::kFloat64, Dtype::kFloat16, Dtype::kBFloat16, Dtype::kInt8, Dtype::kInt16,
+        Dtype::kInt32, Dtype::kInt64, Dtype::kUInt8, Dtype::kBool}) {
+    one(make("dtype", 1500, 23, d));
+    one(make("dtype", 40, 5, d));
+  }
+  Case c = make("padded", 4100, 8);
+  c.pad = 3;
+  one(c);
+  c.offset = 1;
+  one(c);
+  c = make("strided features", 3700, 9);
+  c.feature_stride = 2;
+  one(c);
+  c = make("no counter", 700, 64);
+  c.masked = true;
+  one(c);
+  c.spoiled = 0.05;
+  c.counted = false;
+  one(c);
+  c = make("spoiled", 2200, 17);
+  c.spoiled = 0.1;
+  one(c);
+  c.counted = false;
+  c.float_state = true;
+  one(c);
+  c = make("far from zero", 2800, 12);
+  c.loc = 1e4;
+  c.scale = 1;
+  one(c);
+  std::vector<Case> many;
+  for (int k = 0; k < 12; ++k) {
+    many.push_back(make("one of many", 20 + 90 * k, 1 + k * 7 % 70,
+                        k % 3 == 1 ? Dtype::kBFloat16 : Dtype::kFloat32));
+    many.back().masked = k % 4 == 2;
+  }
+  many.push_back(make("no samples", 0, 3));
+  all.push_back(many);
+  return all;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  with_barrier = argc < 2 || std::string(argv[1]) != "--no-barrier";
+  for (const auto& call : calls()) {
+    team_size = 1;
+    const Bytes expected = run(call);
+    team_size = 7;
+    if (run(call) != expected) {
+      std::printf("%s: other bits on a team\n", call[0].name.c_str());
+      ++failures;
+    }
+  }
+  std::printf("%d teams\n%d differences\n", teams, failures);
+  return failures == 0 ? 0 : 1;
+}

@@ -1,0 +1,135 @@
+# Copyright (c) the torchrl_vecnorm authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""The CPU kernels under sanitizers, without Python, torch and OpenMP.
+
+``cpu_host/check.cpp`` runs them on a team of threads that ThreadSanitizer understands,
+in memory that ends where the values do.
+"""
+
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+COMPILER = shutil.which("g++") or shutil.which("c++")
+
+pytestmark = [
+    pytest.mark.skipif(
+        not (ROOT / "csrc").exists(), reason="away from the source tree"
+    ),
+    pytest.mark.skipif(sys.platform != "linux", reason="needs ThreadSanitizer"),
+]
+
+#: One instruction set: they differ in the width of a register only.
+SOURCES = ("tests/cpu_host/check.cpp", "csrc/cpu/isa_baseline.cpp")
+#: Without optimisation: sanitized kernels take a minute to compile with it.
+VARIANTS = {
+    "memory": ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+    "races": ("-O0", "-fsanitize=thread"),
+}
+
+
+def compile_one(source: Path, to: Path, *flags: str) -> None:
+    command = [COMPILER, "-std=c++20", "-g", "-pthread", "-Wall", "-Wextra", "-Werror"]
+    command += [f"-I{ROOT}", f"-I{ROOT / 'csrc' / 'cpu'}", *flags, "-c"]
+    result = subprocess.run(
+        [*command, source, "-o", to], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def link(folder: Path, *flags: str) -> Path:
+    program = folder / "check"
+    objects = sorted(folder.glob("*.o"))
+    subprocess.run([COMPILER, "-pthread", *flags, *objects, "-o", program], check=True)
+    return program
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory) -> dict[str, Path]:
+    """The check in both variants."""
+    folder = tmp_path_factory.mktemp("cpu_host")
+    with ThreadPoolExecutor(2) as pool:
+        jobs = []
+        for variant, flags in VARIANTS.items():
+            (folder / variant).mkdir()
+            for source in SOURCES:
+                to = folder / variant / f"{Path(source).stem}.o"
+                jobs.append(pool.submit(compile_one, ROOT / source, to, *flags))
+        for job in jobs:
+            job.result()
+    return {name: link(folder / name, *flags) for name, flags in VARIANTS.items()}
+
+
+def run(program: Path, *args: str) -> subprocess.CompletedProcess:
+    return subprocess.run([program, *args], capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_kernels(programs, variant):
+    result = run(programs[variant])
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert not result.stderr
+    assert int(result.stdout.split(" teams")[0]) > 100
+
+
+@pytest.fixture
+def _the_first_is_enough(monkeypatch):
+    monkeypatch.setenv("TSAN_OPTIONS", "halt_on_error=1")
+
+
+@pytest.mark.usefixtures("_the_first_is_enough")
+def test_races_without_the_barrier(programs):
+    assert "data race" in run(programs["races"], "--no-barrier").stderr
+
+
+@pytest.mark.usefixtures("_the_first_is_enough")
+@pytest.mark.parametrize(
+    ("variant", "report", "name", "old", "new"),
+    [
+        pytest.param(
+            "races",
+            "data race",
+            "kernels.inl",
+            "if (piece.block == 0) {",
+            "{",
+            id="every block writes what one does",
+        ),
+        pytest.param(
+            "memory",
+            "heap-buffer-overflow",
+            "kernels.inl",
+            "w.plan.row_chunks * (3 * w.plan.features + 1)",
+            "w.plan.row_chunks * (3 * w.plan.features)",
+            id="a write past the workspace",
+        ),
+        pytest.param(
+            "memory",
+            "heap-buffer-overflow",
+            "accumulate.inl",
+            "sums.add(load<C>(x[r * row_stride]), shift);",
+            "sums.add(load<C>(x[(r + 1) * row_stride]), shift);",
+            id="a read past the values",
+        ),
+    ],
+)
+def test_harness_catches(programs, tmp_path, variant, report, name, old, new):
+    """A planted error."""
+    flags = VARIANTS[variant]
+    folder = tmp_path / "mutant"
+    shutil.copytree(programs[variant].parent, folder)
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    path = tmp_path / "csrc" / "cpu" / name
+    text = path.read_text()
+    assert old in text, f"{old!r} is not there to be replaced"
+    path.write_text(text.replace(old, new))
+    compile_one(tmp_path / SOURCES[1], folder / "isa_baseline.o", *flags)
+    result = run(link(folder, *flags))
+    assert result.returncode != 0
+    assert report in result.stderr, result.stdout + result.stderr
