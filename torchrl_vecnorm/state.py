@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -72,6 +73,12 @@ def copy_moments(target: Moments, source: Moments) -> None:
             target.nonfinite.zero_()
 
 
+#: How far rounding may take sum² beyond ssq · count: the Cauchy-Schwarz inequality, and
+#: what sums in float32, as torchrl has them, were seen to make of it.
+_SLACK = {torch.float64: 1e-6, torch.float32: 1e-2}
+_HALVES = (torch.float16, torch.bfloat16)
+
+
 def check_moments(
     names: Sequence[str], moments: Moments, features: torch.Size | None
 ) -> Moments:
@@ -90,17 +97,129 @@ def check_moments(
         if not good:
             raise ValueError(f"VecNorm: entry {name!r}: expected {expected}, got {got}")
 
+    given = [
+        (field, name, leaf)
+        for field, name, leaf in zip(Moments._fields, names, moments, strict=True)
+        if leaf is not None or field != "nonfinite"
+    ]
+    for _, name, leaf in given:
+        is_tensor = isinstance(leaf, Tensor)
+        expect(is_tensor, name, "a tensor", type(leaf).__name__)
+        good = leaf.layout is torch.strided and leaf.dtype in (*_SLACK, *_HALVES)
+        got = f"{leaf.dtype} in layout {leaf.layout}"
+        expect(good and not leaf.is_meta, name, "dense floating-point values", got)
     shape = tuple(moments.sum.shape if features is None else features)
     shapes = (shape, shape, (1,), (2, *shape))
     for name, leaf, wanted in zip(names, moments, shapes, strict=True):
         if leaf is not None:
             got = tuple(leaf.shape)
             expect(got == wanted, name, f"shape {wanted}", got)
-    for name, leaf in ((names[2], moments.count), (names[3], moments.nonfinite)):
-        if leaf is not None:
-            good = bool((leaf >= 0).all())
-            expect(good, name, "counts that are not negative and not NaN", leaf)
+
+    def expect_all(good: Tensor, name: str, expected: str, leaf: Tensor) -> None:
+        if not good.all():
+            expect(False, name, expected, leaf[~good].flatten()[0].item())
+
+    for field, name, leaf in given:
+        if field == "sum":
+            expect_all(leaf.isfinite(), name, "finite sums", leaf)
+        else:
+            # NaN is not below anything, nor above.
+            good = (leaf >= 0) & leaf.isfinite()
+            what = "sums of squares" if field == "ssq" else "counts"
+            expect_all(good, name, f"{what} that are finite and not negative", leaf)
+    if moments.nonfinite is not None:
+        total = moments.nonfinite[1]
+        expect_all(total == total.floor(), names[3], "whole numbers", total)
+    total, squares, count, used = (
+        v.double() for v in (moments.sum, moments.ssq, moments.count, moments.used())
+    )
+    # All may be missing, and the sums torchrl's, which does not know of `nonfinite`.
+    used = torch.where(used > 0, used, count)
+    slack = _SLACK.get(moments.sum.dtype, _SLACK[torch.float32])
+    # Of means, as the square of a sum may overflow.
+    mean, square = total / used, squares / used
+    good = torch.where(
+        used > 0, mean * mean <= square * (1 + slack), (total == 0) & (squares == 0)
+    )
+    expected = f"ssq · count ≥ sum² beside {names[0]!r} and {names[2]!r}"
+    expect_all(good, names[1], expected, squares)
     return moments
+
+
+def is_like(leaf: Tensor | None, ours: Tensor) -> bool:
+    """Whether a leaf can be part of a state in our own layout as it is."""
+    return (
+        leaf is not None
+        and leaf.dtype == ours.dtype
+        and leaf.is_contiguous()
+        and not leaf.requires_grad
+    )
+
+
+def check_apart(loaded: Iterable[Moments]) -> None:
+    """Refuses leaves that are one piece of memory: an update of one would be of both.
+
+    Raises:
+        ValueError: two leaves begin at the same address.
+    """
+    leaves = [leaf for moments in loaded for leaf in moments if leaf is not None]
+    addresses = [leaf.data_ptr() for leaf in leaves if leaf.numel()]
+    if len(set(addresses)) < len(addresses):
+        raise ValueError(
+            "VecNorm: expected a tensor of its own for each entry of the state_dict, got "
+            "one tensor for several of them"
+        )
+
+
+def from_v2(
+    names: Sequence[str], loc: Tensor, var: Tensor, count: Tensor, decay: float
+) -> Moments:
+    """The moments that a ``torchrl.envs.VecNormV2`` stands for.
+
+    Its ``loc`` and ``var`` are averages of x and x² (not a variance) that begin at zero,
+    with weights (1 - decay) · decay^age, which add up to W = 1 - decay^count. Ours are
+    sums with weights decay^age::
+
+        sum, ssq, count = loc / (1 - decay), var / (1 - decay), W / (1 - decay)
+
+    and without decay, where the average is the plain one, each times the number of
+    samples.
+
+    Args:
+        names: of the three entries, for the message.
+        loc: ``[*features]``.
+        var: ``[*features]``.
+        count: one number, how many samples were seen.
+        decay: of both classes; V2's state does not tell it.
+    """
+    for name, leaf in zip(names, (loc, var, count), strict=True):
+        if not isinstance(leaf, Tensor) or leaf.layout is not torch.strided:
+            raise ValueError(
+                f"VecNorm: entry {name!r}: expected a tensor, got {leaf!r}"
+            )
+    if count.numel() != 1 or count.is_complex():
+        raise ValueError(
+            f"VecNorm: entry {names[2]!r}: expected one number, got {count.dtype} of shape "
+            f"{tuple(count.shape)}"
+        )
+    seen = count.reshape(1).double()
+    weight = mass = seen
+    if decay < 1:
+        weight = torch.full_like(seen, 1 / (1 - decay))
+        mass = -torch.expm1(seen * math.log(decay)) * weight
+    if not bool((seen >= 0).all()):
+        mass = seen  # refused as it came
+    total, squares = (
+        # What is not floating-point is refused as it came.
+        leaf.double() * weight if leaf.is_floating_point() else leaf
+        for leaf in (loc, var)
+    )
+    # Rounded to float32 before: what a constant feature leaves may be beneath its mean².
+    if total.is_floating_point() and squares.shape == total.shape:
+        least = total * total / mass
+        near = (squares < least) & (squares >= least * (1 - _SLACK[torch.float32]))
+        squares = torch.where(near, least, squares)
+    return Moments(total, squares, mass)
 
 
 def bind(

@@ -11,7 +11,7 @@ import multiprocessing.context
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ from torch import Tensor
 from torch import multiprocessing as mp
 from torchrl.data.tensor_specs import TensorSpec
 from torchrl.envs import VecNorm as _TorchRLVecNorm
+from torchrl.envs import VecNormV2
 from torchrl.envs.transforms import Compose, ObservationNorm, Transform
 
 from torchrl_vecnorm import _ops, functional, oracle, sharing, specs
@@ -32,9 +33,12 @@ from torchrl_vecnorm.moments import Moments
 from torchrl_vecnorm.names import StateNames, as_path
 from torchrl_vecnorm.state import (
     bind,
+    check_apart,
     check_moments,
     copy_moments,
+    from_v2,
     get_entry,
+    is_like,
     read_moments,
     set_entry,
     write_moments,
@@ -157,8 +161,6 @@ class VecNorm(Transform):
     def __new__(cls, *args, new_api: bool | None = None, **kwargs):
         """A VecNorm, or torchrl's VecNormV2 where ``new_api`` asks for that."""
         if new_api:
-            from torchrl.envs import VecNormV2
-
             return VecNormV2(*args, **kwargs)
         return super().__new__(cls)
 
@@ -746,15 +748,22 @@ class VecNorm(Transform):
     def set_extra_state(self, state: dict[str, Tensor] | None) -> None:
         """Loads what :meth:`get_extra_state` gave, here or in ``torchrl.envs.VecNorm``.
 
+        Or in ``torchrl.envs.VecNormV2`` with the same ``decay``: the state then stands
+        for the same weighted mean and mean of squares. V2 subtracts the mean's square
+        before it corrects the bias of a young average, so that its ``scale`` is larger at
+        the beginning.
+
         A transform that has statistics writes in place, under the lock, so that
         sharing survives. One that has none adopts the tensors as they are, in shared
         memory, or float64 copies of what another class has saved.
 
         Raises:
             KeyError: ``state`` is None or lacks an entry of a key that has statistics.
-            ValueError: an entry has another shape, or is a negative or NaN count.
+            ValueError: an entry is no tensor, has another shape, or values that no data
+                can have given: negative or NaN counts, a negative variance.
 
-        After an error, the statistics are what they were.
+        After an error, the statistics are what they were. Entries of other keys are
+        ignored, with a warning.
         """
         if state is None:
             if self._td is not None:
@@ -782,25 +791,49 @@ class VecNorm(Transform):
 
     def _parse_state(self, state: dict[str, Tensor]) -> dict[NestedKey, Moments]:
         """The moments of each of our keys in a state_dict."""
+        if not isinstance(state, Mapping):
+            raise ValueError(
+                f"VecNorm: expected a dict of tensors as state, got {type(state).__name__}"
+            )
         loaded = {}
+        rest = set(state)
         for key in self._keys:
             names = [self.SEP.join(as_path(name)) for name in key.names]
-            leaves = [state.get(name) for name in names]
-            if all(leaf is None for leaf in leaves):
+            path = as_path(key.in_key)
+            v2_names = [
+                VecNormV2.SEP.join((field, *path)) for field in ("loc", "var", "count")
+            ]
+            is_v2 = not rest.intersection(names) and bool(rest.intersection(v2_names))
+            needed = v2_names if is_v2 else names[:3]
+            present = rest.intersection(needed if is_v2 else names)
+            if not present:
                 continue
-            for name, leaf in zip(names[:3], leaves[:3], strict=True):
-                if leaf is None:
+            for name in needed:
+                if name not in present:
                     raise KeyError(
                         f"VecNorm: the state_dict has no entry {name!r}; "
-                        f"it has {sorted(state)}"
+                        f"it has {sorted(map(str, state))}"
                     )
+            rest -= present
+            if is_v2:
+                leaves = [state[name] for name in needed]
+                moments = from_v2(needed, *leaves, float(self.decay))
+                names = [*needed, ""]
+            else:
+                moments = Moments(*map(state.get, names))
             current = self._state(key)
             features = key.shape if current is None else current.sum.shape
-            loaded[key.in_key] = check_moments(names, Moments(*leaves), features)
+            loaded[key.in_key] = check_moments(names, moments, features)
         if state and not loaded:
             raise KeyError(
                 f"VecNorm: the state_dict has no statistics of any of the keys "
-                f"{self.in_keys}; it has {sorted(state)}"
+                f"{self.in_keys}; it has {sorted(map(str, state))}"
+            )
+        if rest:
+            warnings.warn(
+                f"VecNorm: the state_dict has entries {sorted(map(str, rest))}, which are "
+                f"of no key of this transform, {self.in_keys}: they are ignored.",
+                stacklevel=3,
             )
         return loaded
 
@@ -813,6 +846,7 @@ class VecNorm(Transform):
         """
         for key, moments in loaded.items():
             sharing.refuse_cuda_of_others({str(key): moments.sum})
+        check_apart(loaded.values())
         self._others_update = all(
             sharing.in_shared_memory(m.sum) for m in loaded.values()
         )
@@ -833,7 +867,7 @@ class VecNorm(Transform):
                 continue
             if not sharing.in_shared_memory(moments.sum):
                 ours = Moments.zeros(moments.sum.shape, device=moments.sum.device)
-                if moments.nonfinite is None or moments.sum.dtype != ours.sum.dtype:
+                if not all(map(is_like, moments, ours)):
                     copy_moments(ours, moments)
                     moments = ours
                 for leaf in moments:
@@ -854,6 +888,11 @@ class VecNorm(Transform):
         if attached is not None:
             state = attached.copy_of(state, key.names)
         copy_moments(state, moments)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        # VecNormV2 has a buffer that says that there are statistics.
+        state_dict.pop(f"{prefix}initialized", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def to(self, *args, **kwargs) -> VecNorm:
         """Moves the statistics to a device; they stay float64.
@@ -958,10 +997,19 @@ class VecNorm(Transform):
         return sharing.build_td(env, keys, memmap)
 
     def __repr__(self) -> str:
-        return (
+        text = (
             f"{self.__class__.__name__}(decay={self.decay:4.4f},"
-            f"eps={self.eps:4.4f}, in_keys={self.in_keys}, out_keys={self.out_keys})"
+            f"eps={self.eps:4.4f}, in_keys={self.in_keys}, out_keys={self.out_keys}"
         )
+        # Without the lock: whoever prints does not want to wait, and counters only grow.
+        left_out = {
+            key.in_key: int(state.nonfinite[1].sum())
+            for key, state in self._seen()
+            if state.nonfinite is not None
+        }
+        if any(left_out.values()):
+            text += f", nonfinite={left_out}"
+        return text + ")"
 
 
 # ``isinstance(t, torchrl.envs.VecNorm)`` is how TorchRL finds the transforms that an
