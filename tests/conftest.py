@@ -26,3 +26,9 @@ def pytest_addoption(parser):
         action="store_true",
         help="compile the CUDA kernels for every GPU; takes minutes",
     )
+    parser.addoption(
+        "--mutations",
+        type=int,
+        default=20_000,
+        help="how many damaged checkpoints are loaded; CI takes 100,000",
+    )
