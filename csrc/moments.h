@@ -178,8 +178,8 @@ struct Affine {
     const T hi = static_cast<T>(s.loc);
     // Clamped, so that a constant feature under a tiny eps gives 0 and not 0 * inf.
     const T inv = static_cast<T>(reciprocal > largest ? largest : reciprocal);
-    // Deviations this large are near the end of T's range: x - hi may overflow where y is
-    // an ordinary number. The mean is taken away last, which costs no digits that
+    // Deviations this large are near the end of T's range: x - hi may overflow where y
+    // is an ordinary number. The mean is taken away last, which costs no digits that
     // matter, since it is less than 4096 deviations.
     if (s.scale > largest / 4096) {
       return {T(0), inv, static_cast<T>(-s.loc * reciprocal)};
