@@ -4,7 +4,10 @@
 #   make test     run the tests (make test TESTS="tests/test_ops.py -k opcheck")
 #   make bench    measure it against copy_ and other normalisers, into bench/results/
 #                 (make bench BENCH="--quick" for a couple of minutes)
-#   make soak     kill workers that share statistics, KILLS of them (100,000: ten minutes)
+#   make sanitize run tests of the compiled code under AddressSanitizer and UBSan
+#   make coverage which lines of Python and C++ the tests do not run
+#   make soak     kill workers that share statistics, KILLS of them (100,000: twenty minutes),
+#                 then ten million updates by 16 of them
 #   make build    compile what has changed
 #   make lint     check style; make format mends it
 #   make clean    remove what was built, and the virtual environment
@@ -18,13 +21,17 @@ VENV ?= .venv
 TESTS ?= tests
 BENCH ?=
 KILLS ?= 100000
+SANITIZED ?= $(addprefix tests/test_,ops.py state.py checkpoints.py machine.py sharing.py \
+	survival.py) --mutations 5000
+COVERED ?= $(filter-out tests/test_bench.py tests/test_long_run.py \
+	tests/test_examples.py %_host.py,$(wildcard tests/test_*.py)) --mutations 5000
 
 bin := $(VENV)/bin
 cxx := $(shell find csrc -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu' \
 	-o -name '*.cuh')
 checks := tests/cases.h $(wildcard tests/*_host/*)
 
-.PHONY: demo test bench soak gpu-check build lint format clean
+.PHONY: demo test bench soak sanitize coverage gpu-check build lint format clean
 
 demo: build
 	$(bin)/python examples/pendulum.py
@@ -35,9 +42,39 @@ test: build
 bench: build $(VENV)/peers
 	$(bin)/python -m bench.run $(BENCH)
 
-soak: build/soak
+soak: build build/soak
 	build/soak cost
 	build/soak soak $(KILLS)
+	$(bin)/python -m pytest tests/test_sharing.py -k "is_lost and fork-shared" \
+		--workers 16 --updates 625000
+
+# The extension once more, with flags $(2), in a package of its own in build/$(1). The
+# `pytest` program, unlike `python -m pytest`, does not look for packages right here.
+define instrumented
+	mkdir -p build/$(1)/torchrl_vecnorm
+	ln -sf $(CURDIR)/torchrl_vecnorm/*.py build/$(1)/torchrl_vecnorm
+	rm build/$(1)/torchrl_vecnorm/_build.py
+	DEBUG=1 CFLAGS="$(2)" LDFLAGS="$(2)" $(bin)/python setup.py --quiet build_ext \
+		--build-temp build/$(1)/objects --build-lib build/$(1)
+endef
+
+# The interpreter and torch leak what they keep until the end: that is not looked at.
+# Shared statistics have record locks here, and robust mutexes in the other tests.
+sanitize: build
+	$(call instrumented,sanitized,-fsanitize=address -fsanitize=undefined \
+		-fno-sanitize=vptr -fno-sanitize-recover=all -DVECNORM_RECORD_LOCK)
+	PYTHONPATH=build/sanitized ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) \
+			$$($(CXX) -print-file-name=libstdc++.so)" \
+		$(bin)/pytest --sanitized $(SANITIZED)
+
+coverage: build
+	$(call instrumented,coverage,--coverage)
+	find build/coverage -name '*.gcda' -delete
+	PYTHONPATH=build/coverage $(bin)/coverage run $(bin)/pytest $(COVERED)
+	$(bin)/coverage combine --quiet
+	$(bin)/coverage report
+	$(bin)/gcovr --filter csrc/ --object-directory build/coverage/objects build/coverage
 
 build/soak: tests/shared_host/check.cpp $(wildcard csrc/shared/*)
 	mkdir -p build

@@ -2,8 +2,19 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
+from pathlib import Path
+
 import pytest
 import torch
+
+
+def pytest_configure(config):
+    if config.getoption("--sanitized"):
+        from torchrl_vecnorm import _C
+
+        # Or the tests would be of the usual build.
+        loaded = Path("/proc/self/maps").read_text()
+        assert "build/sanitized" in _C.__file__ and "libasan" in loaded
 
 
 def pytest_collection_modifyitems(items):
@@ -26,6 +37,15 @@ def pytest_addoption(parser):
         action="store_true",
         help="compile the CUDA kernels for every GPU; takes minutes",
     )
+    parser.addoption(
+        "--sanitized",
+        action="store_true",
+        help="only with the build of `make sanitize`",
+    )
+    parser.addoption(
+        "--updates", type=int, default=2000, help="of each process in test_sharing.py"
+    )
+    parser.addoption("--workers", type=int, help="processes in test_sharing.py")
     parser.addoption(
         "--mutations",
         type=int,

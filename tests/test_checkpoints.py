@@ -122,6 +122,21 @@ def test_entries_that_are_no_statistics(value, match):
     assert_same_state(snapshot(t), before)
 
 
+@pytest.mark.parametrize("fresh", [False, True], ids=["initialised", "fresh"])
+def test_another_process_is_in_the_middle_of_an_update(fresh):
+    """Live statistics are taken as they are: their owner, or the journal, mends them."""
+    t = VecNorm(KEYS) if fresh else trained(5)
+    state = copied(trained().get_extra_state())
+    for leaf in state.values():
+        leaf.share_memory_()
+    state["observation_sum"].mul_(100)
+    t.set_extra_state(state)
+    assert_same_state(
+        {k: v for k, v in snapshot(t).items() if isinstance(k, str) and "_" in k},
+        {k: v for k, v in state.items() if SEP not in k},
+    )
+
+
 @pytest.mark.parametrize("state", ["text", 3, [1, 2]])
 def test_no_dict(state):
     with pytest.raises(ValueError, match=f"dict.*{type(state).__name__}"):

@@ -37,7 +37,6 @@ from torchrl_vecnorm import VecNorm
 
 # A spawned process imports torchrl, which takes longer than its work.
 WORKERS = {"fork": 3, "spawn": 2}
-UPDATES = 2000
 FEATURES = 2
 # An update of this many features takes long enough to be interrupted: without a lock,
 # some hundred of the updates below are lost.
@@ -377,40 +376,73 @@ def wide_by_hand() -> TensorDict:
     return td.update(by_hand("reward", features=(1,))).share_memory_()
 
 
-def work(queue, worker, lock, barrier):
+PERIOD = 7 * 5 * 3  # of `values_of`, in steps
+
+
+def work(queue, worker, lock, barrier, updates):
     t = VecNorm(shared_td=queue.get(timeout=PATIENCE), lock=lock, decay=1)
+    work_with(t, worker, barrier, updates)
+
+
+def work_with(t, worker, barrier, updates):
+    steps = [values_of(worker, step) for step in range(min(updates, PERIOD))]
     # All at once.
     barrier.wait(PATIENCE)
-    for step in range(UPDATES):
-        t(values_of(worker, step))
+    for step in range(updates):
+        t(steps[step % PERIOD].copy())
 
 
-def assert_exact(td, workers: int) -> None:
+def assert_exact(td, workers: int, updates: int) -> None:
     """Every sample of every worker is in the sums."""
-    every = [values_of(w, s) for w in range(workers) for s in range(UPDATES)]
+    periods, rest = divmod(updates, PERIOD)
+    times = [periods + (s < rest) for s in range(PERIOD)]
+    times = torch.tensor(times, dtype=torch.float64).repeat_interleave(2)
     for key in ("observation", "reward"):
-        x = torch.cat([values[key] for values in every]).double()
-        assert td[f"{key}_count"].item() == len(x) == 2 * workers * UPDATES
-        assert torch.equal(td[f"{key}_sum"].double(), x.sum(0))
-        assert torch.equal(td[f"{key}_ssq"].double(), x.pow(2).sum(0))
+        count = total = squares = 0
+        for worker in range(workers):
+            x = torch.cat([values_of(worker, s)[key] for s in range(PERIOD)]).double()
+            count += times.sum()
+            total = total + times @ x
+            squares = squares + times @ x.pow(2)
+        assert td[f"{key}_count"].item() == count == 2 * workers * updates
+        assert torch.equal(td[f"{key}_sum"].double(), total)
+        assert torch.equal(td[f"{key}_ssq"].double(), squares)
+
+
+@pytest.fixture
+def workers(request):
+    """How many processes each start method gets."""
+    chosen = request.config.getoption("--workers")
+    return dict.fromkeys(WORKERS, chosen) if chosen else WORKERS
+
+
+@pytest.fixture
+def updates(request):
+    """How many each process makes."""
+    return request.config.getoption("--updates")
 
 
 @pytest.mark.parametrize("memmap", [False, True], ids=["shared", "memmap"])
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_no_update_is_lost(method, memmap):
+def test_no_update_is_lost(method, memmap, workers, updates):
     context = mp.get_context(method)
-    queue, barrier = context.Queue(), context.Barrier(WORKERS[method])
+    queue, barrier = context.Queue(), context.Barrier(workers[method])
     td = built(["next", "reward"], memmap, IntegerEnv(features=WIDE))
     # No lock is given: each worker's transform has one of its own.
-    arguments = [(queue, worker, None, barrier) for worker in range(WORKERS[method])]
-    with started(context, work, arguments):
+    arguments = [
+        (queue, worker, None, barrier, updates) for worker in range(workers[method])
+    ]
+    # Longer than `started` would wait for them.
+    with started(context, work, arguments) as processes:
         for _ in arguments:
             queue.put(td)
-    assert_exact(td, len(arguments))
+        for process in processes:
+            process.join()
+    assert_exact(td, len(arguments), updates)
     assert all((value == 0).all() for value in VecNorm(shared_td=td).nonfinite.values())
 
 
-def test_no_update_is_lost_under_a_users_lock(method="fork"):
+def test_no_update_is_lost_under_a_users_lock(updates, method="fork"):
     # A tensordict in the reference's layout has no lock in it.
     context = mp.get_context(method)
     td = wide_by_hand()
@@ -419,29 +451,25 @@ def test_no_update_is_lost_under_a_users_lock(method="fork"):
         context.Barrier(WORKERS[method]),
         context.Lock(),
     )
-    arguments = [(queue, worker, lock, barrier) for worker in range(WORKERS[method])]
+    arguments = [
+        (queue, worker, lock, barrier, updates) for worker in range(WORKERS[method])
+    ]
     with started(context, work, arguments):
         for _ in arguments:
             queue.put(td)
-    assert_exact(td, len(arguments))
+    assert_exact(td, len(arguments), updates)
 
 
-def work_with(t, worker, barrier):
-    barrier.wait(PATIENCE)
-    for step in range(UPDATES):
-        t(values_of(worker, step))
-
-
-def test_a_transform_that_is_sent_to_workers(method="spawn"):
+def test_a_transform_that_is_sent_to_workers(updates, method="spawn"):
     # Whole, with its lock.
     context = mp.get_context(method)
     td = wide_by_hand()
     t = VecNorm(shared_td=td, lock=context.Lock(), decay=1)
     barrier = context.Barrier(WORKERS[method])
-    arguments = [(t, worker, barrier) for worker in range(WORKERS[method])]
+    arguments = [(t, worker, barrier, updates) for worker in range(WORKERS[method])]
     with started(context, work_with, arguments):
         pass
-    assert_exact(td, len(arguments))
+    assert_exact(td, len(arguments), updates)
     assert leaf(t).data_ptr() == td["observation_count"].data_ptr()
 
 

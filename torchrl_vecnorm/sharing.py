@@ -17,7 +17,7 @@ import os
 import warnings
 from collections.abc import Iterable, Sequence
 from multiprocessing import synchronize
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tensordict import MemoryMappedTensor, TensorDict, TensorDictBase, unravel_key
@@ -51,10 +51,12 @@ CUDA_OF_OTHERS = (
 # ---------------------------------------------------------------------------- leaves
 
 
-def in_shared_memory(leaf: Tensor) -> bool:
-    """Whether other processes may see what is written to a tensor."""
-    return leaf.device.type == "cpu" and (
-        leaf.is_shared() or isinstance(leaf, MemoryMappedTensor)
+def in_shared_memory(leaf: Any) -> bool:
+    """Whether it is a tensor and other processes may see what is written to it."""
+    return (
+        isinstance(leaf, Tensor)
+        and leaf.device.type == "cpu"
+        and (leaf.is_shared() or isinstance(leaf, MemoryMappedTensor))
     )
 
 

@@ -80,7 +80,10 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 
 def check_moments(
-    names: Sequence[str], moments: Moments, features: torch.Size | None
+    names: Sequence[str],
+    moments: Moments,
+    features: torch.Size | None,
+    is_live: bool = False,
 ) -> Moments:
     """Refuses moments that no data can have given.
 
@@ -88,6 +91,8 @@ def check_moments(
         names: of the entries, for the message.
         moments: what was loaded.
         features: their shape, where it is known.
+        is_live: others may be in the middle of an update of them, so that entries need
+            not fit together.
 
     Raises:
         ValueError: naming the entry, what was expected and what came.
@@ -130,6 +135,8 @@ def check_moments(
     if moments.nonfinite is not None:
         total = moments.nonfinite[1]
         expect_all(total == total.floor(), names[3], "whole numbers", total)
+    if is_live:
+        return moments
     total, squares, count, used = (
         v.double() for v in (moments.sum, moments.ssq, moments.count, moments.used())
     )

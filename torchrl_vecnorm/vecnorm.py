@@ -823,7 +823,8 @@ class VecNorm(Transform):
                 moments = Moments(*map(state.get, names))
             current = self._state(key)
             features = key.shape if current is None else current.sum.shape
-            loaded[key.in_key] = check_moments(names, moments, features)
+            is_live = sharing.in_shared_memory(moments.sum)
+            loaded[key.in_key] = check_moments(names, moments, features, is_live)
         if state and not loaded:
             raise KeyError(
                 f"VecNorm: the state_dict has no statistics of any of the keys "
