@@ -56,6 +56,7 @@ def in_shared_memory(leaf: Any) -> bool:
     return (
         isinstance(leaf, Tensor)
         and leaf.device.type == "cpu"
+        and leaf.layout is torch.strided
         and (leaf.is_shared() or isinstance(leaf, MemoryMappedTensor))
     )
 
