@@ -63,10 +63,9 @@ endef
 sanitize: build
 	$(call instrumented,sanitized,-fsanitize=address -fsanitize=undefined \
 		-fno-sanitize=vptr -fno-sanitize-recover=all -DVECNORM_RECORD_LOCK)
-	PYTHONPATH=build/sanitized ASAN_OPTIONS=detect_leaks=0 \
-		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) \
-			$$($(CXX) -print-file-name=libstdc++.so)" \
-		$(bin)/pytest --sanitized $(SANITIZED)
+	libraries=$$($(CXX) -print-file-name=libasan.so):$$($(CXX) -print-file-name=libstdc++.so); \
+	PYTHONPATH=build/sanitized ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD=$$libraries \
+		$(bin)/pytest --capture=sys --sanitized $(SANITIZED)
 
 coverage: build
 	$(call instrumented,coverage,--coverage)

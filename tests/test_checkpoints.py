@@ -507,7 +507,7 @@ def test_mutated_files(request):
         if try_to_load(t, state, good):
             loaded += 1
             t.set_extra_state(good)
-    assert read > 100
+    assert read > 0
     assert loaded > 0
 
 
