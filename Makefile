@@ -71,9 +71,13 @@ coverage: build
 	$(call instrumented,coverage,--coverage)
 	find build/coverage -name '*.gcda' -delete
 	PYTHONPATH=build/coverage $(bin)/coverage run $(bin)/pytest $(COVERED)
+	for instructions in default avx2; do \
+		ATEN_CPU_CAPABILITY=$$instructions PYTHONPATH=build/coverage \
+			$(bin)/pytest --quiet tests/test_ops.py || exit; \
+	done
 	$(bin)/coverage combine --quiet
 	$(bin)/coverage report
-	$(bin)/gcovr --filter csrc/ --object-directory build/coverage/objects build/coverage
+	$(bin)/gcovr --merge-lines --filter csrc/ --object-directory build/coverage/objects build/coverage
 
 build/soak: tests/shared_host/check.cpp $(wildcard csrc/shared/*)
 	mkdir -p build
