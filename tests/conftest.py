@@ -49,6 +49,6 @@ def pytest_addoption(parser):
     parser.addoption(
         "--mutations",
         type=int,
-        default=20_000,
+        default=10_000,
         help="how many damaged checkpoints are loaded; CI takes 100,000",
     )

@@ -11,7 +11,7 @@ in memory that ends where the values do.
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -71,9 +71,15 @@ def run(program: Path, *args: str) -> subprocess.CompletedProcess:
     return subprocess.run([program, *args], capture_output=True, text=True, timeout=300)
 
 
+@pytest.fixture(scope="module")
+def runs(programs) -> dict[str, Future]:
+    with ThreadPoolExecutor(2) as pool:
+        yield {name: pool.submit(run, program) for name, program in programs.items()}
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_kernels(programs, variant):
-    result = run(programs[variant])
+def test_kernels(runs, variant):
+    result = runs[variant].result()
     assert result.returncode == 0, result.stdout + result.stderr
     assert not result.stderr
     assert int(result.stdout.split(" teams")[0]) > 100
@@ -89,47 +95,55 @@ def test_races_without_the_barrier(programs):
     assert "data race" in run(programs["races"], "--no-barrier").stderr
 
 
+#: An error: in which variant it is seen as what, and the replacement that plants it.
+PLANTED = {
+    "every block writes what one does": (
+        "races",
+        "data race",
+        "kernels.inl",
+        "if (piece.block == 0) {",
+        "{",
+    ),
+    "a write past the workspace": (
+        "memory",
+        "heap-buffer-overflow",
+        "kernels.inl",
+        "w.plan.row_chunks * (3 * w.plan.features + 1)",
+        "w.plan.row_chunks * (3 * w.plan.features)",
+    ),
+    "a read past the values": (
+        "memory",
+        "heap-buffer-overflow",
+        "accumulate.inl",
+        "sums.add(load<C>(x[r * row_stride]), shift);",
+        "sums.add(load<C>(x[(r + 1) * row_stride]), shift);",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def planted(programs, tmp_path_factory) -> dict[str, Future]:
+    """The results with each of them, two at a time."""
+
+    def plant(variant, report, name, old, new) -> subprocess.CompletedProcess:
+        folder = tmp_path_factory.mktemp("planted")
+        shutil.copytree(programs[variant].parent, folder / "check")
+        shutil.copytree(ROOT / "csrc", folder / "csrc")
+        path = folder / "csrc" / "cpu" / name
+        text = path.read_text()
+        assert old in text, f"{old!r} is not there to be replaced"
+        path.write_text(text.replace(old, new))
+        flags = VARIANTS[variant]
+        compile_one(folder / SOURCES[1], folder / "check" / "isa_baseline.o", *flags)
+        return run(link(folder / "check", *flags))
+
+    with ThreadPoolExecutor(2) as pool:
+        yield {name: pool.submit(plant, *how) for name, how in PLANTED.items()}
+
+
 @pytest.mark.usefixtures("_the_first_is_enough")
-@pytest.mark.parametrize(
-    ("variant", "report", "name", "old", "new"),
-    [
-        pytest.param(
-            "races",
-            "data race",
-            "kernels.inl",
-            "if (piece.block == 0) {",
-            "{",
-            id="every block writes what one does",
-        ),
-        pytest.param(
-            "memory",
-            "heap-buffer-overflow",
-            "kernels.inl",
-            "w.plan.row_chunks * (3 * w.plan.features + 1)",
-            "w.plan.row_chunks * (3 * w.plan.features)",
-            id="a write past the workspace",
-        ),
-        pytest.param(
-            "memory",
-            "heap-buffer-overflow",
-            "accumulate.inl",
-            "sums.add(load<C>(x[r * row_stride]), shift);",
-            "sums.add(load<C>(x[(r + 1) * row_stride]), shift);",
-            id="a read past the values",
-        ),
-    ],
-)
-def test_harness_catches(programs, tmp_path, variant, report, name, old, new):
-    """A planted error."""
-    flags = VARIANTS[variant]
-    folder = tmp_path / "mutant"
-    shutil.copytree(programs[variant].parent, folder)
-    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    path = tmp_path / "csrc" / "cpu" / name
-    text = path.read_text()
-    assert old in text, f"{old!r} is not there to be replaced"
-    path.write_text(text.replace(old, new))
-    compile_one(tmp_path / SOURCES[1], folder / "isa_baseline.o", *flags)
-    result = run(link(folder, *flags))
+@pytest.mark.parametrize("name", PLANTED)
+def test_harness_catches(planted, name):
+    result = planted[name].result()
     assert result.returncode != 0
-    assert report in result.stderr, result.stdout + result.stderr
+    assert PLANTED[name][1] in result.stderr, result.stdout + result.stderr

@@ -11,7 +11,7 @@ sums in long double. It says nothing about speed, and nothing about what a GPU r
 import re
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -82,26 +82,6 @@ def run(program: Path, *args: str) -> subprocess.CompletedProcess:
     return subprocess.run([program, *args], capture_output=True, text=True, timeout=300)
 
 
-def test_kernels(tmp_path):
-    program = build(tmp_path, "-O1", *SMALL_BLOCKS)
-    result = run(program, "few")
-    assert result.returncode == 0, result.stdout + result.stderr
-    result = run(program)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "\n0 differences" in result.stdout
-    taken = re.search(
-        r"(\d+) clusters, (\d+) resident, (\d+) two kernels", result.stdout
-    )
-    assert all(int(n) > 100 for n in taken.groups()), result.stdout
-
-
-def test_memory(tmp_path):
-    """Under AddressSanitizer and UndefinedBehaviorSanitizer."""
-    flags = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    result = run(build(tmp_path, *flags, *SMALL_BLOCKS), "small")
-    assert result.returncode == 0, result.stdout + result.stderr
-
-
 RACE_FLAGS = (
     "-O1",
     "-fsanitize=thread",
@@ -110,12 +90,49 @@ RACE_FLAGS = (
     "-DVECNORM_BLOCK_THREADS=64",
     "-DVECNORM_FUSED_THREADS=64",
 )
+MEMORY_FLAGS = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+#: How the check is compiled, and what of it is run.
+RUNS = {
+    "kernels": (("-O1", *SMALL_BLOCKS), ("few", None)),
+    "memory": ((*MEMORY_FLAGS, *SMALL_BLOCKS), ("small",)),
+    "races": (RACE_FLAGS, ("few",)),
+}
 
 
-def test_races(tmp_path):
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict[str, Future]:
+    """The results. Each takes half a minute or more of one core: two at a time."""
+
+    def build_and_run(flags, extents) -> list[subprocess.CompletedProcess]:
+        program = build(tmp_path_factory.mktemp("cuda_host"), *flags)
+        return [run(program, *filter(None, [extent])) for extent in extents]
+
+    with ThreadPoolExecutor(2) as pool:
+        yield {name: pool.submit(build_and_run, *how) for name, how in RUNS.items()}
+
+
+def output_of(runs, name: str) -> str:
+    results = runs[name].result()
+    for result in results:
+        assert result.returncode == 0, result.stdout + result.stderr
+    return results[-1].stdout
+
+
+def test_kernels(runs):
+    output = output_of(runs, "kernels")
+    assert "\n0 differences" in output
+    taken = re.search(r"(\d+) clusters, (\d+) resident, (\d+) two kernels", output)
+    assert all(int(n) > 100 for n in taken.groups()), output
+
+
+def test_memory(runs):
+    """Under AddressSanitizer and UndefinedBehaviorSanitizer."""
+    output_of(runs, "memory")
+
+
+def test_races(runs):
     """Under ThreadSanitizer, with a host thread for each thread of a block."""
-    result = run(build(tmp_path, *RACE_FLAGS), "few")
-    assert result.returncode == 0, result.stdout + result.stderr
+    output_of(runs, "races")
 
 
 BARRIER = "__syncthreads();"
