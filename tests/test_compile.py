@@ -105,3 +105,44 @@ def test_shared_statistics_stay_outside(backend):
     torch._dynamo.reset()
     with pytest.raises(Unsupported, match="need their lock"):
         torch.compile(other, fullgraph=True, backend=backend)(batch())
+
+
+def spoil(td, how):
+    """Only the last key is bad: those before it must not have been updated."""
+    key = ("agents", "observation")
+    x = td[key]
+    if how == "shape":
+        td[key] = torch.cat([x, x], -1)
+        return ValueError, r"agents.*\(2, 4\).*\(2, 8\)"
+    if how == "missing":
+        del td[key]
+        return KeyError, "agents.*observation"
+    if how == "complex":
+        td[key] = x.to(torch.complex64)
+        return TypeError, "agents.*complex64"
+    td.lock_()
+    return RuntimeError, "locked"
+
+
+@pytest.mark.parametrize("how", ["shape", "missing", "complex", "locked"])
+@pytest.mark.parametrize("is_shared", [False, True], ids=["private", "shared"])
+def test_bad_input(backend, is_shared, how):
+    eager, other = VecNorm(KEYS), VecNorm(KEYS)
+    for t in (eager, other):
+        torch.manual_seed(0)
+        t(batch())
+    if is_shared:
+        other = VecNorm(KEYS, shared_td=other._td.share_memory_())
+    compiled = torch.compile(other, backend=backend)
+    assert_same_call(eager, compiled, batch())
+    before = {k: v.clone() for k, v in other._td.items(True, True)}
+    td = batch()
+    error, match = spoil(td, how)
+    entries = dict(td.items(True, True))
+    with pytest.raises(error, match=match):
+        compiled(td)
+    for key, value in before.items():
+        assert torch.equal(other._td[key], value)
+    assert all(td[key] is value for key, value in entries.items())
+    assert_same_call(eager, compiled, batch())
+    assert_same_state(eager, other)
