@@ -68,7 +68,8 @@ struct Case {
   int64_t feature_stride = 1;
   size_t offset = 0;  // of the first element, in elements
   bool masked = false;
-  bool counted = true;  // the state counts finite values
+  double masked_out = 0;  // added to values that the mask leaves out, the first too
+  bool counted = true;    // the state counts finite values
   bool float_state = false;
   double spoiled = 0;  // share of values that are not finite
   double loc = 3;
@@ -146,12 +147,15 @@ struct Buffers {
     std::uniform_real_distribution<double> uniform;
     const Matrix m = matrix(x, c.dtype);
     for (int64_t r = 0; r < c.samples; ++r) {
-      mask[r] = uniform(random_bits) < 0.4;
+      mask[r] = uniform(random_bits) < 0.4 && (c.masked_out == 0 || r > 2);
       for (int64_t f = 0; f < c.features; ++f) {
         double value = c.loc + c.scale * normal(random_bits) * (1 + f % 3);
         if (uniform(random_bits) < c.spoiled) {
           value = uniform(random_bits) < 0.5 ? std::numeric_limits<double>::quiet_NaN()
                                              : -std::numeric_limits<double>::infinity();
+        }
+        if (c.masked && !mask[r]) {
+          value += c.masked_out;
         }
         dispatch_any(c.dtype, [&](auto type) {
           using T = typename decltype(type)::type;

@@ -80,9 +80,10 @@ __device__ inline Moments read_state(const State& s, int64_t f) {
   return m;
 }
 
-// The running mean, or the first sample while there is none.
-__device__ inline double shift_of(const Key& key, const Moments& state, int64_t f) {
-  double shift = state.used() > 0 ? state.sum / state.used() : load_any(key.x, 0, f);
+// The running mean, or a sample while there is none.
+__device__ inline double shift_of(const Key& key, const Moments& state, int64_t row,
+                                  int64_t f) {
+  double shift = state.used() > 0 ? state.sum / state.used() : load_any(key.x, row, f);
   const Dtype d = key.x.dtype;
   if (d != Dtype::kFloat64 && d != Dtype::kInt32 && d != Dtype::kInt64) {
     shift = static_cast<double>(static_cast<float>(shift));
@@ -174,13 +175,39 @@ struct Shared {
   __device__ char* kept() const { return shared_memory() + p.shared_bytes; }
 };
 
+// The first row that counts, for the whole block; 0 where there is none.
+__device__ inline int64_t first_row(const Key& key) {
+  for (int64_t r = 0; r < key.samples; r += blockDim.x) {
+    const int64_t mine = r + static_cast<int>(threadIdx.x);
+    if (__syncthreads_or(mine < key.samples && key.mask[mine])) {
+      while (!key.mask[r]) {
+        ++r;
+      }
+      return r;
+    }
+  }
+  return 0;
+}
+
 // Reads the state, and chooses what to sum around.
 __device__ inline void prepare(const Shared& s, const Place& at) {
   const Key& key = at.key->key;
   const int n = at.features;
+  // What the mask leaves out can be anything. Only the first calls look for another
+  // row.
+  int64_t row = 0;
+  if (key.mask != nullptr) {
+    bool is_new = false;
+    for (int f = static_cast<int>(threadIdx.x); f < n; f += blockDim.x) {
+      is_new |= !(read_state(key.state, at.feature(f)).used() > 0);
+    }
+    if (__syncthreads_or(is_new)) {
+      row = first_row(key);
+    }
+  }
   for (int f = static_cast<int>(threadIdx.x); f < n; f += blockDim.x) {
     const Moments state = read_state(key.state, at.feature(f));
-    s.shift()[f] = shift_of(key, state, at.feature(f));
+    s.shift()[f] = shift_of(key, state, row, at.feature(f));
     s.old()[f] = state.sum;
     s.old()[n + f] = state.ssq;
     s.old()[2 * n + f] = state.missing;

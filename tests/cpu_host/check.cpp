@@ -143,9 +143,12 @@ std::vector<std::vector<Case>> calls() {
   c = make("strided features", 3700, 9);
   c.feature_stride = 2;
   one(c);
-  c = make("no counter", 700, 64);
+  c = make("masked", 700, 64);
   c.masked = true;
   one(c);
+  c.masked_out = 1e8;
+  one(c);
+  c.masked_out = 0;
   c.spoiled = 0.05;
   c.counted = false;
   one(c);

@@ -108,6 +108,8 @@ std::vector<std::vector<Case>> calls(const std::string& extent) {
     c.masked = true;
     c.counted = false;
     one(c);
+    c.masked_out = 1e8;
+    one(c);
     c = make("spoiled", 130, 8);
     c.spoiled = 0.1;
     one(c);
@@ -154,6 +156,9 @@ std::vector<std::vector<Case>> calls(const std::string& extent) {
     c = make("masked", 700, f);
     c.masked = true;
     one(c);
+    c.masked_out = 1e8;
+    one(c);
+    c.masked_out = 0;
     c.spoiled = 0.05;
     c.counted = false;
     c.name += " spoiled, no counter";
