@@ -77,9 +77,19 @@ template <typename Word>
 void copy_words(void* to, const void* from, size_t bytes) {
   auto* out = static_cast<Word*>(to);
   const auto* in = static_cast<const Word*>(from);
-  for (size_t i = 0; i < bytes / sizeof(Word); ++i) {
-    __atomic_store_n(out + i, __atomic_load_n(in + i, __ATOMIC_RELAXED),
-                     __ATOMIC_RELAXED);
+  const auto copy_word = [](Word* to, const Word* from) {
+    __atomic_store_n(to, __atomic_load_n(from, __ATOMIC_RELAXED), __ATOMIC_RELAXED);
+  };
+  const Word* const end = in + bytes / sizeof(Word);
+  // A loop of single words takes twice the time.
+  for (; end - in >= 4; in += 4, out += 4) {
+    copy_word(out, in);
+    copy_word(out + 1, in + 1);
+    copy_word(out + 2, in + 2);
+    copy_word(out + 3, in + 3);
+  }
+  for (; in != end; ++in, ++out) {
+    copy_word(out, in);
   }
 }
 
