@@ -30,6 +30,9 @@ PATHS = ("auto", "cluster", "resident", "two_kernels")
 CACHES = 3
 MOST_BUFFERS = 512
 
+#: Why a normaliser is not captured.
+NO_GRAPH = "waits for the GPU, or changes its state's tensors"
+
 
 def median(times: list[float]) -> float:
     """The median of the rounds."""
@@ -95,28 +98,44 @@ def replayed(
     """Microseconds of a call in a CUDA graph over rotating buffers, one key.
 
     ``xs`` and ``ys`` are the buffers. A graph has one call on each pair, so that
-    launches cost next to nothing; events on the GPU time its replays.
+    launches cost next to nothing.
     """
-    graphs, reasons = {}, {}
-    for name, run in runs.items():
-        if run.bind is None:
-            reasons[name] = "waits for the GPU, or changes its state's tensors"
-            continue
+    reasons = {name: NO_GRAPH for name, run in runs.items() if run.bind is None}
+    calls = {
+        name: lambda bind=run.bind: [
+            bind([x], [y]) for x, y in zip(xs, ys, strict=True)
+        ]
+        for name, run in runs.items()
+        if run.bind is not None
+    }
+    times, failed = graphs(calls, rounds, seconds)
+    return times, reasons | failed
+
+
+def graphs(
+    calls: dict[str, Callable[[], list[Callable]]], rounds: int, seconds: float
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Microseconds of a call in a CUDA graph of several, and why some have none.
+
+    Events on the GPU time replays of the graph.
+    """
+    captured, reasons = {}, {}
+    for name, make in calls.items():
         try:
-            calls = [run.bind([x], [y]) for x, y in zip(xs, ys, strict=True)]
-            graphs[name] = _capture(calls)
+            some = make()
+            captured[name] = _capture(some), len(some)
         except Exception as error:
             torch.cuda.synchronize()
             reasons[name] = reason(error)
     repeats = {}
-    for name, graph in graphs.items():
+    for name, (graph, _) in captured.items():
         _replay(graph, 1)
         repeats[name] = max(1, int(seconds * 1e3 / max(_replay(graph, 3) / 3, 1e-3)))
-    times: dict[str, list[float]] = {name: [] for name in graphs}
+    times: dict[str, list[float]] = {name: [] for name in captured}
     for _ in range(rounds):
-        for name, graph in graphs.items():
+        for name, (graph, in_each) in captured.items():
             elapsed = _replay(graph, repeats[name])
-            times[name].append(elapsed * 1e3 / (repeats[name] * len(xs)))
+            times[name].append(elapsed * 1e3 / (repeats[name] * in_each))
     return times, reasons
 
 

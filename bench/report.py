@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table as RichTable
@@ -316,6 +317,33 @@ def _steps(records: list[dict]) -> Table:
     return Table("A whole step", header, rows, _notes(note, _reasons(records)))
 
 
+def _per_second(record: dict) -> float:
+    """Millions of steps of one environment."""
+    return record["samples"] / record["microseconds"]
+
+
+def _pendulums(records: list[dict]) -> list[Table]:
+    def cell(mine: dict, others: dict) -> str:
+        bare = others.get(env.BARE, {})
+        if "microseconds" not in mine or "microseconds" not in bare:
+            return NOTHING
+        rate = _per_second(mine)
+        return f"{number(rate)} ({rate / _per_second(bare):.0%})"
+
+    found = []
+    for method, how in [("eager", ""), ("graph", ", in a CUDA graph")]:
+        if some := _of(records, "pendulum", method=method):
+            header, rows = _grid(some, lambda r: f"{r['samples']} pendulums", cell)
+            header[0] = "million steps a second"
+            note = (
+                "A random action and `TransformedEnv.step` of N pendulums (Pendulum-v1 in "
+                "torch); observation [N, 3] and reward [N, 1] are normalised."
+            )
+            title = f"Pendulums{how}"
+            found.append(Table(title, header, rows, _notes(note, _reasons(some))))
+    return found
+
+
 def _accuracy(records: list[dict]) -> list[Table]:
     def column(r: dict) -> str:
         when = "first call" if r["calls"] == 1 else f"call {r['calls']}"
@@ -479,6 +507,7 @@ def tables(records: list[dict], device: str) -> list[Table]:
         found.append(_faster_than(peers.TRANSFORM, some, " on two keys"))
     if some := _of(records, "step"):
         found.append(_steps(some))
+    found += _pendulums(records)
     if some := _of(records, "accuracy"):
         found += _accuracy(some)
     if some := [r for r in _of(records, "precision") if "name" in r]:
@@ -525,6 +554,41 @@ def _lines(axis, records: list[dict], x: str, y) -> None:
 def figures(folder: Path, machine: str, records: list[dict], device: str) -> list[str]:
     """Draws what there are records for; returns the names of the files."""
     measured = [r for r in records if "microseconds" in r]
+    return [
+        *_growth(folder, machine, measured, device),
+        *_steps_a_second(folder, machine, _of(measured, "pendulum")),
+    ]
+
+
+def _steps_a_second(folder: Path, machine: str, records: list[dict]) -> list[str]:
+    methods = _values(records, lambda r: r["method"])
+    if not methods:
+        return []
+    figure, axes = plt.subplots(
+        1, len(methods), figsize=(2 + 5 * len(methods), 4.5), layout="constrained"
+    )
+    axes = np.atleast_1d(axes)
+    for method, axis in zip(methods, axes, strict=True):
+        some = _of(records, "pendulum", method=method)
+        names = _values(some, lambda r: r["name"])
+        sizes = _values(some, lambda r: r["samples"])
+        width = 0.8 / len(names)
+        for i, name in enumerate(names):
+            mine = [r for r in some if r["name"] == name]
+            left = (i - (len(names) - 1) / 2) * width
+            at = [sizes.index(r["samples"]) + left for r in mine]
+            axis.bar(at, [_per_second(r) for r in mine], width, label=name)
+        axis.set_xticks(range(len(sizes)), sizes)
+        title = "in a CUDA graph" if method == "graph" else "call by call"
+        axis.set(xlabel="pendulums", ylabel="million steps a second", title=title)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
+    figure.suptitle(f"Pendulums, {machine}")
+    figure.savefig(folder / "pendulums.png", dpi=110)
+    plt.close(figure)
+    return ["pendulums.png"]
+
+
+def _growth(folder: Path, machine: str, measured: list[dict], device: str) -> list[str]:
     samples = _of(measured, "samples", method="eager")
     features = _of(measured, "features", method="eager")
     if not samples or not features:

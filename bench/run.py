@@ -42,6 +42,7 @@ class Plan:
     pairs: tuple[Size, ...]
     some: tuple[Size, ...]  # for keys, dtypes and threads
     steps: tuple[Size, ...]
+    pendulums: tuple[int, ...]
     memory: tuple[Size, ...]
     precision: tuple[tuple[Size, tuple[int, ...]], ...]  # and after how many calls
     calls: int = 1000  # for accuracy
@@ -65,6 +66,7 @@ FULL = Plan(
     pairs=((1, 8), (64, 32), (4096, 64)),
     some=((64, 32), (4096, 64), (4096, 256)),
     steps=((1, 8), (64, 32), (4096, 64)),
+    pendulums=(4096, 16384, 65536),
     memory=((65536, 256),),
     precision=(
         ((1, 8), (1, 20, 10_000)),
@@ -174,6 +176,22 @@ def env_step(plan: Plan, n: int, features: int, device: str) -> list[dict]:
         "method": "eager",
     }
     return _records(record, times, reasons)
+
+
+def pendulum(plan: Plan, n: int, device: str) -> list[dict]:
+    """The time of a step of n pendulums with each transform."""
+    calls, reasons = env.pendulums(n, device)
+    threads = torch.get_num_threads()
+    record = {"section": "pendulum", "samples": n, "features": 3, "threads": threads}
+    times = measure.eager(calls, plan.rounds, plan.seconds, threads)
+    records = _records({**record, "method": "eager"}, times, reasons)
+    if device == "cuda":
+        if calls.pop(peers.TORCHRL_V2, None):
+            reasons[peers.TORCHRL_V2] = measure.NO_GRAPH
+        graphs = {name: lambda call=call: [call] for name, call in calls.items()}
+        times, failed = measure.graphs(graphs, plan.rounds, plan.seconds)
+        records += _records({**record, "method": "graph"}, times, reasons | failed)
+    return records
 
 
 def paths(plan: Plan, n: int, features: int) -> list[dict]:
@@ -360,6 +378,8 @@ def tasks(plan: Plan, device: str) -> list[Task]:
         add("pair", f"{n} × {f}", timed, plan, "pair", shapes, device, who=transforms)
     for n, f in plan.steps:
         add("step", f"{n} × {f}", env_step, plan, n, f, device)
+    for n in plan.pendulums:
+        add("pendulum", f"{n}", pendulum, plan, n, device)
     if len(which) > 1:
         for n, f in plan.sizes:
             add("paths", f"{n} × {f}", paths, plan, n, f)

@@ -17,6 +17,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchrl.envs import check_env_specs
 
 for package in ("matplotlib", "rich", "tabulate", "tqdm"):
     pytest.importorskip(package)
@@ -44,6 +46,7 @@ TINY = replace(
     pairs=((1, 8),),
     some=((8, 4),),
     steps=((1, 8),),
+    pendulums=(5,),
     memory=((64, 4),),
     calls=3,
     rounds=1,
@@ -76,9 +79,10 @@ def test_run(quick, tmp_path, capsys):
     for out in (text, capsys.readouterr().out):
         assert "not installed: No module named" in out
         assert "Expected more than 1 value per channel" in " ".join(out.split())
+    assert "| VecNorm (ours)" in text.split("## Pendulums")[1].split("##")[0]
     assert "misses by" in text or "not measured" in text
     assert (tmp_path / "results.csv").read_text().count("\n") > 50
-    for figure in ("growth.png", "bandwidth.png"):
+    for figure in ("growth.png", "bandwidth.png", "pendulums.png"):
         assert f"({figure})" in text and (tmp_path / figure).stat().st_size > 10_000
 
 
@@ -316,6 +320,25 @@ def test_graphs(fake_gpu):
     assert "reason" in graph[peers.TORCHRL_V2]
 
 
+def test_pendulums_in_graphs(fake_gpu, monkeypatch, tmp_path):
+    pendulums = env.pendulums
+    monkeypatch.setattr(env, "pendulums", lambda n, device: pendulums(n, "cpu"))
+    records = run.pendulum(TINY, 5, "cuda")
+    graph = {r["name"]: r for r in records if r["method"] == "graph"}
+    assert graph[env.OURS]["microseconds"] == graph[env.BARE]["microseconds"] == 2000
+    assert graph[peers.TORCHRL_V2]["reason"] == measure.NO_GRAPH
+    assert any(
+        r["name"] == peers.TORCHRL_V2 and "microseconds" in r
+        for r in records
+        if r["method"] == "eager"
+    )
+    title = "Pendulums, in a CUDA graph"
+    (graphs,) = (t for t in report.tables(records, "cuda") if t.title == title)
+    (ours,) = (row for row in graphs.rows if row[0] == env.OURS)
+    assert ours[1] == "0.00250 (100%)"  # 5 in two milliseconds
+    assert report.figures(tmp_path, "no GPU", records, "cuda") == ["pendulums.png"]
+
+
 def test_paths(fake_gpu):
     records = run.paths(TINY, 40, 4)
     ours = [r for r in records if r["name"] == peers.OPERATOR]
@@ -324,6 +347,49 @@ def test_paths(fake_gpu):
     assert measure.last_path() == "auto"
     (table,) = (t for t in report.tables(records, "cuda") if t.title == "CUDA kernels")
     assert [row[0] for row in table.rows] == [peers.COPY, *measure.PATHS]
+
+
+# ---------------------------------------------------------------- the environments
+
+
+def test_the_pendulum_is_gymnasiums():
+    gymnasium = pytest.importorskip("gymnasium")
+    theirs = [gymnasium.make("Pendulum-v1").unwrapped for _ in range(3)]
+    ours = env.Pendulum(3, "cpu")
+    ours.set_seed(0)
+    td = ours.reset()
+    for i, other in enumerate(theirs):
+        other.reset()
+        other.state = ours.state[i].double().numpy()
+    for _ in range(50):
+        td["action"] = torch.empty(3, 1).uniform_(-3, 3)  # more than it can do
+        after = ours.step(td)["next"]
+        for i, other in enumerate(theirs):
+            observation, reward, *_ = other.step(td["action"][i].double().numpy())
+            for key, want in [("observation", observation), ("reward", [reward])]:
+                want = torch.as_tensor(want, dtype=torch.float32)
+                torch.testing.assert_close(after[key][i], want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [env.BARE, env.OURS])
+def test_steps_of_pendulums_wait_for_no_gpu(name):
+    class Waits(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            assert function not in (
+                torch.ops.aten._local_scalar_dense.default,
+                torch.ops.aten.nonzero.default,
+            )
+            return function(*args, **(kwargs or {}))
+
+    calls, reasons = env.pendulums(5, "cpu")
+    assert not reasons
+    with Waits():
+        calls[name]()
+
+
+def test_environments_are_environments():
+    for one in (env.Still(5, 2, "cpu"), env.Pendulum(5, "cpu")):
+        check_env_specs(one)
 
 
 # --------------------------------------------------------------------- gpu-check
