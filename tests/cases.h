@@ -287,6 +287,28 @@ struct Buffers {
       }
     }
   }
+
+  // Has denormalize(key) turn y back into x, where it can.
+  template <typename F>
+  void compare_back(const F& denormalize) {
+    const Dtype out = out_dtype();
+    if (c.dtype != out || c.spoiled > 0) {
+      return;
+    }
+    Guarded<unsigned char> back(bytes(out));
+    Key k = key();
+    k.x = matrix(y, out);
+    k.y = matrix(back, out);
+    denormalize(k);
+    const double tolerance = out == Dtype::kBFloat16  ? 5e-2
+                             : out == Dtype::kFloat16 ? 5e-3
+                                                      : 1e-4;
+    for (int64_t r = 0; r < c.samples; ++r) {
+      for (int64_t f = 0; f < c.features; ++f) {
+        near("x", r, f, get(back, out, r, f), get(x, out, r, f), tolerance);
+      }
+    }
+  }
 };
 
 inline Case make(const char* name, int64_t samples, int64_t features,

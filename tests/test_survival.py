@@ -171,6 +171,15 @@ def interrupt(pid):
     time.sleep(0.3)
 
 
+@pytest.fixture
+def ctrl_c():
+    """Python hears it: not so in a program that a shell has started with ``&``."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_an_interrupt_is_heard_and_holds_no_lock(tmp_path):
     make = of_a_td(tmp_path)
     holder, t = make(), make()

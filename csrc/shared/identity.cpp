@@ -16,6 +16,11 @@
 #include <fstream>
 #include <sstream>
 
+// Tests remove the files in it.
+#ifndef VECNORM_LOCK_FOLDER
+#define VECNORM_LOCK_FOLDER "/tmp"
+#endif
+
 namespace vecnorm {
 namespace shared {
 namespace {
@@ -83,10 +88,14 @@ uint64_t identity_of(const void* memory) {
 #endif
 }
 
+std::string lock_file(const char* suffix) {
+  return VECNORM_LOCK_FOLDER "/torchrl_vecnorm-" + std::to_string(getuid()) + suffix;
+}
+
 int open_lock_file(const char* suffix) {
-  const std::string name = "/tmp/torchrl_vecnorm-" + std::to_string(getuid()) + suffix;
   // Nobody else's: a link there could lead anywhere.
-  return open(name.c_str(), O_RDWR | O_CLOEXEC | O_CREAT | O_NOFOLLOW, 0600);
+  return open(lock_file(suffix).c_str(), O_RDWR | O_CLOEXEC | O_CREAT | O_NOFOLLOW,
+              0600);
 }
 
 FileLock::FileLock() : threads_(threads()) {

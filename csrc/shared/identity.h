@@ -23,8 +23,10 @@ uint64_t hash_of(const std::string& text);
 // private memory. 0 where the system does not tell.
 uint64_t identity_of(const void* memory);
 
-// Opens a file that all processes of this user find, whatever their TMPDIR; -1, and
-// errno, where there can be none.
+// A file that all processes of this user find, whatever their TMPDIR.
+std::string lock_file(const char* suffix);
+
+// Opens it; -1, and errno, where there can be none.
 int open_lock_file(const char* suffix);
 
 // Held by one thread of the machine at a time: an flock of such a file. Where that

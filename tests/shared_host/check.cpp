@@ -40,6 +40,7 @@
 #include <vector>
 
 #include "csrc/shared/control.h"
+#include "csrc/shared/identity.h"
 #include "csrc/shared/lock.h"
 
 using vecnorm::shared::Control;
@@ -664,6 +665,18 @@ void expect_locked(const Memory& memory, const char* link, const std::string& wh
   }
 }
 
+// Until a child says so, or has ended without.
+void await_held(pid_t child) {
+  siginfo_t ended;
+  ended.si_pid = 0;
+  while (!notes->held && ended.si_pid == 0) {
+    require(waitid(P_PID, static_cast<id_t>(child), &ended,
+                   WEXITED | WNOHANG | WNOWAIT) == 0,
+            "waitid");
+    usleep(100);
+  }
+}
+
 // The lock of a file is held, at each crash point of an update.
 void copies() {
   const Memory memory("statistics");
@@ -680,19 +693,11 @@ void copies() {
       Member member(memory);
       points_left = count;
       stays = true;
-      if (!member.update()) {
-        return 4;
-      }
-      notes->held = true;  // past the last point
-      return 0;
+      return member.update() ? 0 : 4;
     });
-    while (!notes->held) {
-      usleep(100);
-    }
-    int status = 0;
-    usleep(1000);
-    if (waitpid(holder, &status, WNOHANG) == holder) {
-      require(status == 0, "the holder failed");
+    await_held(holder);
+    if (!notes->held) {  // past the last point
+      require(wait_for(holder) == 0, "the holder failed");
       break;
     }
     const long expected = before + notes->commits;
@@ -802,18 +807,6 @@ void damaged() {
   }
 }
 
-// Until a child says so, or has ended without.
-void await_held(pid_t child) {
-  siginfo_t ended;
-  ended.si_pid = 0;
-  while (!notes->held && ended.si_pid == 0) {
-    require(waitid(P_PID, static_cast<id_t>(child), &ended,
-                   WEXITED | WNOHANG | WNOWAIT) == 0,
-            "waitid");
-    usleep(100);
-  }
-}
-
 // A child is somebody else, also when it is forked with the lock held.
 void forked() {
   const Memory memory("");
@@ -857,7 +850,7 @@ void removed_file() {
   if (member.count() != 0) {
     fail("a lock cannot be taken");
   }
-  unlink(("/tmp/torchrl_vecnorm-" + std::to_string(getuid()) + ".locks").c_str());
+  unlink(vecnorm::shared::lock_file(".locks").c_str());
   const pid_t holder = start([] {
     execl("/proc/self/exe", "check", "hold", nullptr);
     return 5;
