@@ -45,15 +45,7 @@ namespace {
 
 // ---------------------------------------------------------------------------- CPU
 
-// Set in forked children: the thread pool of their parent is gone there, and whatever
-// would use it, a copy of torch's too, waits for it for ever.
-std::atomic<bool> forked{false};
-
-void leave_the_pool_after_fork() {
-  if (forked.exchange(false)) {
-    at::set_num_threads(1);
-  }
-}
+std::atomic<bool> forked{false};  // in forked children
 
 // One team of threads for all phases, the one that at::parallel_for uses too: starting
 // it anew for each phase would cost as much as a small update.
@@ -279,6 +271,12 @@ void denormalize_autograd(TensorList y, TensorList sum, TensorList ssq,
 }
 
 }  // namespace
+
+void leave_the_pool_after_fork() {
+  if (forked.exchange(false)) {
+    at::set_num_threads(1);
+  }
+}
 
 void update(TensorList x, TensorList sum, TensorList ssq, TensorList count,
             TensorList nonfinite, TensorList y, TensorList mask, double keep,

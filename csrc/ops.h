@@ -31,6 +31,10 @@ void merge(at::TensorList sum, at::TensorList ssq, at::TensorList count,
            at::TensorList other_count, at::TensorList other_nonfinite, double keep,
            double weight);
 
+// In a forked child the thread pool of its parent is gone, and whatever would use it, a
+// copy of torch's too, waits for it for ever. The operators call this themselves.
+void leave_the_pool_after_fork();
+
 // In builds with CUDA kernels, for tests and benchmarks: which of them update() is to
 // take where it can, and which it took last.
 void set_cuda_path(const std::string& name);

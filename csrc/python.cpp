@@ -280,6 +280,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_path", &set_cuda_path, py::arg("name"));
   m.def("last_cuda_path", &last_cuda_path);
 #endif
+  m.def("leave_the_pool_after_fork", &leave_the_pool_after_fork);
   m.def("came_from_another_process", &came_from_another_process, py::arg("tensor"));
   using shared::SharedState;
   py::class_<SharedState, std::shared_ptr<SharedState>>(m, "SharedState")

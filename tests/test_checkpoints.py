@@ -20,6 +20,7 @@ from contextlib import suppress
 import pytest
 import torch
 from common import (
+    FIELDS,
     PATIENCE,
     IntegerEnv,
     assert_same_state,
@@ -70,10 +71,126 @@ def copied(state: dict) -> dict:
 # ------------------------------------------------------------------------ plausibility
 
 
+def test_gradients_stay_outside():
+    state = {
+        k: v.clone().requires_grad_() for k, v in trained().get_extra_state().items()
+    }
+    for t in (trained(1), VecNorm(KEYS)):
+        t.set_extra_state(state)
+        assert not any(leaf.requires_grad for leaf in snapshot(t).values())
+        assert not t.loc["observation"].requires_grad
+        t(batch())
+
+
+def test_statistics_that_float32_cannot_hold():
+    td = TensorDict(
+        {
+            f"observation_{field}": torch.zeros(1 if field == "count" else 4)
+            for field in FIELDS
+        }
+    ).share_memory_()
+    t = VecNorm(["observation"], shared_td=td)
+    t(batch().select("observation"))
+    before = snapshot(t)
+    big = VecNorm(["observation"])
+    big(TensorDict(observation=torch.randn(6, 4) * 1e30, batch_size=[6]))
+    with pytest.raises(ValueError, match=r"observation_ssq.*finite.*inf"):
+        t.load_state_dict(big.state_dict())
+    assert_same_state(snapshot(t), before)
+
+
+def test_a_count_without_a_dimension():
+    """A ``shared_td`` made by hand may have one, and is loaded into as a whole."""
+    td = TensorDict(
+        {
+            f"observation_{field}": torch.zeros(() if field == "count" else 4).double()
+            for field in FIELDS
+        }
+    ).share_memory_()
+    t = VecNorm(["observation"], shared_td=td, lock=mp.Lock())
+    source = trained()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the other keys
+        t.set_extra_state(source.get_extra_state())
+    assert torch.equal(t.loc["observation"], source.loc["observation"])
+
+
+def test_nothing_to_load():
+    t = VecNorm(KEYS)
+    t.set_extra_state({})
+    assert t._td is None and not t._others_update
+
+
+def shared_state(**changes) -> dict:
+    state = {
+        "observation_sum": torch.zeros(4, dtype=torch.float64),
+        "observation_ssq": torch.zeros(4, dtype=torch.float64),
+        "observation_count": torch.zeros(1, dtype=torch.float64),
+        "observation_nonfinite": torch.zeros(2, 4, dtype=torch.float64),
+    }
+    state.update({f"observation_{name}": leaf for name, leaf in changes.items()})
+    return {name: leaf.share_memory_() for name, leaf in state.items()}
+
+
+UNUSABLE = {
+    "float16": ("sum", lambda: torch.zeros(4, dtype=torch.float16)),
+    "float32 counter": ("nonfinite", lambda: torch.zeros(2, 4)),
+    "strided": ("ssq", lambda: torch.zeros(4, 2, dtype=torch.float64)[:, 0]),
+}
+
+
+@pytest.mark.parametrize("how", ["adopted", "shared_td"])
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_shared_tensors_that_no_call_could_update(case, how):
+    """They would stay where they are: said before the first call."""
+    name, make = UNUSABLE[case]
+    state = shared_state(**{name: make()})
+    with pytest.raises(ValueError, match=f"observation_{name}.*expected contiguous"):
+        if how == "adopted":
+            VecNorm(["observation"]).set_extra_state(state)
+        else:
+            VecNorm(["observation"], shared_td=TensorDict(state))
+
+
+def test_some_tensors_are_shared():
+    """Nobody else has the others: all become our own."""
+    state = shared_state()
+    state["observation_ssq"] = state["observation_ssq"].clone()
+    t = VecNorm(["observation"], decay=1)
+    t.set_extra_state(state)
+    assert not t._others_update
+    t(batch().select("observation"))
+    assert state["observation_sum"].eq(0).all() and state["observation_count"] == 0
+
+
+def test_tensors_that_overlap():
+    memory = torch.zeros(7, dtype=torch.float64)
+    state = shared_state()
+    state |= {"observation_sum": memory[:4], "observation_ssq": memory[3:]}
+    with pytest.raises(ValueError, match="one piece of memory"):
+        VecNorm(["observation"]).set_extra_state(state)
+
+
+@pytest.mark.parametrize("decay", [0.9999, 0.9997])
+def test_our_own_checkpoint_after_much_that_is_missing(decay):
+    """A constant feature, then NaN for so long that hardly a value is left."""
+    t = VecNorm(["o"], decay=decay)
+    t(TensorDict(o=torch.full((3, 1), 5.0), batch_size=[3]))
+    nan = TensorDict(o=torch.full((3, 1), math.nan), batch_size=[3])
+    for _ in range(5000):
+        t(TensorDict(o=torch.full((3, 1), 5.0), batch_size=[3]))
+    other = VecNorm(["o"], decay=decay)
+    for i in range(int(20.5 / -math.log(decay))):
+        t(nan.copy())
+        if i % 97 == 0:
+            other.load_state_dict(t.state_dict())
+
+
 @pytest.mark.parametrize("fresh", [False, True], ids=["initialised", "fresh"])
 @pytest.mark.parametrize(
     ("entry", "value", "expected"),
     [
+        ("observation_nonfinite", 0.5, "whole numbers"),
         ("observation_sum", math.nan, "finite sums.*nan"),
         ("observation_sum", math.inf, "finite sums.*inf"),
         ("observation_sum", 1e9, "ssq · count ≥ sum²"),
@@ -135,6 +252,22 @@ def test_another_process_is_in_the_middle_of_an_update(fresh):
         {k: v for k, v in snapshot(t).items() if isinstance(k, str) and "_" in k},
         {k: v for k, v in state.items() if SEP not in k},
     )
+
+
+def test_more_missing_than_left_out():
+    state = copied(trained(spoiled=True).get_extra_state())
+    state["observation_nonfinite"][0, 1] = 2
+    for t in (trained(5), VecNorm(KEYS)):
+        with pytest.raises(
+            ValueError, match=r"observation_nonfinite.*ever left out.*2"
+        ):
+            t.set_extra_state(state)
+
+
+def test_a_tensordict_is_a_dict():
+    t, source = trained(5), trained()
+    t.set_extra_state(TensorDict(source.get_extra_state()))
+    assert_same_state(snapshot(t), snapshot(source))
 
 
 @pytest.mark.parametrize("state", ["text", 3, [1, 2]])

@@ -6,7 +6,7 @@
 
 import pytest
 import torch
-from common import PATIENCE, count, started
+from common import PATIENCE, count, started, through_a_file
 from samples import FLOATS, INTEGERS, LAYOUTS, SHAPES, data, op_samples
 from tensordict import TensorDict
 from test_ops import TOLERANCE, assert_same, check, clone
@@ -249,6 +249,40 @@ def test_the_state_follows():
     assert t._td["observation_count"].item() == pytest.approx(1024, rel=1e-4)
     t.to("cpu")
     assert t._td["observation_sum"].device.type == "cpu"
+
+
+def test_a_checkpoint_of_the_cpu_goes_on_here():
+    source, t = VecNorm(["observation"], decay=1), VecNorm(["observation"], decay=1)
+    source(batch().cpu())
+    with pytest.warns(UserWarning, match="wasn't initialized"):
+        t.load_state_dict(through_a_file(source.state_dict()))
+    for n in range(2, 6):
+        t(batch())
+        assert count(t) == 512 * n
+
+
+def test_keys_on_two_devices():
+    t = VecNorm(["observation", "reward"], decay=1)
+    t(batch().cpu())
+    for n in range(2, 6):
+        td = batch()
+        td = TensorDict(
+            {"observation": td["observation"], "reward": td["reward"].cpu()}, [512]
+        )
+        t(td)
+        assert count(t) == count(t, "reward") == 512 * n
+        assert td["observation"].is_cuda and not td["reward"].is_cuda
+
+
+def test_a_frozen_copy_on_the_cpu_follows():
+    t = VecNorm(["observation"], decay=1)
+    t(batch())
+    frozen = t.frozen_copy()
+    for _ in range(3):
+        frozen(batch().cpu())
+        td = batch()
+        t(td.apply(lambda x: x + 5))
+        assert torch.equal(frozen.loc["observation"].cpu(), t.loc["observation"].cpu())
 
 
 def test_shared_statistics_stay_on_the_cpu():

@@ -473,6 +473,31 @@ def test_a_transform_that_is_sent_to_workers(updates, method="spawn"):
     assert leaf(t).data_ptr() == td["observation_count"].data_ptr()
 
 
+def work_with_one_from_a_queue(queue, barrier, updates):
+    t = queue.get(timeout=PATIENCE)
+    assert t._others_update
+    work_with(t, 1, barrier, updates)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_transform_that_comes_through_a_queue(updates, method):
+    # Its statistics are in shared memory then: its lock has to come too.
+    context = mp.get_context(method)
+    t = VecNorm(decay=1)
+    t(values_of(0, 0))
+    queue, barrier = context.Queue(), context.Barrier(3)
+    with started(
+        context, work_with_one_from_a_queue, [(queue, barrier, updates)] * 2
+    ) as processes:
+        for _ in processes:
+            queue.put(t)
+        work_with(t, 1, barrier, updates)
+        for process in processes:
+            process.join(PATIENCE)
+    assert count(t) == count(t, "reward") == 2 * (3 * updates + 1)
+    assert (t.nonfinite["observation"] == 0).all()
+
+
 def read(queue, done, results):
     t = VecNorm(["observation"], shared_td=queue.get(timeout=PATIENCE)).freeze()
     torn = reads = 0

@@ -13,6 +13,7 @@ import copy
 import math
 import multiprocessing.synchronize
 import pickle
+import sys
 import threading
 import warnings
 
@@ -42,6 +43,8 @@ from torchrl.envs import (
 from torchrl.testing.mocking_classes import CountingEnv
 
 from torchrl_vecnorm import VecNorm
+from torchrl_vecnorm.moments import Moments
+from torchrl_vecnorm.state import write_moments
 
 FRESH = pytest.mark.filterwarnings("ignore:VecNorm wasn't initialized")
 
@@ -882,6 +885,11 @@ def test_the_defaults_of_the_documentation():
     assert "decay=0.9999" in repr(t) and "eps=0.0001" in repr(t)
 
 
+def test_keys_of_one_name_in_a_state_dict():
+    with pytest.raises(ValueError, match="same name in a state_dict"):
+        VecNorm([f"a{SEP}b", ("a", "b")])
+
+
 # ---------------------------------------------------------------- shapes of the values
 
 
@@ -1151,6 +1159,34 @@ def test_inside_a_module():
     assert td["normalized"].flatten().tolist() == [-1, 1]
 
 
+def test_a_deepcopy_beside_a_thread_is_whole():
+    t = VecNorm(["observation"], decay=1)
+    features = 500
+    done = threading.Event()
+
+    def update():
+        while not done.is_set():
+            t._binding = None  # the way that gives other threads their turn
+            t(observations(torch.full((1, features), 3.0)))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    thread = threading.Thread(target=update, daemon=True)
+    thread.start()
+    try:
+        while t._td is None:
+            pass
+        for _ in range(200):
+            copied = copy.deepcopy(t)
+            n = count(copied)
+            assert (leaf(copied, field="sum") == 3 * n).all()
+            assert (leaf(copied, field="ssq") == 9 * n).all()
+    finally:
+        sys.setswitchinterval(interval)
+        done.set()
+        thread.join(PATIENCE)
+
+
 def test_threads_lose_no_update():
     t = VecNorm(["observation"], decay=1)
     t(observations([[1.0]]))
@@ -1195,6 +1231,79 @@ def test_a_locked_tensordict_leaves_the_statistics_alone():
     with pytest.raises(RuntimeError, match="locked"):
         t(td.clone().lock_())
     assert (t._td == before).all()
+
+
+def test_what_cannot_be_written_leaves_the_statistics_alone():
+    nested = TensorDict({"r": torch.randn(5, 2), "a": {"o": torch.randn(5, 2)}}, [5])
+    for out_keys, error, match in [
+        (["r", ("a", "o")], RuntimeError, "locked"),
+        (["r", ("a", "b", "o")], RuntimeError, "locked"),
+        (["n", ("r", "o")], KeyError, "expected a tensordict at .'r'.*got Tensor"),
+    ]:
+        t = VecNorm(["r", ("a", "o")], out_keys)
+        td = nested.clone()
+        if error is RuntimeError:
+            t(td.clone())
+            td["a"].lock_()
+        before = snapshot(t)
+        for _ in range(2):
+            with pytest.raises(error, match=match):
+                t(td)
+            assert_same_state(snapshot(t), before)
+            assert torch.equal(td["r"], nested["r"])
+
+
+def test_a_meta_tensor_is_no_value():
+    t = trained()
+    before = snapshot(t)
+    td = batch()
+    td["reward"] = td["reward"].to("meta")
+    with pytest.raises(TypeError, match=r"reward.*on meta"):
+        t(td)
+    assert_same_state(snapshot(t), before)
+
+
+# ----------------------------------------------------- statistics that follow the values
+
+
+@pytest.fixture
+def other_device(monkeypatch):
+    """Values are on another device than the statistics: as far as a CPU can tell."""
+
+    def move(self, key, state, device):
+        state = Moments(*(leaf.clone() for leaf in state))
+        write_moments(self._td, key.names, state)
+        return state
+
+    monkeypatch.setattr(VecNorm, "_move", move)
+
+
+@FRESH
+@pytest.mark.usefixtures("other_device")
+def test_the_first_update_after_a_move_is_not_lost():
+    # A checkpoint that was adopted is in shared memory, where updates are committed.
+    t = VecNorm(["observation"], decay=1)
+    t(observations(torch.ones(4, 3)))
+    resumed = VecNorm(["observation"], decay=1)
+    resumed.load_state_dict(through_a_file(t.state_dict()))
+    for n in range(2, 6):
+        resumed._binding = None
+        resumed(observations(torch.ones(4, 3)))
+        assert count(resumed) == leaf(resumed, field="sum")[0] == 4 * n
+
+
+@pytest.mark.usefixtures("other_device")
+def test_a_frozen_copy_follows_a_move():
+    t = VecNorm(["observation", "reward"], decay=1)
+    td = TensorDict(observation=torch.randn(4, 3), reward=torch.randn(4, 1))
+    td.batch_size = [4]
+    t(td.clone())
+    frozen = t.frozen_copy()
+    for _ in range(3):
+        t._binding = None
+        t(td.clone().apply(lambda x: x + 5))
+        for key in ("observation", "reward"):
+            assert torch.equal(frozen.loc[key], t.loc[key])
 
 
 def test_to_decides_where_loaded_statistics_are():

@@ -20,7 +20,7 @@ import time
 
 import pytest
 import torch
-from common import PATIENCE, IntegerEnv, count
+from common import PATIENCE, IntegerEnv, count, started
 from tensordict import TensorDict
 from torch import multiprocessing as mp
 
@@ -195,7 +195,53 @@ def test_an_interrupt_is_heard_and_holds_no_lock(tmp_path):
     assert assert_whole(t) == 1
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_owner_of_a_users_lock_is_waited_for_in_vain(frozen):
+    """Nobody can take it from a process that has died: an error, not a hang."""
+    lock = mp.get_context("fork").Lock()
+    td = VecNorm.build_td_for_shared_vecnorm(IntegerEnv(features=FEATURES), KEYS)
+    t = VecNorm(shared_td=td, lock=lock, decay=1, lock_timeout=0.2)
+    t(values())
+    if frozen:
+        t.freeze()
+    lock.acquire()
+    for call in (lambda: t(values()), lambda: t._reset(TensorDict(), values())):
+        with pytest.raises(TimeoutError, match=r"lock that was passed.*0\.2 s"):
+            call()
+    lock.release()
+    assert assert_whole(t) == 1
+    t(values())
+    assert assert_whole(t) == (1 if frozen else 2)
+
+
+LOOKS = {
+    "consistent_state_dict": lambda t, state, td: t.consistent_state_dict(),
+    "loc": lambda t, state, td: t.loc,
+    "set_extra_state": lambda t, state, td: t.set_extra_state(state),
+    "frozen": lambda t, state, td: t.frozen_copy()(td),
+    "update": lambda t, state, td: t(td),
+}
+
+
+@pytest.mark.parametrize("what", LOOKS)
+def test_the_first_thing_that_a_forked_child_does(what):
+    """It has no thread pool, and torch's own operators would wait for it."""
+    env = IntegerEnv(features=60_000)
+    td = TensorDict(observation=torch.ones(60_000), reward=torch.ones(1))
+    t = VecNorm(shared_td=VecNorm.build_td_for_shared_vecnorm(env, KEYS), decay=1)
+    t(td.clone())
+    state = t.consistent_state_dict()
+    torch.randn(300_000).exp()  # starts the pool
+    arguments = [(t, state, td.clone())]
+    with started(mp.get_context("fork"), LOOKS[what], arguments):
+        pass
+    t(td)
+    assert count(t) == (3 if what == "update" else 2)
+
+
 def rewards_too(t, updates):
+    # In a worker a compiled graph must not take the statistics for its own.
+    assert t._others_update or mp.parent_process() is None
     for _ in range(updates):
         t(values())
 
@@ -436,6 +482,26 @@ def test_a_truncated_file(folder, entry, part):
     os.truncate(file, int(part * file.stat().st_size))
     with pytest.raises(RuntimeError, match=f"entry '{entry}': "):
         attached(folder)
+
+
+@pytest.mark.parametrize("entry", ["observation_sum", sharing.CONTROL])
+def test_a_file_is_truncated_while_it_is_mapped(folder, entry):
+    """Reading it would be the end of the process."""
+    td = TensorDict.load_memmap(folder)
+    os.truncate(folder / f"{entry}.memmap", 0)
+    with pytest.raises(RuntimeError, match=f"entry '{entry}': .*truncated"):
+        VecNorm(shared_td=td)
+
+
+def test_the_lock_of_a_folder_is_missing(folder):
+    (folder / f"{sharing.CONTROL}.memmap").unlink()
+    td = TensorDict.load_memmap(folder)
+    assert sharing.CONTROL not in td.keys()
+    with pytest.raises(KeyError, match=f"{sharing.CONTROL}.*is missing"):
+        VecNorm(shared_td=td)
+    t = VecNorm(shared_td=td, lock=mp.Lock(), decay=1)
+    t(values())
+    assert count(t) == 3
 
 
 @pytest.mark.parametrize("entry", ["observation_sum", "reward_nonfinite"])

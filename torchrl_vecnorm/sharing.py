@@ -121,6 +121,16 @@ class Lock(synchronize.Lock):
         _C.SharedState.init(self.control, "")
         self._attach()
 
+    @classmethod
+    def of(cls, control: Tensor) -> Lock:
+        """The lock whose memory this is, in a process that got it some other way."""
+        lock = cls.__new__(cls)
+        synchronize.Lock.__init__(lock, ctx=multiprocessing.get_context())
+        lock.is_carried = True
+        lock.control = control
+        lock._attach()
+        return lock
+
     def _attach(self) -> None:
         self.state = _C.SharedState(self.control, [], [])
         self.acquire = self._acquire
@@ -157,13 +167,30 @@ class Lock(synchronize.Lock):
         return f"<{type(self).__name__} of shared statistics>"
 
 
+def _acquire(lock: Any, timeout: float) -> None:
+    """Takes a user's lock, which nobody can take from a process that died with it."""
+    try:
+        taken = lock.acquire(timeout=timeout)
+    except TypeError:  # of a kind that waits for ever
+        taken = lock.acquire()
+    if taken is False:
+        raise TimeoutError(
+            f"VecNorm: the lock that was passed, {lock!r}, was not given back for "
+            f"{timeout:g} s: was a process stopped or killed while it had it? The lock "
+            "that a transform has by itself outlives that"
+        )
+
+
 class Session:
     """Holds what protects the statistics: a user's lock and their own.
 
     Args:
         lock: a ``multiprocessing`` lock, or None.
         shared: the statistics in shared memory, or a lock alone, or None.
-        timeout: seconds to wait for ``shared``.
+        timeout: seconds to wait for each.
+
+    Raises:
+        TimeoutError: one of them was not given back in time.
     """
 
     __slots__ = ("lock", "shared", "timeout")
@@ -175,7 +202,7 @@ class Session:
 
     def __enter__(self) -> Session:
         if self.lock is not None:
-            self.lock.acquire()
+            _acquire(self.lock, self.timeout)
         if self.shared is not None:
             try:
                 self.shared.acquire(self.timeout)
@@ -243,16 +270,41 @@ class Attached:
 
     def copy_of(self, moments: Moments, names: StateNames) -> Moments:
         """The private copies of a key's moments; what is not shared stays as it is."""
-        return Moments(
-            *(
-                self._copies.get("/".join(as_path(name)), leaf)
-                for name, leaf in zip(names, moments, strict=True)
-            )
+        found = []
+        for name, leaf in zip(names, moments, strict=True):
+            flat = "/".join(as_path(name))
+            # A leaf that has moved meanwhile is not shared any more.
+            is_ours = leaf is not None and self.leaves.get(flat) is leaf
+            found.append(self._copies[flat] if is_ours else leaf)
+        return Moments(*found)
+
+
+def check_file(name: NestedKey, leaf: Tensor) -> None:
+    """Refuses an entry whose file has become shorter: reading it would kill the process.
+
+    Raises:
+        RuntimeError: naming the entry and the file.
+    """
+    try:
+        path = leaf.filename
+    except (AttributeError, RuntimeError):  # no memory map, or one without a file
+        return
+    if not os.path.exists(path):
+        return
+    size, expected = os.path.getsize(path), leaf.untyped_storage().nbytes()
+    if size < expected:
+        raise RuntimeError(
+            f"shared_td: entry {name!r}: expected a file of {expected} bytes, got {size}: "
+            f"was {str(path)!r} truncated?"
         )
 
 
-def check_td(td: TensorDictBase) -> None:
+def check_td(td: TensorDictBase, has_lock: bool) -> None:
     """Refuses a shared tensordict that is not what it was when it was built.
+
+    Args:
+        td: the tensordict.
+        has_lock: whether the user has given a lock for it.
 
     Raises:
         KeyError: an entry is missing.
@@ -260,6 +312,17 @@ def check_td(td: TensorDictBase) -> None:
     """
     control = td.get(CONTROL, None)
     if control is None:
+        # torchrl's layout has no such entry; what was built here, and mapped, has.
+        leaves = leaves_of(td)
+        is_ours = any(name.endswith("_nonfinite") for name in leaves)
+        is_mapped = any(
+            isinstance(leaf, MemoryMappedTensor) for leaf in leaves.values()
+        )
+        if is_ours and is_mapped and not has_lock:
+            raise KeyError(
+                f"shared_td: entry {CONTROL!r} is missing, which has the lock: was its file "
+                "removed? Statistics that were mapped by hand need the argument `lock`"
+            )
         return
     try:
         attached = Attached(control, td)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -65,10 +66,11 @@ def write_moments(td: TensorDictBase, names: StateNames, moments: Moments) -> No
 def copy_moments(target: Moments, source: Moments) -> None:
     """Writes moments in place, with or without the counter of missing values."""
     for old, new in zip(target[:3], source[:3], strict=True):
-        old.copy_(new)
+        # A count may be [1] or []; gradients do not follow the statistics.
+        old.copy_(new.detach().reshape(old.shape))
     if target.nonfinite is not None:
         if source.nonfinite is not None:
-            target.nonfinite.copy_(source.nonfinite)
+            target.nonfinite.copy_(source.nonfinite.detach())
         else:
             target.nonfinite.zero_()
 
@@ -137,12 +139,18 @@ def check_moments(
         expect_all(total == total.floor(), names[3], "whole numbers", total)
     if is_live:
         return moments
+    if moments.nonfinite is not None:
+        missing = moments.nonfinite[0]
+        what = "no more values missing than were ever left out"
+        expect_all(missing <= total * (1 + 1e-6), names[3], what, missing)
     total, squares, count, used = (
         v.double() for v in (moments.sum, moments.ssq, moments.count, moments.used())
     )
     # All may be missing, and the sums torchrl's, which does not know of `nonfinite`.
     used = torch.where(used > 0, used, count)
     slack = _SLACK.get(moments.sum.dtype, _SLACK[torch.float32])
+    # Where nearly all are missing, the difference has lost its digits.
+    slack = slack + 1e-10 * count / used
     # Of means, as the square of a sum may overflow.
     mean, square = total / used, squares / used
     good = torch.where(
@@ -163,19 +171,44 @@ def is_like(leaf: Tensor | None, ours: Tensor) -> bool:
     )
 
 
-def check_apart(loaded: Iterable[Moments]) -> None:
-    """Refuses leaves that are one piece of memory: an update of one would be of both.
+def check_usable(names: Sequence[str], moments: Moments) -> None:
+    """Refuses moments of others that no call could update where they are.
 
     Raises:
-        ValueError: two leaves begin at the same address.
+        ValueError: naming the entry, what was expected and what came.
     """
-    leaves = [leaf for moments in loaded for leaf in moments if leaf is not None]
-    addresses = [leaf.data_ptr() for leaf in leaves if leaf.numel()]
-    if len(set(addresses)) < len(addresses):
-        raise ValueError(
-            "VecNorm: expected a tensor of its own for each entry of the state_dict, got "
-            "one tensor for several of them"
-        )
+    for field, name, leaf in zip(Moments._fields, names, moments, strict=True):
+        if leaf is None:
+            continue
+        wanted = (torch.float64, torch.float32)[: 1 if field == "nonfinite" else 2]
+        if leaf.dtype not in wanted or not leaf.is_contiguous() or leaf.requires_grad:
+            raise ValueError(
+                f"VecNorm: entry {name!r}: expected contiguous statistics of dtype "
+                f"{' or '.join(map(str, wanted))} that need no gradient, got {leaf.dtype} "
+                f"of strides {leaf.stride()}"
+                + (" that needs a gradient" if leaf.requires_grad else "")
+            )
+
+
+def check_apart(loaded: Iterable[Moments]) -> None:
+    """Refuses leaves that share memory: an update of one would change the other.
+
+    Raises:
+        ValueError: two leaves overlap.
+    """
+    leaves = [
+        leaf
+        for moments in loaded
+        for leaf in moments
+        if leaf is not None and leaf.numel() and leaf.is_contiguous()
+    ]
+    begins = sorted((leaf.data_ptr(), leaf.nbytes) for leaf in leaves)
+    for (begin, size), (following, _) in pairwise(begins):
+        if following < begin + size:
+            raise ValueError(
+                "VecNorm: expected a tensor of its own for each entry of the state_dict, "
+                "got one piece of memory for several of them"
+            )
 
 
 def from_v2(

@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,7 @@ from torchrl_vecnorm.state import (
     bind,
     check_apart,
     check_moments,
+    check_usable,
     copy_moments,
     from_v2,
     get_entry,
@@ -191,7 +192,7 @@ class VecNorm(Transform):
         self._keys = _resolve_keys(self.in_keys, self.out_keys, shapes)
         self._td = shared_td
         if shared_td is not None:
-            _check_shared_td(shared_td, self._keys)
+            _check_shared_td(shared_td, self._keys, has_lock=lock is not None)
         self.lock = sharing.Lock() if lock is None else lock
         self.lock_timeout = lock_timeout
         # Whether the statistics came from elsewhere, in shared memory: others may update
@@ -207,6 +208,8 @@ class VecNorm(Transform):
             if lock is None:
                 self._reserve()
             self._protection()  # refuses a lock of another kind of machine
+            if isinstance(lock, sharing.Lock) and self._attached is not None:
+                self._attached.warn_without_journal()
 
     # ------------------------------------------------------------ switching updates
 
@@ -316,12 +319,8 @@ class VecNorm(Transform):
                 )
         if not values:
             return td
-        if td.is_locked:
-            # Said now: after the update it would be too late.
-            raise RuntimeError(
-                "VecNorm: the tensordict is locked, so the normalised values cannot be "
-                "written; unlock it with `tensordict.unlock_()`, or pass a copy"
-            )
+        for key, _ in values:
+            _check_writable(td, key.out_key)
         updating = self.training and not self.frozen
         with self._session() as session:
             attached = self._attached if session is not None else None
@@ -349,18 +348,19 @@ class VecNorm(Transform):
 
         False when there is something special, or wrong: nothing has happened then.
         """
-        if self._binding is None:
+        bound = self._binding  # another thread may take it away
+        if bound is None:
             return False
         updating = self.training and not self.frozen
         if not updating and _ops.needs_plain_torch():
             return False
-        binding, bound_lock, users_lock = self._binding
+        binding, bound_lock, users_lock = bound
         if self.lock is not bound_lock:
             return False
         timeout = self.lock_timeout
         if users_lock is None:
             return binding.call(self._td, td, updating, self.decay, self.eps, timeout)
-        with users_lock:
+        with sharing.Session(users_lock, None, timeout):
             return binding.call(self._td, td, updating, self.decay, self.eps, timeout)
 
     def _write_outputs(
@@ -414,6 +414,7 @@ class VecNorm(Transform):
         if torch.compiler.is_compiling():
             yield None
             return
+        _C.leave_the_pool_after_fork()  # a session may run torch's own operators
         while True:
             users, shared = self._protection()
             with sharing.Session(users, shared, self.lock_timeout) as session:
@@ -446,14 +447,22 @@ class VecNorm(Transform):
             self._warn_identity()
         elif not updating and state.sum.device.type == "cpu":
             self._warn_identity(state.count)
-        elif state.sum.device != value.device and not self._others_update:
+        if state is not None and not is_new and not self._others_update:
             # A private state follows the values.
-            self._td = self._td.to(value.device)
-            state = self._state(key)
+            state = self._move(key, state, value.device)
         return _Entry(key, value, state, mask, is_new)
 
     def _state(self, key: _Key) -> Moments | None:
         return read_moments(self._td, key.names)
+
+    def _move(self, key: _Key, state: Moments, device: torch.device) -> Moments:
+        """Brings the statistics of a key to a device, for all that have this tensordict."""
+        if state.sum.device != device:
+            state = state.to(device)
+            write_moments(self._td, key.names, state)
+            if not torch.compiler.is_compiling() and not self._in_shared_memory():
+                self._reserve()
+        return state
 
     def _compute(
         self,
@@ -769,9 +778,11 @@ class VecNorm(Transform):
             if self._td is not None:
                 raise KeyError("Could not find a tensordict in the state_dict.")
             return
+        _C.leave_the_pool_after_fork()
         loaded = self._parse_state(state)
         if self._td is None:
-            self._adopt(loaded)
+            if loaded:
+                self._adopt(loaded)
             return
         with self._session():
             attached = self._attached
@@ -781,7 +792,7 @@ class VecNorm(Transform):
                 if key.in_key not in loaded:
                     raise KeyError(
                         f"VecNorm: the state_dict has no statistics of key "
-                        f"{key.in_key!r}; it has {sorted(state)}"
+                        f"{key.in_key!r}; it has {sorted(map(str, state))}"
                     )
             for key in self._keys:
                 if key.in_key in loaded:
@@ -796,6 +807,7 @@ class VecNorm(Transform):
                 f"VecNorm: expected a dict of tensors as state, got {type(state).__name__}"
             )
         loaded = {}
+        state = dict(state.items())  # a TensorDict too
         rest = set(state)
         for key in self._keys:
             names = [self.SEP.join(as_path(name)) for name in key.names]
@@ -824,7 +836,15 @@ class VecNorm(Transform):
             current = self._state(key)
             features = key.shape if current is None else current.sum.shape
             is_live = sharing.in_shared_memory(moments.sum)
-            loaded[key.in_key] = check_moments(names, moments, features, is_live)
+            check_moments(names, moments, features, is_live)
+            if current is not None and current.sum.dtype != moments.sum.dtype:
+                # In float32 large statistics may be infinite.
+                as_here = (
+                    None if new is None else new.to((new if old is None else old).dtype)
+                    for new, old in zip(moments, current, strict=True)
+                )
+                check_moments(names, Moments(*as_here), features, is_live)
+            loaded[key.in_key] = moments
         if state and not loaded:
             raise KeyError(
                 f"VecNorm: the state_dict has no statistics of any of the keys "
@@ -845,12 +865,20 @@ class VecNorm(Transform):
         EnvCreator shares them. Only what is private and not in our own layout, as in a
         checkpoint of ``torchrl.envs.VecNorm``, is copied into it.
         """
-        for key, moments in loaded.items():
-            sharing.refuse_cuda_of_others({str(key): moments.sum})
+        shared = {
+            in_key
+            for in_key, moments in loaded.items()
+            if all(sharing.in_shared_memory(m) for m in moments if m is not None)
+        }
+        for key in self._keys:
+            if key.in_key in loaded:
+                moments = loaded[key.in_key]
+                sharing.refuse_cuda_of_others({str(key.in_key): moments.sum})
+                if key.in_key in shared:
+                    names = [self.SEP.join(as_path(name)) for name in key.names]
+                    check_usable(names, moments)
         check_apart(loaded.values())
-        self._others_update = all(
-            sharing.in_shared_memory(m.sum) for m in loaded.values()
-        )
+        self._others_update = len(shared) == len(loaded)
         if not self._others_update:
             warnings.warn(
                 "VecNorm wasn't initialized and the tensordict is not shared. In single "
@@ -866,9 +894,10 @@ class VecNorm(Transform):
             moments = loaded.get(key.in_key)
             if moments is None:
                 continue
-            if not sharing.in_shared_memory(moments.sum):
+            if key.in_key not in shared:
                 ours = Moments.zeros(moments.sum.shape, device=moments.sum.device)
-                if not all(map(is_like, moments, ours)):
+                is_ours = all(map(is_like, moments, ours))
+                if not is_ours or any(map(sharing.in_shared_memory, moments)):
                     copy_moments(ours, moments)
                     moments = ours
                 for leaf in moments:
@@ -902,7 +931,9 @@ class VecNorm(Transform):
         """
         device = torch._C._nn._parse_to(*args, **kwargs)[0]
         if device is not None and self._td is not None and not self._others_update:
-            self._td = self._td.to(device)
+            with self._session():
+                for key, state in list(self._seen()):
+                    self._move(key, state, device)
         return super().to(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -916,21 +947,40 @@ class VecNorm(Transform):
             if any(moments.sum.is_cuda for _, moments in self._seen()):
                 if self._others_update:
                     raise RuntimeError(f"VecNorm: shared_td: {sharing.CUDA_OF_OTHERS}")
-                state["_td"] = self._td.cpu()  # or both would update this memory
+                # Or both would update this memory.
+                state["_td"] = self._td.apply(lambda leaf: leaf.cpu())
+            else:
+                state["_others_update"] = True
         else:
             lock = state.pop("lock", None)
-            if lock is not None:
-                state["lock_placeholder"] = None
+            ours = isinstance(lock, sharing.Lock)
+            state["lock_control"] = lock.control if ours else None
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        is_alone = "lock_placeholder" in state
-        if is_alone:
-            state.pop("lock_placeholder")
-            state["lock"] = sharing.Lock()
+        if "lock_control" not in state:
+            super().__setstate__(state)
+            # Or what came is a copy, as of a function that was pickled by value.
+            self._others_update &= self._in_shared_memory()
+            return
+        # Through a queue the statistics come as the same memory, and so does our lock;
+        # copies, and those from a file, are alone.
+        control = state.pop("lock_control")
+        is_same = control is not None and control.is_shared()
+        state["lock"] = sharing.Lock.of(control) if is_same else sharing.Lock()
         super().__setstate__(state)
-        if is_alone:
+        if is_same:
+            self._others_update |= self._in_shared_memory()
+        else:
             self._reserve()  # EnvCreator may share the copy next
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> VecNorm:
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        with self._session():  # no half of another thread's update
+            state = deepcopy(self.__getstate__(), memo)
+        copied.__setstate__(state)
+        return copied
 
     # -------------------------------------------------------------------------- specs
 
@@ -1043,6 +1093,13 @@ def _resolve_keys(
         if twice:
             raise ValueError(f"VecNorm: {name} has {twice[0]!r} more than once: {keys}")
     names = {key: StateNames.of(key) for key in in_keys}
+    flat: dict[str, NestedKey] = {}
+    for key in in_keys:
+        other = flat.setdefault(VecNorm.SEP.join(as_path(key)), key)
+        if other != key:
+            raise ValueError(
+                f"VecNorm: keys {other!r} and {key!r} have the same name in a state_dict"
+            )
     for key in in_keys:
         path = as_path(key)
         for other, entries in names.items():
@@ -1060,7 +1117,9 @@ def _resolve_keys(
     ]
 
 
-def _check_shared_td(shared_td: TensorDictBase, keys: list[_Key]) -> None:
+def _check_shared_td(
+    shared_td: TensorDictBase, keys: list[_Key], has_lock: bool
+) -> None:
     # What the tensordict says of itself is not to be trusted: `load_memmap` gives one that
     # denies it, `torch.load` one that claims it.
     for name, leaf in shared_td.items(True, True):
@@ -1069,6 +1128,7 @@ def _check_shared_td(shared_td: TensorDictBase, keys: list[_Key]) -> None:
                 "shared_td must be either in shared memory or a memmap tensordict; its "
                 f"entry {name!r} is neither."
             )
+        sharing.check_file(name, leaf)
     present = set(shared_td.keys(True, True))
     for key in keys:
         missing = [name for name in key.names[:3] if name not in present]
@@ -1077,8 +1137,9 @@ def _check_shared_td(shared_td: TensorDictBase, keys: list[_Key]) -> None:
                 f"key {key.in_key!r} not present in the shared tensordict: it lacks "
                 f"{missing}, its keys are {sorted(map(str, present))}"
             )
+        check_usable(key.names, read_moments(shared_td, key.names))
     sharing.refuse_cuda_of_others(sharing.leaves_of(shared_td))
-    sharing.check_td(shared_td)
+    sharing.check_td(shared_td, has_lock)
 
 
 _PLACING = {
@@ -1112,15 +1173,34 @@ def _called_by_torchrl() -> bool:
 # --------------------------------------------------------------------------- one value
 
 
+def _check_writable(td: TensorDictBase, key: NestedKey) -> None:
+    """Said before the update: after it, it would be too late."""
+    node, path = td, as_path(key)
+    for depth in range(len(path)):
+        if not isinstance(node, TensorDictBase):
+            raise KeyError(
+                f"VecNorm: out_key {key!r}: expected a tensordict at {path[:depth]}, got "
+                f"{type(node).__name__}"
+            )
+        if node.is_locked:
+            raise RuntimeError(
+                "VecNorm: the tensordict is locked, so the normalised values cannot be "
+                f"written to {key!r}; unlock it with `tensordict.unlock_()`, or pass a copy"
+            )
+        node = get_entry(node, path[depth])
+        if node is None:
+            return
+
+
 def _check_value(key: _Key, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(
             f"VecNorm: key {key.in_key!r}: expected a tensor, got {type(value).__name__}"
         )
-    if value.is_complex() or value.layout is not torch.strided:
+    if value.is_complex() or value.layout is not torch.strided or value.is_meta:
         raise TypeError(
             f"VecNorm: key {key.in_key!r}: expected dense real values, got "
-            f"{value.dtype} in layout {value.layout}"
+            f"{value.dtype} in layout {value.layout} on {value.device}"
         )
 
 
