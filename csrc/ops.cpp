@@ -88,7 +88,7 @@ void update_cpu(TensorList x, TensorList sum, TensorList ssq, TensorList count,
   leave_the_pool_after_fork();
   const States s{sum, ssq, count, nonfinite};
   check_values(x, y, s);
-  check_length(mask, x.size(), "mask", true);
+  check_masks(mask, x, s);
   const Keys keys(x, y, mask, s);
   cpu::update(keys.keys, {keep, weight}, eps, run_phases);
   keys.write_back();
@@ -120,14 +120,7 @@ void merge_cpu(TensorList sum, TensorList ssq, TensorList count, TensorList nonf
                TensorList other_nonfinite, double keep, double weight) {
   const States s{sum, ssq, count, nonfinite};
   const States other{other_sum, other_ssq, other_count, other_nonfinite};
-  check_states(s);
-  check_states(other);
-  check_length(other_sum, sum.size(), "other_sum", false);
-  for (size_t i = 0; i < sum.size(); ++i) {
-    TORCH_CHECK_VALUE(sum[i].sizes() == other_sum[i].sizes(), "key ", i,
-                      ": expected moments of shape ", sum[i].sizes(), ", got ",
-                      other_sum[i].sizes());
-  }
+  check_merge(s, other);
   for (size_t i = 0; i < sum.size(); ++i) {
     cpu::merge(state_of(s, i), state_of(other, i), sum[i].numel(), {keep, weight});
   }

@@ -629,6 +629,73 @@ def test_composite():
 # --------------------------------------------------------------------------- errors
 
 
+def _refused_calls():
+    """What every implementation refuses: arguments of update, the error, its message."""
+    good, x = Moments.zeros([3]), data((5,), (3,))
+
+    def call(value, state=good, out=None, mask=None):
+        y = torch.empty_like(x) if out is None else out
+        masks = [] if mask is None else [torch.empty(0, dtype=torch.bool), mask]
+        xs = [x, value]
+        columns = F.columns([Moments.zeros([3]), clone(state)])
+        return xs, *columns, [torch.empty_like(x), y], masks, 0.9, 1.0, 1e-4
+
+    return {
+        "features": (call(torch.ones(5, 1)), ValueError, r"shape \[3\].*\[5, 1\]"),
+        "output": (call(x, out=torch.empty(1, 3)), ValueError, r"\[5, 3\].*\[1, 3\]"),
+        "complex": (call(x.to(torch.complex64)), TypeError, "real"),
+        "integer output": (
+            call(x, out=torch.empty(5, 3).int()),
+            TypeError,
+            "Int output",
+        ),
+        "mask": (call(x, mask=torch.ones(4).bool()), ValueError, "bool mask with 5"),
+        "count": (
+            call(x, good._replace(count=torch.zeros(2).double())),
+            ValueError,
+            "count",
+        ),
+        "dtype": (
+            call(x, good._replace(ssq=torch.zeros(3).half())),
+            TypeError,
+            "state",
+        ),
+    }
+
+
+@pytest.mark.parametrize("update", [ops.update, _ops._update])
+@pytest.mark.parametrize("what", _refused_calls())
+def test_refused_by_every_implementation(what, update):
+    arguments, error, message = _refused_calls()[what]
+    before = [t.clone() for column in arguments[1:5] for t in column]
+    with pytest.raises(error, match=f"key 1.*{message}"):
+        update(*arguments)
+    after = [t for column in arguments[1:5] for t in column]
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
+@pytest.mark.parametrize("composite", [False, True])
+def test_refused_by_the_others(composite):
+    good, x = Moments.zeros([3]), data((5,), (3,))
+    columns, wide = F.columns([good]), [torch.empty(1, 3)]
+    owner = _ops if composite else ops
+    normalize, denormalize, merge = (
+        getattr(owner, ("_" if composite else "") + name)
+        for name in ("normalize", "denormalize", "merge")
+    )
+    for call in (normalize, denormalize):
+        with pytest.raises(ValueError, match=r"key 0.*\[5, 3\].*\[1, 3\]"):
+            call([x], *columns, wide, 1e-4)
+    integers = torch.ones(5, 3, dtype=torch.int64)
+    with pytest.raises(TypeError, match=r"key 0.*floating-point"):
+        denormalize([integers], *columns, [x], 1e-4)
+    with pytest.raises(ValueError, match=r"key 0.*\[3\].*\[1\]"):
+        merge(*columns, *F.columns([F.moments(x[:, :1])]), 1.0, 1.0)
+    with pytest.raises(ValueError, match="expected 1 tensors"):
+        merge(*columns, *F.columns([good, good]), 1.0, 1.0)
+    assert_same(good, Moments.zeros([3]))
+
+
 def test_refused():
     """A key that is refused leaves the statistics of all keys as they were."""
     good, x = Moments.zeros([3]), data((5,), (3,))
@@ -677,6 +744,38 @@ def test_outputs_that_overlap():
     buffer = torch.zeros(7, 3)
     with pytest.raises(RuntimeError, match="memory location"):
         F.normalize(buffer[:-1], state, out=buffer[1:])
+
+
+@pytest.mark.parametrize("update", [ops.update, _ops._update])
+def test_outputs_of_other_keys(update):
+    """One key's output is not where another reads or writes."""
+    a, b, buffer = data((5,), (3,)), data((5,), (3,)), torch.zeros(6, 3)
+    for xs, ys in (
+        ([a, b], [b, a]),
+        ([a, b], [torch.empty(5, 3), a]),
+        ([a, b], [buffer[:5], buffer[1:]]),
+        ([a, b], [buffer[:5], buffer[:5]]),
+        ([a, b[:, :2]], [torch.empty(5, 3), a[:, :2]]),
+    ):
+        states = [Moments.zeros(x.shape[1:]) for x in xs]
+        before = [x.clone() for x in xs]
+        with pytest.raises(ValueError, match=r"key \d: .* memory"):
+            update(xs, *F.columns(states), ys, [], 0.9, 1.0, 1e-4)
+        assert all(s.count == 0 for s in states)
+        assert all(torch.equal(x, v) for x, v in zip(xs, before, strict=True))
+    wide = torch.cat([a, b], 1)
+    halves = [wide[:, :3], wide[:, 3:]]
+    states = [Moments.zeros([3]), Moments.zeros([3])]
+    update(halves, *F.columns(states), halves, [], 0.9, 1.0, 1e-4)
+    want = [F.update_(x, Moments.zeros([3]), decay=0.9) for x in (a, b)]
+    torch.testing.assert_close(wide, torch.cat(want, 1), rtol=1e-5, atol=1e-5)
+
+
+def test_more_outputs_than_values():
+    state = Moments.zeros([3])
+    with pytest.raises(ValueError, match="expected 1 tensors in y"):
+        F.update_([data((5,), (3,))], [state], out=[torch.empty(5, 3)] * 20)
+    assert state.count == 0
 
 
 def test_an_output_that_a_graph_has_saved():

@@ -65,6 +65,7 @@ def _update(
     weight: float,
     eps: float,
 ) -> None:
+    _C.check_values(x, y, mask, sum, ssq, count, nonfinite)
     states = _states(sum, ssq, count, nonfinite)
     masks = [m if m.numel() else None for m in mask] or [None] * len(x)
     results = [
@@ -86,6 +87,7 @@ def _normalize(
     y: Tensors,
     eps: float,
 ) -> None:
+    _C.check_values(x, y, [], sum, ssq, count, nonfinite)
     for value, state, out in zip(
         x, _states(sum, ssq, count, nonfinite), y, strict=True
     ):
@@ -101,6 +103,8 @@ def _denormalize(
     x: Tensors,
     eps: float,
 ) -> None:
+    _C.check_floating_point(y)
+    _C.check_values(y, x, [], sum, ssq, count, nonfinite)
     for value, state, out in zip(
         y, _states(sum, ssq, count, nonfinite), x, strict=True
     ):
@@ -119,6 +123,16 @@ def _merge(
     keep: float,
     weight: float,
 ) -> None:
+    _C.check_merge(
+        sum,
+        ssq,
+        count,
+        nonfinite,
+        other_sum,
+        other_ssq,
+        other_count,
+        other_nonfinite,
+    )
     states = _states(sum, ssq, count, nonfinite)
     others = _states(other_sum, other_ssq, other_count, other_nonfinite)
     new = [oracle.fold(s, o, keep, weight) for s, o in zip(states, others, strict=True)]
