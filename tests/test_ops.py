@@ -545,6 +545,103 @@ def test_only_what_needs_gradients():
     assert xs[0].grad is not None and xs[1].grad is None
 
 
+def _outputs(like: torch.Tensor) -> dict[str, torch.Tensor]:
+    buffer = torch.zeros(2, *like.shape, dtype=like.dtype)
+    graph = torch.zeros_like(like, requires_grad=True) * 1
+    return {
+        "plain": torch.zeros_like(like),
+        "view": buffer[0],
+        "transposed": torch.zeros_like(like.mT).mT,
+        "of a graph": graph,
+        "view of a graph": graph.view(like.shape),
+    }
+
+
+@pytest.mark.parametrize("call", [F.update_, F.normalize])
+@pytest.mark.parametrize("which", _outputs(torch.ones(4, 3)))
+def test_gradients_through_outputs(which, call):
+    """Whatever the result is written to, its gradient is that of the result."""
+    w = data((4,), (3,), torch.float64).requires_grad_()
+    state = F.moments(data((40,), (3,)))
+    other = clone(state)
+    out = _outputs(w.detach())[which]
+    y = call(w * 2, state, out=out)
+    assert y is out
+    want = call(w.detach() * 2, other)
+    assert torch.equal(y, want)
+    y.sum().backward()
+    _, scale = F.loc_scale(state)
+    torch.testing.assert_close(w.grad, (2 / scale).expand(4, 3))
+
+
+def test_gradients_in_place():
+    """Also of a view that is its own output, beside one of the same buffer."""
+    w = data((4,), (6,), torch.float64).requires_grad_()
+    states = [Moments.zeros([3]), Moments.zeros([3])]
+    buffer = w * 2
+    halves = [buffer[:, :3], buffer[:, 3:]]
+    F.update_(halves, states, out=halves)
+    buffer.sum().backward()
+    scales = [F.loc_scale(s)[1] for s in states]
+    torch.testing.assert_close(w.grad, (2 / torch.cat(scales)).expand(4, 6))
+
+
+def test_no_gradient_through_what_was_overwritten():
+    w = torch.ones(4, 3, requires_grad=True)
+    out = w * 2
+    F.update_(data((4,), (3,)), Moments.zeros([3]), out=out)
+    out.sum().backward()
+    assert torch.equal(w.grad, torch.zeros(4, 3))
+
+
+def test_outputs_that_autograd_refuses():
+    """Before anything is written."""
+    x = data((4,), (3,)).requires_grad_()
+    with torch.inference_mode():
+        inference = torch.empty(4, 3)
+    with torch.no_grad():
+        old = torch.empty(1, 4, 3)[0]
+    for value, out, match in (
+        (x, x, "leaf Variable"),
+        (x, torch.empty(4, 3, requires_grad=True), "leaf Variable"),
+        (x, torch.empty(1, 4, 3, requires_grad=True)[0], "leaf Variable"),
+        (x.detach(), torch.empty(4, 3, requires_grad=True), "leaf Variable"),
+        (x, torch.empty(2, 4, 3).unbind(0)[0], "multiple views"),
+        (x, old, "no_grad"),
+        (x, inference, "inference tensor"),
+    ):
+        state = Moments.zeros([3])
+        before = out.detach().clone()
+        with pytest.raises(RuntimeError, match=match) as error:
+            F.update_([value], [state], out=[out])
+        assert "key 0" in str(error.value)
+        assert_same(state, Moments.zeros([3]))
+        assert torch.equal(out.detach().nan_to_num(), before.nan_to_num())
+        with torch.no_grad():
+            F.update_(value.detach(), state, out=out)
+        assert state.count == 4
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_state_that_a_graph_has_saved(inference):
+    """Its backward pass would take the new statistics for the old ones."""
+    x = data((5,), (3,))
+    w = torch.ones((), dtype=torch.float64, requires_grad=True)
+    batch = F.moments(x)
+    for call in (
+        lambda s: F.update_(x, s),
+        lambda s: F.merge_(s, batch),
+        lambda s: _ops._merge(*F.columns([s]), *F.columns([batch]), 1.0, 1.0),
+    ):
+        for leaf in range(4):
+            state = Moments.zeros([3])
+            loss = (w * state[leaf]).sum()
+            with torch.inference_mode(inference):
+                call(state)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                loss.backward()
+
+
 # ---------------------------------------------------------------------- operators
 
 
