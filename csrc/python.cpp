@@ -152,7 +152,7 @@ class Binding {
   }
 
   // Normalises the values of `td`. False if anything is special, or an operator refuses
-  // a value: nothing has happened then.
+  // a value, which it does before it writes: nothing has happened then.
   bool call(const py::object& state_td, const py::object& td, bool updating,
             double keep, double eps, double timeout) const {
     if (state_td.ptr() != td_.ptr() || !holds() || !is_plain(td.ptr())) {
@@ -198,7 +198,9 @@ class Binding {
         normalize(x, sum_, ssq_, count_, nonfinite_, y, eps);
       }
       guard.release();
-    } catch (const c10::Error&) {
+    } catch (const c10::ValueError&) {
+      return false;
+    } catch (const c10::TypeError&) {
       return false;
     }
     for (size_t i = 0; i < y.size(); ++i) {
@@ -229,7 +231,8 @@ class Binding {
     for (PyObject* part : parts_as_span()) {
       PyObject* child =
           PyDict_GetItem(PyTuple_GET_ITEM(part, 0), PyTuple_GET_ITEM(part, 1));
-      if (child != PyTuple_GET_ITEM(part, 2)) {
+      // Statistics in the layout of torchrl's class have no `nonfinite`.
+      if ((child == nullptr ? Py_None : child) != PyTuple_GET_ITEM(part, 2)) {
         return false;
       }
     }

@@ -23,8 +23,9 @@ from samples import (
     padded,
     transposed,
 )
+from tensordict import TensorDict
 
-from torchrl_vecnorm import Moments, _ops, oracle
+from torchrl_vecnorm import Moments, VecNorm, _ops, oracle
 from torchrl_vecnorm import functional as F
 
 ops = torch.ops.torchrl_vecnorm
@@ -903,6 +904,39 @@ def test_functorch_and_forward_mode():
     torch.testing.assert_close(grad, (1 / scale).float().expand(4, 3))
     mapped = torch.func.vmap(lambda v: F.normalize(v, state))(x)
     torch.testing.assert_close(mapped, F.normalize(x, state))
+
+
+def test_a_state_of_torchrls_layout_is_bound():
+    zeros = TensorDict(
+        {"a_sum": torch.zeros(3), "a_ssq": torch.zeros(3), "a_count": torch.zeros(1)}
+    )
+    t = VecNorm(["a"], shared_td=zeros.share_memory_())
+    t(TensorDict({"a": data((4,), (3,))}, [4]))
+    binding = t._binding
+    assert binding is not None
+    assert t._common_call(TensorDict({"a": data((4,), (3,))}, [4]))
+    t(TensorDict({"a": data((4,), (3,))}, [4]))
+    assert t._binding is binding
+    # One that comes later is seen.
+    t._td.unlock_()["a_nonfinite"] = torch.zeros(2, 3, dtype=torch.float64)
+    assert not t._common_call(TensorDict({"a": data((4,), (3,))}, [4]))
+
+
+@pytest.mark.filterwarnings("ignore:.*Overriding a previously registered kernel")
+def test_an_error_after_an_update_repeats_nothing():
+    """The gradient needs the scale, and torch cannot compute it."""
+    t = VecNorm(["a"], decay=1)
+    td = TensorDict({"a": data((2,), (3,)).requires_grad_()}, [2])
+    for _ in range(2):
+        t(td.clone())
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("where.self", torch.library.fallthrough_kernel, "CPU")
+    try:
+        with pytest.raises(NotImplementedError, match="where"):
+            t(td.clone())
+    finally:
+        library._destroy()
+    assert t._td["a_count"] == 6
 
 
 def _update_what_needs_a_copy(queue):
