@@ -19,6 +19,7 @@
 #include <sys/mman.h>
 #endif
 
+#include <algorithm>
 #include <memory>
 #include <optional>
 #include <string>
@@ -72,23 +73,44 @@ Tensors outputs_like(const Tensors& x) {
   return y;
 }
 
+// Whether functorch or forward-mode derivatives look into a tensor: they know plain
+// torch only.
+bool is_transformed(const Tensor& t) {
+  constexpr c10::DispatchKeySet wrappers(
+      {c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::FuncTorchBatched});
+  return t.key_set().has_any(wrappers) || t._fw_grad(0).defined();
+}
+
+bool any_transformed(const Tensors& tensors) {
+  return std::any_of(tensors.begin(), tensors.end(), is_transformed);
+}
+
 // Whether a tensor is memory of another process's GPU context.
 bool came_from_another_process(const Tensor& t) {
   return t.is_cuda() && t.storage().unsafeGetStorageImpl()->received_cuda();
 }
 
-Tensors update_and_normalize(const Tensors& x, const Tensors& sum, const Tensors& ssq,
-                             const Tensors& count, const Tensors& nonfinite,
-                             const Tensors& mask, double keep, double weight,
-                             double eps, std::optional<Tensors> out) {
+std::optional<Tensors> update_and_normalize(const Tensors& x, const Tensors& sum,
+                                            const Tensors& ssq, const Tensors& count,
+                                            const Tensors& nonfinite,
+                                            const Tensors& mask, double keep,
+                                            double weight, double eps,
+                                            std::optional<Tensors> out) {
+  if (any_transformed(x) || (out.has_value() && any_transformed(*out))) {
+    return std::nullopt;
+  }
   Tensors y = out.has_value() ? std::move(*out) : outputs_like(x);
   update(x, sum, ssq, count, nonfinite, y, mask, keep, weight, eps);
   return y;
 }
 
-Tensors normalized(const Tensors& x, const Tensors& sum, const Tensors& ssq,
-                   const Tensors& count, const Tensors& nonfinite, double eps,
-                   std::optional<Tensors> out) {
+std::optional<Tensors> normalized(const Tensors& x, const Tensors& sum,
+                                  const Tensors& ssq, const Tensors& count,
+                                  const Tensors& nonfinite, double eps,
+                                  std::optional<Tensors> out) {
+  if (any_transformed(x) || (out.has_value() && any_transformed(*out))) {
+    return std::nullopt;
+  }
   Tensors y = out.has_value() ? std::move(*out) : outputs_like(x);
   normalize(x, sum, ssq, count, nonfinite, y, eps);
   return y;
@@ -173,7 +195,7 @@ class Binding {
       }
       const Tensor& t = THPVariable_Unpack(value);
       if (t.device() != sum_[i].device() || t.layout() != at::kStrided ||
-          t.scalar_type() != dtypes_[i] ||
+          t.scalar_type() != dtypes_[i] || is_transformed(t) ||
           (ndims_[i].has_value() && t.dim() - batch_dims != *ndims_[i])) {
         return false;
       }

@@ -906,6 +906,72 @@ def test_functorch_and_forward_mode():
     torch.testing.assert_close(mapped, F.normalize(x, state))
 
 
+def _scales(state):
+    return (1 / F.loc_scale(state)[1]).float().expand(4, 3)
+
+
+@pytest.mark.parametrize("out", [False, True])
+def test_forward_mode_of_update(out):
+    """The statistics are constants, and see each value once."""
+    x, ones = data((4,), (3,)), torch.ones(4, 3)
+
+    def update(v, state):
+        return F.update_(v, state, out=torch.zeros(2, 4, 3)[0] if out else None)
+
+    state, want = Moments.zeros([3]), Moments.zeros([3])
+    F.update_(x, want)
+    y, tangent = torch.func.jvp(lambda v: update(v, state), (x,), (ones,))
+    assert_same(state, want)
+    torch.testing.assert_close(tangent, _scales(state))
+    torch.testing.assert_close(y, F.normalize(x, state))
+    state = Moments.zeros([3])
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, ones)
+        y = torch.autograd.forward_ad.unpack_dual(update(dual, state))
+        torch.testing.assert_close(y.tangent, _scales(state))
+    assert_same(state, want)
+    state = Moments.zeros([3])
+    grad = torch.func.grad(lambda v: update(v, state).sum())(x)
+    torch.testing.assert_close(grad, _scales(state))
+    assert_same(state, want)
+    state = Moments.zeros([3])
+    for transform in (torch.func.jacfwd, torch.func.jacrev):
+        jacobian = transform(lambda v: update(v, state))(x)
+        torch.testing.assert_close(
+            jacobian.sum((2, 3)), _scales(state), rtol=1e-5, atol=0
+        )
+
+
+def test_forward_mode_is_not_forgotten():
+    state, x = Moments.zeros([3]), data((4,), (3,))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones(4, 3))
+        with pytest.raises(NotImplementedError, match=r"key 0.*forward-mode"):
+            ops.update([dual], *F.columns([state]), [x], [], 0.9, 1.0, 1e-4)
+        y = F.normalize(dual, state, out=torch.empty(4, 3))
+        assert torch.equal(
+            torch.autograd.forward_ad.unpack_dual(y).tangent, torch.ones(4, 3)
+        )
+    assert state.count == 0
+    captured = torch.empty(4, 3)
+    with pytest.raises(RuntimeError, match="mutate a captured Tensor"):
+        torch.func.grad(lambda v: F.update_(v, state, out=captured).sum())(x)
+    with pytest.raises(RuntimeError, match="atching rule"):
+        torch.func.vmap(lambda v: F.update_(v, state))(x)
+    assert state.count == 0
+
+
+def test_forward_mode_of_a_bound_transform():
+    t, x = VecNorm(["a"]), data((4,), (3,))
+    for _ in range(2):
+        t(TensorDict({"a": x}, [4]))
+    _, tangent = torch.func.jvp(
+        lambda v: t(TensorDict({"a": v}, [4]))["a"], (x,), (torch.ones(4, 3),)
+    )
+    torch.testing.assert_close(tangent, (1 / t.scale["a"]).expand(4, 3))
+    assert t._td["a_count"] == 4 * (1 + 0.9999 + 0.9999**2)
+
+
 def test_a_state_of_torchrls_layout_is_bound():
     zeros = TensorDict(
         {"a_sum": torch.zeros(3), "a_ssq": torch.zeros(3), "a_count": torch.zeros(1)}

@@ -17,8 +17,12 @@ def update(
     weight: float,
     eps: float,
     out: list[Tensor] | None = None,
-) -> list[Tensor]:
-    """Folds x into the state and returns it normalised with the result."""
+) -> list[Tensor] | None:
+    """Folds x into the state and returns it normalised with the result.
+
+    None where functorch or forward-mode derivatives look into x or out: they know plain
+    torch only. Nothing has happened then.
+    """
 
 def normalize(
     x: list[Tensor],
