@@ -988,7 +988,7 @@ def test_a_state_of_torchrls_layout_is_bound():
     assert not t._common_call(TensorDict({"a": data((4,), (3,))}, [4]))
 
 
-@pytest.mark.filterwarnings("ignore:.*Overriding a previously registered kernel")
+@pytest.mark.filterwarnings("ignore:Warning only once for all operators")
 def test_an_error_after_an_update_repeats_nothing():
     """The gradient needs the scale, and torch cannot compute it."""
     t = VecNorm(["a"], decay=1)
