@@ -25,6 +25,7 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <pthread.h>
+#include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -35,6 +36,8 @@
 #include <algorithm>
 #include <atomic>
 #include <functional>
+#include <initializer_list>
+#include <utility>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -80,7 +83,7 @@ void update_cpu(TensorList x, TensorList sum, TensorList ssq, TensorList count,
   leave_the_pool_after_fork();
   const States s{sum, ssq, count, nonfinite};
   check_values(x, y, s);
-  check_length(mask, x.size(), "mask", true);
+  check_masks(mask, x, s);
   const Keys keys(x, y, mask, s);
   cpu::update(keys.keys, {keep, weight}, eps, run_phases);
   keys.write_back();
@@ -112,14 +115,7 @@ void merge_cpu(TensorList sum, TensorList ssq, TensorList count, TensorList nonf
                TensorList other_nonfinite, double keep, double weight) {
   const States s{sum, ssq, count, nonfinite};
   const States other{other_sum, other_ssq, other_count, other_nonfinite};
-  check_states(s);
-  check_states(other);
-  check_length(other_sum, sum.size(), "other_sum", false);
-  for (size_t i = 0; i < sum.size(); ++i) {
-    TORCH_CHECK_VALUE(sum[i].sizes() == other_sum[i].sizes(), "key ", i,
-                      ": expected moments of shape ", sum[i].sizes(), ", got ",
-                      other_sum[i].sizes());
-  }
+  check_merge(s, other);
   for (size_t i = 0; i < sum.size(); ++i) {
     cpu::merge(state_of(s, i), state_of(other, i), sum[i].numel(), {keep, weight});
   }
@@ -206,33 +202,74 @@ struct AffineGrad : public torch::autograd::Function<AffineGrad> {
   }
 };
 
-// Runs an operator, and connects the outputs whose inputs need gradients.
+// What autograd would refuse about a write to an output, before anything is written.
+void check_writable(const Tensor& y, size_t i) {
+  TORCH_CHECK(!y.is_inference(), "key ", i,
+              ": expected an output that can have a gradient, got an inference tensor");
+  try {
+    torch::autograd::check_inplace(y, true);
+  } catch (c10::Error& error) {
+    error.add_context(c10::str("key ", i, ": expected an output to write to"));
+    throw;
+  }
+}
+
+// Runs an operator below autograd. What a graph has saved must not be used by its
+// backward pass once it was written to.
 template <typename Call>
-void with_gradients(TensorList x, TensorList y, const States& s, double eps,
-                    bool inverse, const Call& call) {
-  const auto run = [&] {
+void run_below_autograd(std::initializer_list<TensorList> mutated, const Call& call) {
+  {
     at::AutoDispatchBelowADInplaceOrView guard;
     call();
-  };
-  std::vector<size_t> keys;
-  for (size_t i = 0; i < y.size() && at::GradMode::is_enabled(); ++i) {
-    if (x[i].requires_grad()) {
-      keys.push_back(i);
+  }
+  for (TensorList list : mutated) {
+    for (const Tensor& t : list) {
+      if (!t.is_inference()) {
+        t.unsafeGetTensorImpl()->bump_version();
+      }
     }
   }
-  if (keys.empty()) {
-    run();
-  } else {
-    std::vector<Tensor> inputs;
-    std::vector<Tensor> outputs;
-    for (size_t i : keys) {
-      inputs.push_back(x[i]);
-      outputs.push_back(y[i]);
+}
+
+// Runs an operator whose outputs are or become part of a graph.
+template <typename Run>
+void run_in_graph(TensorList x, TensorList y, const States& s, double eps, bool inverse,
+                  const Run& run) {
+  std::vector<size_t> keys;
+  std::vector<Tensor> inputs;
+  std::vector<Tensor> outputs;
+  std::vector<std::pair<Tensor, Tensor>> copies;
+  for (size_t i = 0; i < std::min(x.size(), y.size()); ++i) {
+    if (!x[i].requires_grad() && !y[i].requires_grad()) {
+      continue;
     }
+    check_writable(y[i], i);
+    Tensor output = y[i];
+    if (output.is_view() || output.requires_grad()) {
+      // It shares a graph with others: torch's own copy_ knows how that goes on.
+      output = at::empty_like(y[i]);
+      copies.emplace_back(y[i], output);
+    }
+    if (x[i].requires_grad()) {
+      keys.push_back(i);
+      inputs.push_back(x[i]);
+      outputs.push_back(output);
+    }
+  }
+  const auto run_and_copy = [&] {
+    run();
+    at::AutoDispatchBelowADInplaceOrView guard;
+    for (const auto& [written, copy] : copies) {
+      copy.copy_(written);
+    }
+  };
+  if (keys.empty()) {
+    run_and_copy();
+  } else {
     AffineGrad::apply(
         TensorList(inputs), TensorList(outputs),
         [&] {
-          run();
+          run_and_copy();
           std::vector<Tensor> scales;
           for (size_t i : keys) {
             scales.push_back(scale_of(s, i, eps));
@@ -241,11 +278,27 @@ void with_gradients(TensorList x, TensorList y, const States& s, double eps,
         },
         inverse);
   }
-  // An output that a graph has saved must not be used by its backward pass any more.
-  for (const Tensor& t : y) {
-    if (!t.is_inference()) {
-      t.unsafeGetTensorImpl()->bump_version();
-    }
+  for (const auto& [written, copy] : copies) {
+    written.copy_(copy);
+  }
+}
+
+// Runs an operator, and connects the outputs whose inputs need gradients.
+template <typename Run>
+void with_gradients(TensorList x, TensorList y, const States& s, double eps,
+                    bool inverse, const Run& run) {
+  const auto needs_gradient = [](const Tensor& t) { return t.requires_grad(); };
+  for (size_t i = 0; i < x.size(); ++i) {
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        !x[i]._fw_grad(0).defined(), "key ", i,
+        ": the operators have no forward-mode derivatives, torchrl_vecnorm.functional "
+        "has them");
+  }
+  if (at::GradMode::is_enabled() && (std::any_of(x.begin(), x.end(), needs_gradient) ||
+                                     std::any_of(y.begin(), y.end(), needs_gradient))) {
+    run_in_graph(x, y, s, eps, inverse, run);
+  } else {
+    run();
   }
 }
 
@@ -253,21 +306,37 @@ void update_autograd(TensorList x, TensorList sum, TensorList ssq, TensorList co
                      TensorList nonfinite, TensorList y, TensorList mask, double keep,
                      double weight, double eps) {
   with_gradients(x, y, {sum, ssq, count, nonfinite}, eps, false, [&] {
-    update_op().call(x, sum, ssq, count, nonfinite, y, mask, keep, weight, eps);
+    run_below_autograd({sum, ssq, count, nonfinite, y}, [&] {
+      update_op().call(x, sum, ssq, count, nonfinite, y, mask, keep, weight, eps);
+    });
   });
 }
 
 void normalize_autograd(TensorList x, TensorList sum, TensorList ssq, TensorList count,
                         TensorList nonfinite, TensorList y, double eps) {
-  with_gradients(x, y, {sum, ssq, count, nonfinite}, eps, false,
-                 [&] { normalize_op().call(x, sum, ssq, count, nonfinite, y, eps); });
+  with_gradients(x, y, {sum, ssq, count, nonfinite}, eps, false, [&] {
+    run_below_autograd(
+        {y}, [&] { normalize_op().call(x, sum, ssq, count, nonfinite, y, eps); });
+  });
 }
 
 void denormalize_autograd(TensorList y, TensorList sum, TensorList ssq,
                           TensorList count, TensorList nonfinite, TensorList x,
                           double eps) {
-  with_gradients(y, x, {sum, ssq, count, nonfinite}, eps, true,
-                 [&] { denormalize_op().call(y, sum, ssq, count, nonfinite, x, eps); });
+  with_gradients(y, x, {sum, ssq, count, nonfinite}, eps, true, [&] {
+    run_below_autograd(
+        {x}, [&] { denormalize_op().call(y, sum, ssq, count, nonfinite, x, eps); });
+  });
+}
+
+void merge_autograd(TensorList sum, TensorList ssq, TensorList count,
+                    TensorList nonfinite, TensorList other_sum, TensorList other_ssq,
+                    TensorList other_count, TensorList other_nonfinite, double keep,
+                    double weight) {
+  run_below_autograd({sum, ssq, count, nonfinite}, [&] {
+    merge_op().call(sum, ssq, count, nonfinite, other_sum, other_ssq, other_count,
+                    other_nonfinite, keep, weight);
+  });
 }
 
 }  // namespace
@@ -332,7 +401,15 @@ TORCH_LIBRARY_IMPL(torchrl_vecnorm, Autograd, m) {
   m.impl("update", update_autograd);
   m.impl("normalize", normalize_autograd);
   m.impl("denormalize", denormalize_autograd);
-  m.impl("merge", torch::CppFunction::makeFallthrough());
+  m.impl("merge", merge_autograd);
+}
+
+// What is left of it in inference mode, for tensors from outside.
+TORCH_LIBRARY_IMPL(torchrl_vecnorm, ADInplaceOrView, m) {
+  m.impl("update", update_autograd);
+  m.impl("normalize", normalize_autograd);
+  m.impl("denormalize", denormalize_autograd);
+  m.impl("merge", merge_autograd);
 }
 
 }  // namespace vecnorm

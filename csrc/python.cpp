@@ -19,6 +19,7 @@
 #include <sys/mman.h>
 #endif
 
+#include <algorithm>
 #include <memory>
 #include <optional>
 #include <string>
@@ -26,13 +27,13 @@
 
 #include "ops.h"
 #include "shared/shared_state.h"
+#include "tensors.h"
 
 namespace py = pybind11;
 
 namespace vecnorm {
 namespace {
 
-using at::Tensor;
 using Tensors = std::vector<Tensor>;
 
 // A large output is fresh from the system, page by page as it is written: huge pages
@@ -72,26 +73,64 @@ Tensors outputs_like(const Tensors& x) {
   return y;
 }
 
+// Whether functorch or forward-mode derivatives look into a tensor: they know plain
+// torch only.
+bool is_transformed(const Tensor& t) {
+  constexpr c10::DispatchKeySet wrappers(
+      {c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::FuncTorchBatched});
+  return t.key_set().has_any(wrappers) || t._fw_grad(0).defined();
+}
+
+bool any_transformed(const Tensors& tensors) {
+  return std::any_of(tensors.begin(), tensors.end(), is_transformed);
+}
+
 // Whether a tensor is memory of another process's GPU context.
 bool came_from_another_process(const Tensor& t) {
   return t.is_cuda() && t.storage().unsafeGetStorageImpl()->received_cuda();
 }
 
-Tensors update_and_normalize(const Tensors& x, const Tensors& sum, const Tensors& ssq,
-                             const Tensors& count, const Tensors& nonfinite,
-                             const Tensors& mask, double keep, double weight,
-                             double eps, std::optional<Tensors> out) {
+std::optional<Tensors> update_and_normalize(const Tensors& x, const Tensors& sum,
+                                            const Tensors& ssq, const Tensors& count,
+                                            const Tensors& nonfinite,
+                                            const Tensors& mask, double keep,
+                                            double weight, double eps,
+                                            std::optional<Tensors> out) {
+  if (any_transformed(x) || (out.has_value() && any_transformed(*out))) {
+    return std::nullopt;
+  }
   Tensors y = out.has_value() ? std::move(*out) : outputs_like(x);
   update(x, sum, ssq, count, nonfinite, y, mask, keep, weight, eps);
   return y;
 }
 
-Tensors normalized(const Tensors& x, const Tensors& sum, const Tensors& ssq,
-                   const Tensors& count, const Tensors& nonfinite, double eps,
-                   std::optional<Tensors> out) {
+std::optional<Tensors> normalized(const Tensors& x, const Tensors& sum,
+                                  const Tensors& ssq, const Tensors& count,
+                                  const Tensors& nonfinite, double eps,
+                                  std::optional<Tensors> out) {
+  if (any_transformed(x) || (out.has_value() && any_transformed(*out))) {
+    return std::nullopt;
+  }
   Tensors y = out.has_value() ? std::move(*out) : outputs_like(x);
   normalize(x, sum, ssq, count, nonfinite, y, eps);
   return y;
+}
+
+// What kernels check, for implementations in plain torch.
+void check_update(const Tensors& x, const Tensors& y, const Tensors& mask,
+                  const Tensors& sum, const Tensors& ssq, const Tensors& count,
+                  const Tensors& nonfinite) {
+  const States s{sum, ssq, count, nonfinite};
+  check_values(x, y, s);
+  check_masks(mask, x, s);
+}
+
+void check_moments(const Tensors& sum, const Tensors& ssq, const Tensors& count,
+                   const Tensors& nonfinite, const Tensors& other_sum,
+                   const Tensors& other_ssq, const Tensors& other_count,
+                   const Tensors& other_nonfinite) {
+  check_merge({sum, ssq, count, nonfinite},
+              {other_sum, other_ssq, other_count, other_nonfinite});
 }
 
 // An entry of nested tensordicts, as the dictionaries that hold it. Only plain
@@ -135,7 +174,7 @@ class Binding {
   }
 
   // Normalises the values of `td`. False if anything is special, or an operator refuses
-  // a value: nothing has happened then.
+  // a value, which it does before it writes: nothing has happened then.
   bool call(const py::object& state_td, const py::object& td, bool updating,
             double keep, double eps, double timeout) const {
     if (state_td.ptr() != td_.ptr() || !holds() || !is_plain(td.ptr())) {
@@ -156,7 +195,7 @@ class Binding {
       }
       const Tensor& t = THPVariable_Unpack(value);
       if (t.device() != sum_[i].device() || t.layout() != at::kStrided ||
-          t.scalar_type() != dtypes_[i] ||
+          t.scalar_type() != dtypes_[i] || is_transformed(t) ||
           (ndims_[i].has_value() && t.dim() - batch_dims != *ndims_[i])) {
         return false;
       }
@@ -181,7 +220,9 @@ class Binding {
         normalize(x, sum_, ssq_, count_, nonfinite_, y, eps);
       }
       guard.release();
-    } catch (const c10::Error&) {
+    } catch (const c10::ValueError&) {
+      return false;
+    } catch (const c10::TypeError&) {
       return false;
     }
     for (size_t i = 0; i < y.size(); ++i) {
@@ -212,7 +253,8 @@ class Binding {
     for (PyObject* part : parts_as_span()) {
       PyObject* child =
           PyDict_GetItem(PyTuple_GET_ITEM(part, 0), PyTuple_GET_ITEM(part, 1));
-      if (child != PyTuple_GET_ITEM(part, 2)) {
+      // Statistics in the layout of torchrl's class have no `nonfinite`.
+      if ((child == nullptr ? Py_None : child) != PyTuple_GET_ITEM(part, 2)) {
         return false;
       }
     }
@@ -270,6 +312,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("normalize", &normalized, py::arg("x"), py::arg("sum"), py::arg("ssq"),
         py::arg("count"), py::arg("nonfinite"), py::arg("eps"),
         py::arg("out") = py::none());
+  m.def("check_values", &check_update, py::arg("x"), py::arg("y"), py::arg("mask"),
+        py::arg("sum"), py::arg("ssq"), py::arg("count"), py::arg("nonfinite"));
+  m.def(
+      "check_floating_point", [](const Tensors& x) { check_floating_point(x); },
+      py::arg("x"));
+  m.def("check_merge", &check_moments, py::arg("sum"), py::arg("ssq"), py::arg("count"),
+        py::arg("nonfinite"), py::arg("other_sum"), py::arg("other_ssq"),
+        py::arg("other_count"), py::arg("other_nonfinite"));
   py::class_<Binding>(m, "Binding")
       .def(py::init<py::object, py::list, py::object, std::vector<py::tuple>,
                     std::vector<py::tuple>, std::vector<std::optional<int64_t>>,

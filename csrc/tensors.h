@@ -59,8 +59,12 @@ inline void check_state(const States& s, size_t i) {
   }
   if (has(s.nonfinite, i)) {
     const Tensor& nonfinite = s.nonfinite[i];
-    TORCH_CHECK_TYPE(nonfinite.scalar_type() == at::kDouble, "key ", i,
-                     ": expected nonfinite as float64, got ", nonfinite.scalar_type());
+    // mps has no float64, and no kernel of ours that relies on it.
+    const bool is_counter =
+        nonfinite.scalar_type() == at::kDouble ||
+        (nonfinite.is_mps() && nonfinite.scalar_type() == at::kFloat);
+    TORCH_CHECK_TYPE(is_counter, "key ", i, ": expected nonfinite as float64, got ",
+                     nonfinite.scalar_type());
     TORCH_CHECK_VALUE(nonfinite.dim() == sum.dim() + 1 && nonfinite.size(0) == 2 &&
                           nonfinite.sizes().slice(1) == sum.sizes() &&
                           nonfinite.is_contiguous(),
@@ -76,6 +80,51 @@ inline void check_states(const States& s) {
   check_length(s.nonfinite, n, "nonfinite", true);
   for (size_t i = 0; i < n; ++i) {
     check_state(s, i);
+  }
+}
+
+inline void check_merge(const States& s, const States& other) {
+  check_states(s);
+  check_states(other);
+  check_length(other.sum, s.sum.size(), "other_sum", false);
+  for (size_t i = 0; i < s.sum.size(); ++i) {
+    TORCH_CHECK_VALUE(s.sum[i].sizes() == other.sum[i].sizes(), "key ", i,
+                      ": expected moments of shape ", s.sum[i].sizes(), ", got ",
+                      other.sum[i].sizes());
+  }
+}
+
+inline bool share_storage(const Tensor& a, const Tensor& b) {
+  const auto storage = [](const Tensor& t) {
+    return t.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl();
+  };
+  return storage(a) != nullptr && storage(a) == storage(b);
+}
+
+// Whether two tensors surely share elements; of interleaved views nobody can tell
+// cheaply.
+inline bool overlap(const Tensor& a, const Tensor& b) {
+  if (!share_storage(a, b) || a.numel() == 0 || b.numel() == 0) {
+    return false;
+  }
+  const at::MemOverlapStatus status = at::get_overlap_status(a, b);
+  return status == at::MemOverlapStatus::Full ||
+         status == at::MemOverlapStatus::Partial ||
+         a.const_data_ptr() == b.const_data_ptr();
+}
+
+// An output that is another key's too, or its values, would depend on the order in
+// which keys are written.
+inline void check_apart(TensorList x, TensorList y) {
+  for (size_t i = 0; i < y.size(); ++i) {
+    for (size_t j = 0; j < y.size(); ++j) {
+      TORCH_CHECK_VALUE(j == i || !overlap(y[i], x[j]), "key ", i,
+                        ": expected an output apart from the values of key ", j,
+                        ", got one that shares memory with them");
+      TORCH_CHECK_VALUE(j >= i || !overlap(y[i], y[j]), "key ", i,
+                        ": expected an output apart from that of key ", j,
+                        ", got one that shares memory with it");
+    }
   }
 }
 
@@ -95,7 +144,9 @@ inline void check_values(TensorList x, TensorList y, const States& s) {
                       ", got values of shape ", value.sizes());
     if (!y.empty()) {
       at::assert_no_internal_overlap(y[i]);
-      at::assert_no_partial_overlap(y[i], value);
+      if (share_storage(y[i], value)) {
+        at::assert_no_partial_overlap(y[i], value);
+      }
       TORCH_CHECK_VALUE(y[i].sizes() == value.sizes(), "key ", i,
                         ": expected an output of shape ", value.sizes(), ", got ",
                         y[i].sizes());
@@ -105,6 +156,27 @@ inline void check_values(TensorList x, TensorList y, const States& s) {
           "key ", i, ": ", value.scalar_type(), " values cannot be written to a ",
           y[i].scalar_type(), " output");
     }
+  }
+  check_apart(x, y);
+}
+
+// The number of samples in values that check_values() has passed.
+inline int64_t samples_of(const Tensor& x, const Tensor& sum) {
+  int64_t samples = 1;
+  for (int64_t d = 0; d < x.dim() - sum.dim(); ++d) {
+    samples *= x.size(d);
+  }
+  return samples;
+}
+
+inline void check_masks(TensorList mask, TensorList x, const States& s) {
+  check_length(mask, x.size(), "mask", true);
+  for (size_t i = 0; i < mask.size(); ++i) {
+    const int64_t samples = samples_of(x[i], s.sum[i]);
+    TORCH_CHECK_VALUE(!has(mask, i) || (mask[i].scalar_type() == at::kBool &&
+                                        mask[i].numel() == samples),
+                      "key ", i, ": expected a bool mask with ", samples,
+                      " elements, got ", mask[i].scalar_type(), " ", mask[i].sizes());
   }
 }
 
@@ -220,19 +292,12 @@ struct Keys {
       Key& key = keys[i];
       const Tensor& value = x[i];
       const int64_t features = s.sum[i].numel();
-      int64_t samples = 1;
-      for (int64_t d = 0; d < value.dim() - s.sum[i].dim(); ++d) {
-        samples *= value.size(d);
-      }
+      const int64_t samples = samples_of(value, s.sum[i]);
       key.features = features;
       key.samples = samples;
       key.state = state_of(s, i);
       if (has(mask, i)) {
-        const Tensor& m = mask[i];
-        TORCH_CHECK_VALUE(m.scalar_type() == at::kBool && m.numel() == samples, "key ",
-                          i, ": expected a bool mask with ", samples, " elements, got ",
-                          m.scalar_type(), " ", m.sizes());
-        key.mask = keep(m.contiguous()).data_ptr<bool>();
+        key.mask = keep(mask[i].contiguous()).data_ptr<bool>();
       }
       if (samples == 0 || features == 0) {
         key.samples = 0;

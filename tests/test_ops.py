@@ -23,8 +23,9 @@ from samples import (
     padded,
     transposed,
 )
+from tensordict import TensorDict
 
-from torchrl_vecnorm import Moments, _ops, oracle
+from torchrl_vecnorm import Moments, VecNorm, _ops, oracle
 from torchrl_vecnorm import functional as F
 
 ops = torch.ops.torchrl_vecnorm
@@ -545,6 +546,103 @@ def test_only_what_needs_gradients():
     assert xs[0].grad is not None and xs[1].grad is None
 
 
+def _outputs(like: torch.Tensor) -> dict[str, torch.Tensor]:
+    buffer = torch.zeros(2, *like.shape, dtype=like.dtype)
+    graph = torch.zeros_like(like, requires_grad=True) * 1
+    return {
+        "plain": torch.zeros_like(like),
+        "view": buffer[0],
+        "transposed": torch.zeros_like(like.mT).mT,
+        "of a graph": graph,
+        "view of a graph": graph.view(like.shape),
+    }
+
+
+@pytest.mark.parametrize("call", [F.update_, F.normalize])
+@pytest.mark.parametrize("which", _outputs(torch.ones(4, 3)))
+def test_gradients_through_outputs(which, call):
+    """Whatever the result is written to, its gradient is that of the result."""
+    w = data((4,), (3,), torch.float64).requires_grad_()
+    state = F.moments(data((40,), (3,)))
+    other = clone(state)
+    out = _outputs(w.detach())[which]
+    y = call(w * 2, state, out=out)
+    assert y is out
+    want = call(w.detach() * 2, other)
+    assert torch.equal(y, want)
+    y.sum().backward()
+    _, scale = F.loc_scale(state)
+    torch.testing.assert_close(w.grad, (2 / scale).expand(4, 3))
+
+
+def test_gradients_in_place():
+    """Also of a view that is its own output, beside one of the same buffer."""
+    w = data((4,), (6,), torch.float64).requires_grad_()
+    states = [Moments.zeros([3]), Moments.zeros([3])]
+    buffer = w * 2
+    halves = [buffer[:, :3], buffer[:, 3:]]
+    F.update_(halves, states, out=halves)
+    buffer.sum().backward()
+    scales = [F.loc_scale(s)[1] for s in states]
+    torch.testing.assert_close(w.grad, (2 / torch.cat(scales)).expand(4, 6))
+
+
+def test_no_gradient_through_what_was_overwritten():
+    w = torch.ones(4, 3, requires_grad=True)
+    out = w * 2
+    F.update_(data((4,), (3,)), Moments.zeros([3]), out=out)
+    out.sum().backward()
+    assert torch.equal(w.grad, torch.zeros(4, 3))
+
+
+def test_outputs_that_autograd_refuses():
+    """Before anything is written."""
+    x = data((4,), (3,)).requires_grad_()
+    with torch.inference_mode():
+        inference = torch.empty(4, 3)
+    with torch.no_grad():
+        old = torch.empty(1, 4, 3)[0]
+    for value, out, match in (
+        (x, x, "leaf Variable"),
+        (x, torch.empty(4, 3, requires_grad=True), "leaf Variable"),
+        (x, torch.empty(1, 4, 3, requires_grad=True)[0], "leaf Variable"),
+        (x.detach(), torch.empty(4, 3, requires_grad=True), "leaf Variable"),
+        (x, torch.empty(2, 4, 3).unbind(0)[0], "multiple views"),
+        (x, old, "no_grad"),
+        (x, inference, "inference tensor"),
+    ):
+        state = Moments.zeros([3])
+        before = out.detach().clone()
+        with pytest.raises(RuntimeError, match=match) as error:
+            F.update_([value], [state], out=[out])
+        assert "key 0" in str(error.value)
+        assert_same(state, Moments.zeros([3]))
+        assert torch.equal(out.detach().nan_to_num(), before.nan_to_num())
+        with torch.no_grad():
+            F.update_(value.detach(), state, out=out)
+        assert state.count == 4
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_state_that_a_graph_has_saved(inference):
+    """Its backward pass would take the new statistics for the old ones."""
+    x = data((5,), (3,))
+    w = torch.ones((), dtype=torch.float64, requires_grad=True)
+    batch = F.moments(x)
+    for call in (
+        lambda s: F.update_(x, s),
+        lambda s: F.merge_(s, batch),
+        lambda s: _ops._merge(*F.columns([s]), *F.columns([batch]), 1.0, 1.0),
+    ):
+        for leaf in range(4):
+            state = Moments.zeros([3])
+            loss = (w * state[leaf]).sum()
+            with torch.inference_mode(inference):
+                call(state)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                loss.backward()
+
+
 # ---------------------------------------------------------------------- operators
 
 
@@ -629,6 +727,73 @@ def test_composite():
 # --------------------------------------------------------------------------- errors
 
 
+def _refused_calls():
+    """What every implementation refuses: arguments of update, the error, its message."""
+    good, x = Moments.zeros([3]), data((5,), (3,))
+
+    def call(value, state=good, out=None, mask=None):
+        y = torch.empty_like(x) if out is None else out
+        masks = [] if mask is None else [torch.empty(0, dtype=torch.bool), mask]
+        xs = [x, value]
+        columns = F.columns([Moments.zeros([3]), clone(state)])
+        return xs, *columns, [torch.empty_like(x), y], masks, 0.9, 1.0, 1e-4
+
+    return {
+        "features": (call(torch.ones(5, 1)), ValueError, r"shape \[3\].*\[5, 1\]"),
+        "output": (call(x, out=torch.empty(1, 3)), ValueError, r"\[5, 3\].*\[1, 3\]"),
+        "complex": (call(x.to(torch.complex64)), TypeError, "real"),
+        "integer output": (
+            call(x, out=torch.empty(5, 3).int()),
+            TypeError,
+            "Int output",
+        ),
+        "mask": (call(x, mask=torch.ones(4).bool()), ValueError, "bool mask with 5"),
+        "count": (
+            call(x, good._replace(count=torch.zeros(2).double())),
+            ValueError,
+            "count",
+        ),
+        "dtype": (
+            call(x, good._replace(ssq=torch.zeros(3).half())),
+            TypeError,
+            "state",
+        ),
+    }
+
+
+@pytest.mark.parametrize("update", [ops.update, _ops._update])
+@pytest.mark.parametrize("what", _refused_calls())
+def test_refused_by_every_implementation(what, update):
+    arguments, error, message = _refused_calls()[what]
+    before = [t.clone() for column in arguments[1:5] for t in column]
+    with pytest.raises(error, match=f"key 1.*{message}"):
+        update(*arguments)
+    after = [t for column in arguments[1:5] for t in column]
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
+@pytest.mark.parametrize("composite", [False, True])
+def test_refused_by_the_others(composite):
+    good, x = Moments.zeros([3]), data((5,), (3,))
+    columns, wide = F.columns([good]), [torch.empty(1, 3)]
+    owner = _ops if composite else ops
+    normalize, denormalize, merge = (
+        getattr(owner, ("_" if composite else "") + name)
+        for name in ("normalize", "denormalize", "merge")
+    )
+    for call in (normalize, denormalize):
+        with pytest.raises(ValueError, match=r"key 0.*\[5, 3\].*\[1, 3\]"):
+            call([x], *columns, wide, 1e-4)
+    integers = torch.ones(5, 3, dtype=torch.int64)
+    with pytest.raises(TypeError, match=r"key 0.*floating-point"):
+        denormalize([integers], *columns, [x], 1e-4)
+    with pytest.raises(ValueError, match=r"key 0.*\[3\].*\[1\]"):
+        merge(*columns, *F.columns([F.moments(x[:, :1])]), 1.0, 1.0)
+    with pytest.raises(ValueError, match="expected 1 tensors"):
+        merge(*columns, *F.columns([good, good]), 1.0, 1.0)
+    assert_same(good, Moments.zeros([3]))
+
+
 def test_refused():
     """A key that is refused leaves the statistics of all keys as they were."""
     good, x = Moments.zeros([3]), data((5,), (3,))
@@ -679,6 +844,38 @@ def test_outputs_that_overlap():
         F.normalize(buffer[:-1], state, out=buffer[1:])
 
 
+@pytest.mark.parametrize("update", [ops.update, _ops._update])
+def test_outputs_of_other_keys(update):
+    """One key's output is not where another reads or writes."""
+    a, b, buffer = data((5,), (3,)), data((5,), (3,)), torch.zeros(6, 3)
+    for xs, ys in (
+        ([a, b], [b, a]),
+        ([a, b], [torch.empty(5, 3), a]),
+        ([a, b], [buffer[:5], buffer[1:]]),
+        ([a, b], [buffer[:5], buffer[:5]]),
+        ([a, b[:, :2]], [torch.empty(5, 3), a[:, :2]]),
+    ):
+        states = [Moments.zeros(x.shape[1:]) for x in xs]
+        before = [x.clone() for x in xs]
+        with pytest.raises(ValueError, match=r"key \d: .* memory"):
+            update(xs, *F.columns(states), ys, [], 0.9, 1.0, 1e-4)
+        assert all(s.count == 0 for s in states)
+        assert all(torch.equal(x, v) for x, v in zip(xs, before, strict=True))
+    wide = torch.cat([a, b], 1)
+    halves = [wide[:, :3], wide[:, 3:]]
+    states = [Moments.zeros([3]), Moments.zeros([3])]
+    update(halves, *F.columns(states), halves, [], 0.9, 1.0, 1e-4)
+    want = [F.update_(x, Moments.zeros([3]), decay=0.9) for x in (a, b)]
+    torch.testing.assert_close(wide, torch.cat(want, 1), rtol=1e-5, atol=1e-5)
+
+
+def test_more_outputs_than_values():
+    state = Moments.zeros([3])
+    with pytest.raises(ValueError, match="expected 1 tensors in y"):
+        F.update_([data((5,), (3,))], [state], out=[torch.empty(5, 3)] * 20)
+    assert state.count == 0
+
+
 def test_an_output_that_a_graph_has_saved():
     x, saved = data((5,), (3,)), torch.ones(5, 3)
     w = torch.ones(5, 3, requires_grad=True)
@@ -707,6 +904,105 @@ def test_functorch_and_forward_mode():
     torch.testing.assert_close(grad, (1 / scale).float().expand(4, 3))
     mapped = torch.func.vmap(lambda v: F.normalize(v, state))(x)
     torch.testing.assert_close(mapped, F.normalize(x, state))
+
+
+def _scales(state):
+    return (1 / F.loc_scale(state)[1]).float().expand(4, 3)
+
+
+@pytest.mark.parametrize("out", [False, True])
+def test_forward_mode_of_update(out):
+    """The statistics are constants, and see each value once."""
+    x, ones = data((4,), (3,)), torch.ones(4, 3)
+
+    def update(v, state):
+        return F.update_(v, state, out=torch.zeros(2, 4, 3)[0] if out else None)
+
+    state, want = Moments.zeros([3]), Moments.zeros([3])
+    F.update_(x, want)
+    y, tangent = torch.func.jvp(lambda v: update(v, state), (x,), (ones,))
+    assert_same(state, want)
+    torch.testing.assert_close(tangent, _scales(state))
+    torch.testing.assert_close(y, F.normalize(x, state))
+    state = Moments.zeros([3])
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, ones)
+        y = torch.autograd.forward_ad.unpack_dual(update(dual, state))
+        torch.testing.assert_close(y.tangent, _scales(state))
+    assert_same(state, want)
+    state = Moments.zeros([3])
+    grad = torch.func.grad(lambda v: update(v, state).sum())(x)
+    torch.testing.assert_close(grad, _scales(state))
+    assert_same(state, want)
+    state = Moments.zeros([3])
+    for transform in (torch.func.jacfwd, torch.func.jacrev):
+        jacobian = transform(lambda v: update(v, state))(x)
+        torch.testing.assert_close(
+            jacobian.sum((2, 3)), _scales(state), rtol=1e-5, atol=0
+        )
+
+
+def test_forward_mode_is_not_forgotten():
+    state, x = Moments.zeros([3]), data((4,), (3,))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones(4, 3))
+        with pytest.raises(NotImplementedError, match=r"key 0.*forward-mode"):
+            ops.update([dual], *F.columns([state]), [x], [], 0.9, 1.0, 1e-4)
+        y = F.normalize(dual, state, out=torch.empty(4, 3))
+        assert torch.equal(
+            torch.autograd.forward_ad.unpack_dual(y).tangent, torch.ones(4, 3)
+        )
+    assert state.count == 0
+    captured = torch.empty(4, 3)
+    with pytest.raises(RuntimeError, match="mutate a captured Tensor"):
+        torch.func.grad(lambda v: F.update_(v, state, out=captured).sum())(x)
+    with pytest.raises(RuntimeError, match="atching rule"):
+        torch.func.vmap(lambda v: F.update_(v, state))(x)
+    assert state.count == 0
+
+
+def test_forward_mode_of_a_bound_transform():
+    t, x = VecNorm(["a"]), data((4,), (3,))
+    for _ in range(2):
+        t(TensorDict({"a": x}, [4]))
+    _, tangent = torch.func.jvp(
+        lambda v: t(TensorDict({"a": v}, [4]))["a"], (x,), (torch.ones(4, 3),)
+    )
+    torch.testing.assert_close(tangent, (1 / t.scale["a"]).expand(4, 3))
+    assert t._td["a_count"] == 4 * (1 + 0.9999 + 0.9999**2)
+
+
+def test_a_state_of_torchrls_layout_is_bound():
+    zeros = TensorDict(
+        {"a_sum": torch.zeros(3), "a_ssq": torch.zeros(3), "a_count": torch.zeros(1)}
+    )
+    t = VecNorm(["a"], shared_td=zeros.share_memory_())
+    t(TensorDict({"a": data((4,), (3,))}, [4]))
+    binding = t._binding
+    assert binding is not None
+    assert t._common_call(TensorDict({"a": data((4,), (3,))}, [4]))
+    t(TensorDict({"a": data((4,), (3,))}, [4]))
+    assert t._binding is binding
+    # One that comes later is seen.
+    t._td.unlock_()["a_nonfinite"] = torch.zeros(2, 3, dtype=torch.float64)
+    assert not t._common_call(TensorDict({"a": data((4,), (3,))}, [4]))
+
+
+@pytest.mark.filterwarnings("ignore:Warning only once for all operators")
+def test_an_error_after_an_update_repeats_nothing():
+    """The gradient needs the scale, and torch cannot compute it."""
+    t = VecNorm(["a"], decay=1)
+    td = TensorDict({"a": data((2,), (3,)).requires_grad_()}, [2])
+    for _ in range(2):
+        t(td.clone())
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("where.self", torch.library.fallthrough_kernel, "CPU")
+    try:
+        with pytest.raises(NotImplementedError, match="where"):
+            t(td.clone())
+    finally:
+        library._destroy()
+    assert t._td["a_count"] == 6
 
 
 def _update_what_needs_a_copy(queue):

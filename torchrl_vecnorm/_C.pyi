@@ -17,8 +17,12 @@ def update(
     weight: float,
     eps: float,
     out: list[Tensor] | None = None,
-) -> list[Tensor]:
-    """Folds x into the state and returns it normalised with the result."""
+) -> list[Tensor] | None:
+    """Folds x into the state and returns it normalised with the result.
+
+    None where functorch or forward-mode derivatives look into x or out: they know plain
+    torch only. Nothing has happened then.
+    """
 
 def normalize(
     x: list[Tensor],
@@ -28,8 +32,34 @@ def normalize(
     nonfinite: list[Tensor],
     eps: float,
     out: list[Tensor] | None = None,
-) -> list[Tensor]:
-    """Returns x normalised with the state as it is."""
+) -> list[Tensor] | None:
+    """Returns x normalised with the state as it is; None as update does."""
+
+def check_values(
+    x: list[Tensor],
+    y: list[Tensor],
+    mask: list[Tensor],
+    sum: list[Tensor],
+    ssq: list[Tensor],
+    count: list[Tensor],
+    nonfinite: list[Tensor],
+) -> None:
+    """Refuses what the compiled operators refuse, for those in plain torch."""
+
+def check_floating_point(x: list[Tensor]) -> None:
+    """Refuses integers and bools, for denormalize in plain torch."""
+
+def check_merge(
+    sum: list[Tensor],
+    ssq: list[Tensor],
+    count: list[Tensor],
+    nonfinite: list[Tensor],
+    other_sum: list[Tensor],
+    other_ssq: list[Tensor],
+    other_count: list[Tensor],
+    other_nonfinite: list[Tensor],
+) -> None:
+    """As check_values, for merge."""
 
 class Binding:
     """A transform's live statistics and keys; see torchrl_vecnorm.state.bind."""

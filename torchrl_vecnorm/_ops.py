@@ -65,6 +65,7 @@ def _update(
     weight: float,
     eps: float,
 ) -> None:
+    _C.check_values(x, y, mask, sum, ssq, count, nonfinite)
     states = _states(sum, ssq, count, nonfinite)
     masks = [m if m.numel() else None for m in mask] or [None] * len(x)
     results = [
@@ -86,6 +87,7 @@ def _normalize(
     y: Tensors,
     eps: float,
 ) -> None:
+    _C.check_values(x, y, [], sum, ssq, count, nonfinite)
     for value, state, out in zip(
         x, _states(sum, ssq, count, nonfinite), y, strict=True
     ):
@@ -101,6 +103,8 @@ def _denormalize(
     x: Tensors,
     eps: float,
 ) -> None:
+    _C.check_floating_point(y)
+    _C.check_values(y, x, [], sum, ssq, count, nonfinite)
     for value, state, out in zip(
         y, _states(sum, ssq, count, nonfinite), x, strict=True
     ):
@@ -119,6 +123,16 @@ def _merge(
     keep: float,
     weight: float,
 ) -> None:
+    _C.check_merge(
+        sum,
+        ssq,
+        count,
+        nonfinite,
+        other_sum,
+        other_ssq,
+        other_count,
+        other_nonfinite,
+    )
     states = _states(sum, ssq, count, nonfinite)
     others = _states(other_sum, other_ssq, other_count, other_nonfinite)
     new = [oracle.fold(s, o, keep, weight) for s, o in zip(states, others, strict=True)]
@@ -155,6 +169,17 @@ def needs_plain_torch() -> bool:
     )
 
 
+def _normalize_plainly(
+    x: list[Tensor], states: list[Moments], eps: float, out: list[Tensor] | None
+) -> list[Tensor]:
+    y = [oracle.normalize(v, s, eps) for v, s in zip(x, states, strict=True)]
+    if out is None:
+        return y
+    for written, value in zip(out, y, strict=True):
+        written.copy_(value)
+    return out
+
+
 def update(
     x: list[Tensor],
     sum: list[Tensor],
@@ -175,7 +200,18 @@ def update(
             x, sum, ssq, count, nonfinite, y, mask, keep, weight, eps
         )
         return y
-    return _C.update(x, sum, ssq, count, nonfinite, mask, keep, weight, eps, out)
+    y = _C.update(x, sum, ssq, count, nonfinite, mask, keep, weight, eps, out)
+    if y is not None:
+        return y
+    if out is not None:
+        _C.check_values(x, out, mask, sum, ssq, count, nonfinite)
+        for t in out:
+            t.copy_(t)  # what torch refuses to write to, before the state changes
+    plain = [v.detach() for v in x]
+    torch.ops.torchrl_vecnorm.update(
+        plain, sum, ssq, count, nonfinite, [], mask, keep, weight, eps
+    )
+    return _normalize_plainly(x, _states(sum, ssq, count, nonfinite), eps, out)
 
 
 def normalize(
@@ -192,7 +228,11 @@ def normalize(
         y = outputs_like(x) if out is None else out
         torch.ops.torchrl_vecnorm.normalize(x, sum, ssq, count, nonfinite, y, eps)
         return y
-    if out is None and needs_plain_torch():
-        states = _states(sum, ssq, count, nonfinite)
-        return [oracle.normalize(v, s, eps) for v, s in zip(x, states, strict=True)]
-    return _C.normalize(x, sum, ssq, count, nonfinite, eps, out)
+    y = None
+    if out is not None or not needs_plain_torch():
+        y = _C.normalize(x, sum, ssq, count, nonfinite, eps, out)
+    if y is not None:
+        return y
+    if out is not None:
+        _C.check_values(x, out, [], sum, ssq, count, nonfinite)
+    return _normalize_plainly(x, _states(sum, ssq, count, nonfinite), eps, out)

@@ -139,7 +139,7 @@ void update_cuda(TensorList x, TensorList sum, TensorList ssq, TensorList count,
                  double weight, double eps) {
   const States s{sum, ssq, count, nonfinite};
   check_values(x, y, s);
-  check_length(mask, x.size(), "mask", true);
+  check_masks(mask, x, s);
   if (x.empty()) {
     return;
   }
