@@ -688,7 +688,10 @@ class Machine(RuleBasedStateMachine):
         batch=batches(),
         position=positions,
         kind=st.sampled_from(
-            ("shape", "dimensions", "missing", "complex", "sparse", "locked")
+            (
+                *("shape", "dimensions", "missing", "complex", "sparse"),
+                *("locked", "nested locked"),
+            )
         ),
         how=st.sampled_from(("call", "step", "reset")),
     )
@@ -705,9 +708,10 @@ class Machine(RuleBasedStateMachine):
         if kind == "missing" and how == "reset":
             how = "step"
         error, match = TypeError, ["complex64"]
-        if kind == "locked":
+        if "locked" in kind:
             error, match = RuntimeError, ["locked"]
-            td.lock_()
+            # Where all values are written, or only the last one is.
+            (td if kind == "locked" else td["agents"]).lock_()
         elif kind == "missing":
             error, match = KeyError, [str(KEYS[1 - position])]
             del td[key]
@@ -723,7 +727,7 @@ class Machine(RuleBasedStateMachine):
             got = wrong.shape[len(batch.samples) :]
             error, match = ValueError, [str(FEATURES[key]), str(tuple(got))]
             td[key] = wrong
-        if kind != "locked":
+        if "locked" not in kind:
             match.append(repr(key))
         self.refuse(living, td, error, match, how, batch)
 
