@@ -708,10 +708,15 @@ class Machine(RuleBasedStateMachine):
         if kind == "missing" and how == "reset":
             how = "step"
         error, match = TypeError, ["complex64"]
-        if "locked" in kind:
+        if kind == "locked":
             error, match = RuntimeError, ["locked"]
-            # Where all values are written, or only the last one is.
-            (td if kind == "locked" else td["agents"]).lock_()
+            td.lock_()
+        elif kind == "nested locked":
+            # Where the last value is written.
+            t = living.transform
+            out_key = t.out_keys[t.in_keys.index(KEYS[1])]
+            error, match = RuntimeError, ["locked", repr(out_key)]
+            td["agents"].lock_()
         elif kind == "missing":
             error, match = KeyError, [str(KEYS[1 - position])]
             del td[key]
