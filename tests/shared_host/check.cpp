@@ -63,7 +63,7 @@ constexpr int kOtherLockPoint = 2;  // where a lock tells that its owner has die
 constexpr int kCommitPoint = 6;  // from here on the update has happened
 // Seconds that no wait should take: for others that work, and for nobody.
 constexpr double kLong = 10;
-constexpr double kShort = 2;
+constexpr double kShort = 0.2;
 const char kNote[] = "note of 17 bytes.";
 
 int failures = 0;
