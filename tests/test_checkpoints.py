@@ -14,7 +14,9 @@ import io
 import math
 import pickle
 import random
+import struct
 import warnings
+import zipfile
 from contextlib import suppress
 
 import pytest
@@ -533,10 +535,14 @@ def is_valid(state: dict) -> bool:
         if not name.endswith("_sum"):
             continue
         squares, count, missing = (
-            state.get(name[: -len("sum")] + field).double()
+            state.get(name[: -len("sum")] + field)
             for field in ("ssq", "count", "nonfinite")
         )
-        total = total.double()
+        if missing is None:
+            missing = torch.zeros(2, *total.shape)
+        total, squares, count, missing = (
+            leaf.double() for leaf in (total, squares, count, missing)
+        )
         if count.shape != (1,) or squares.shape != total.shape:
             return False
         leaves = (total, squares, count, missing)
@@ -609,39 +615,127 @@ def test_mutated_entries(request, fresh):
     assert cases * 0.05 < loaded < cases * 0.6
 
 
+def change_byte(r: random.Random, data: bytes) -> bytes:
+    changed = bytearray(data)
+    for _ in range(r.choice((1, 1, 2, 8))):
+        at = r.randrange(len(changed))
+        how = r.random()
+        if how < 0.1:
+            at -= at % 8
+            value = r.choice((math.nan, math.inf, -1.0, 0.0, 1e300))
+            changed[at : at + 8] = struct.pack("<d", value)
+        elif how < 0.5:
+            changed[at] ^= 1 << r.randrange(8)
+        elif how < 0.8:
+            changed[at] = r.randrange(256)
+        else:
+            other = r.randrange(len(changed))
+            changed[at], changed[other] = changed[other], changed[at]
+    return bytes(changed)
+
+
+def change_size(r: random.Random, data: bytes) -> bytes:
+    """Cuts, or doubles a part."""
+    at = r.randrange(len(data))
+    n = r.choice((1, 8, 64, len(data)))
+    return (
+        data[:at] + (data[at + n :] if r.random() < 0.5 else data[at:][:n]) + data[at:]
+    )
+
+
+def change_record(r: random.Random, data: bytes, name: str) -> bytes:
+    """Bytes of a file in the file: with its checksum, as a zip library writes it."""
+    old, new = zipfile.ZipFile(io.BytesIO(data)), io.BytesIO()
+    with zipfile.ZipFile(new, "w") as archive:
+        chosen = r.choice([n for n in old.namelist() if name in n and old.read(n)])
+        for record in old.namelist():
+            content = old.read(record)
+            archive.writestr(
+                record, change_byte(r, content) if record == chosen else content
+            )
+    return new.getvalue()
+
+
+def is_same(state, other: dict) -> bool:
+    return (
+        isinstance(state, dict)
+        and state.keys() == other.keys()
+        and all(
+            isinstance(leaf, torch.Tensor)
+            and leaf.dtype == other[name].dtype
+            and leaf.shape == other[name].shape
+            and torch.equal(leaf.isnan(), other[name].isnan())
+            and torch.equal(leaf.nan_to_num(), other[name].nan_to_num())
+            for name, leaf in state.items()
+        )
+    )
+
+
+def float32_by_hand() -> VecNorm:
+    """As torchrl keeps them: float32, without a counter, shared."""
+    td = trained(5)._td.float()
+    for name in list(td.keys(True, True)):
+        if (name if isinstance(name, str) else name[-1]).endswith("_nonfinite"):
+            del td[name]
+    return VecNorm(KEYS, shared_td=td.share_memory_())
+
+
+def with_a_journal() -> VecNorm:
+    td = VecNorm.build_td_for_shared_vecnorm(IntegerEnv(features=4))
+    t = VecNorm(KEYS[:2], shared_td=td)
+    t(batch())
+    return t
+
+
 @pytest.mark.usefixtures("_quiet")
-def test_mutated_files(request):
+@pytest.mark.parametrize("target", [trained, float32_by_hand, with_a_journal])
+def test_mutated_files(request, target):
     """Bytes of a file: changed, cut, doubled."""
     r = random.Random(0)
+    original = trained(3, True).get_extra_state()
     file = io.BytesIO()
-    torch.save(trained(3, True).get_extra_state(), file)
+    torch.save(original, file)
     data = file.getvalue()
-    t = trained(5)
+    t = target()
     good = copied(t.get_extra_state())
-    read = loaded = 0
-    for _ in range(request.config.getoption("--mutations") // 5):
-        changed = bytearray(data)
-        for _ in range(r.choice((1, 1, 2, 8))):
-            at = r.randrange(len(changed))
-            how = r.random()
-            if how < 0.8:
-                changed[at] ^= 1 << r.randrange(8)
-            elif how < 0.9:
-                del changed[at : at + r.choice((1, 8, 64, len(changed)))]
-            else:
-                changed[at:at] = changed[at : at + r.choice((1, 8, 64))]
-            if not changed:
-                changed = bytearray(b"\0")
+    in_bytes = read = loaded = 0
+    cases = request.config.getoption("--mutations") // 20
+    for _ in range(cases):
+        how = r.random()
+        if how < 0.5:
+            changed = change_record(r, data, "/data/")
+        elif how < 0.7:
+            changed = change_record(r, data, "data.pkl")
+        elif how < 0.9:
+            changed = change_byte(r, data)
+        else:
+            changed = change_size(r, data)
+        in_bytes += how < 0.9
         try:
-            state = torch.load(io.BytesIO(bytes(changed)), weights_only=True)
+            state = torch.load(io.BytesIO(changed), weights_only=True)
         except Exception:  # of torch's many
             continue
-        read += 1
+        read += how < 0.9 and not is_same(state, original)
         if try_to_load(t, state, good):
             loaded += 1
             t.set_extra_state(good)
-    assert read > 0
-    assert loaded > 0
+    # Or it is torch that is tested.
+    assert read > in_bytes / 3
+    assert cases * 0.05 < loaded < cases * 0.75
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [("observation_ssq", 1e40), ("observation_count", 1e40), ("reward_count", 1e-307)],
+)
+def test_values_that_float32_cannot_hold(entry, value):
+    t = float32_by_hand()
+    before = snapshot(t)
+    state = copied(trained().get_extra_state())
+    state[entry].view(-1)[-1] = value
+    with pytest.raises(ValueError, match=entry):
+        t.set_extra_state(state)
+    assert_same_state(snapshot(t), before)
 
 
 def test_a_cut_pickle_of_a_transform():

@@ -25,7 +25,13 @@ from common import (
     through_a_file,
 )
 from tensordict import TensorDict
-from torchrl.collectors import Collector, MultiAsyncCollector, MultiSyncCollector
+from torch import multiprocessing as mp
+from torchrl.collectors import (
+    Collector,
+    Evaluator,
+    MultiAsyncCollector,
+    MultiSyncCollector,
+)
 from torchrl.collectors._evaluator import _freeze_vecnorm, _wrap_env_factory_frozen
 from torchrl.data import Bounded, LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.envs import (
@@ -39,6 +45,7 @@ from torchrl.envs import (
     TransformedEnv,
     check_env_specs,
 )
+from torchrl.modules import RandomPolicy
 from torchrl.testing.mocking_classes import (
     CountingEnv,
     HeterogeneousCountingEnv,
@@ -46,6 +53,7 @@ from torchrl.testing.mocking_classes import (
     MultiKeyCountingEnv,
     NestedCountingEnv,
 )
+from torchrl.weight_update import WeightStrategy
 
 from torchrl_vecnorm import VecNorm
 
@@ -464,7 +472,7 @@ def test_serial_env_shares_through_env_creator():
 
 def test_parallel_env_outside():
     t = VecNorm(decay=1)
-    env = TransformedEnv(ParallelEnv(2, IntegerEnv, mp_start_method="spawn"), t)
+    env = TransformedEnv(ParallelEnv(2, IntegerEnv, mp_start_method="fork"), t)
     try:
         env.rollout(10)
         assert count(t) == 22 and count(t, "reward") == 20
@@ -501,7 +509,10 @@ def test_parallel_env_shares_through_env_creator():
 
 @pytest.mark.parametrize(
     ("method", "workers"),
-    [("spawn", 3), ("spawn", 5), ("fork", 2), ("fork", 3), ("fork", 4), ("fork", 5)],
+    [
+        *(("spawn", workers) for workers in (3, 4, 5)),
+        *(("fork", workers) for workers in (2, 3, 4, 5)),
+    ],
 )
 def test_every_worker_of_a_parallel_env_counts(method, workers):
     creator = EnvCreator(integers)
@@ -595,7 +606,7 @@ def test_collector_with_resets():
 def test_collector_of_a_parallel_env():
     creator = EnvCreator(integers)
     t = creator().transform
-    env = ParallelEnv(2, creator, mp_start_method="spawn")
+    env = ParallelEnv(2, creator, mp_start_method="fork")
     collector = Collector(env, None, frames_per_batch=20, total_frames=40)
     try:
         for data in collector:
@@ -605,7 +616,17 @@ def test_collector_of_a_parallel_env():
         collector.shutdown()
 
 
-def test_multi_sync_collector():
+@pytest.fixture
+def start_method():
+    """Sets it for all processes, as collectors have no argument for it."""
+    before = mp.get_start_method(allow_none=True)
+    yield partial(mp.set_start_method, force=True)
+    mp.set_start_method(before, force=True)
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_multi_sync_collector(start_method, method):
+    start_method(method)
     creator = EnvCreator(integers)
     t = creator().transform
     collector = MultiSyncCollector(
@@ -621,7 +642,9 @@ def test_multi_sync_collector():
     assert count(t, "reward") == 1 + 120
 
 
-def test_multi_async_collector():
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_multi_async_collector(start_method, method):
+    start_method(method)
     creator = EnvCreator(integers)
     t = creator().transform
     collector = MultiAsyncCollector(
@@ -663,6 +686,101 @@ def test_an_evaluator_follows_the_training_environment():
     assert frozen.transform.frozen and not train.transform.frozen
     frozen.rollout(7)
     assert count(train.transform) == count(frozen.transform) == 2 + 6
+
+
+EPISODE = 9
+
+
+def episodes(transform=None) -> TransformedEnv:
+    env = IntegerEnv(lengths=(EPISODE,))
+    return TransformedEnv(env, transform or VecNorm(decay=1))
+
+
+def episodes_of(folder) -> TransformedEnv:
+    return episodes(VecNorm(shared_td=TensorDict.load_memmap(folder), decay=1))
+
+
+def random_policy(env=None) -> RandomPolicy:
+    return RandomPolicy((env or episodes()).action_spec)
+
+
+def evaluator(env, backend, **kwargs) -> Evaluator:
+    return Evaluator(
+        env,
+        policy_factory=random_policy,
+        max_steps=EPISODE,
+        num_trajectories=2,
+        backend=backend,
+        collector_kwargs={"traj_format": "cat"},
+        **kwargs,
+    )
+
+
+def reward_of_an_episode(t) -> float:
+    """By the statistics as they are. Rewards are 1, 2, 3, ..."""
+    raw = torch.arange(1, EPISODE + 1)
+    return ((raw - t.loc["reward"]) / t.scale["reward"]).sum().item()
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_an_evaluator_in_another_process(start_method, method, tmp_path):
+    start_method(method)
+    if method == "fork":
+        make = EnvCreator(episodes)
+    else:
+        # The evaluator pickles an EnvCreator by value: a spawned process has copies of
+        # the statistics, of torchrl's class too. Those in files are the same for all.
+        VecNorm.build_td_for_shared_vecnorm(
+            episodes(Compose()), ["next"], memmap=tmp_path / "statistics"
+        )
+        make = partial(episodes_of, tmp_path / "statistics")
+    train = make()
+    t = train.transform
+    evaluating = evaluator(make, "process")
+    try:
+        train.rollout(2)
+        for steps in (3, 7):
+            train.rollout(steps)
+            before = snapshot(t)
+            reward = evaluating.evaluate()["eval/reward"]
+            assert reward == pytest.approx(reward_of_an_episode(t), rel=1e-5)
+            assert_same_state(snapshot(t), before)
+    finally:
+        evaluating.shutdown()
+
+
+# --------------------------------------------------------------------------- weight sync
+
+
+@pytest.mark.parametrize("fresh", [False, True], ids=["initialised", "fresh"])
+def test_weight_sync_takes_the_statistics_along(fresh):
+    train, other = pendulum(), pendulum()
+    train.rollout(5)
+    if not fresh:
+        other.rollout(3)
+        address = leaf(other.transform).data_ptr()
+    strategy = WeightStrategy()
+    weights = strategy.extract_weights(train.transform)
+    strategy.apply_weights(other.transform, weights)
+    assert_same_state(snapshot(other.transform), snapshot(train.transform))
+    if not fresh:
+        assert leaf(other.transform).data_ptr() == address
+
+
+@pytest.mark.filterwarnings("ignore:VecNorm has no statistics yet")
+def test_weight_sync_of_an_evaluator():
+    train = episodes()
+    evaluating = evaluator(episodes, "thread")
+    try:
+        for steps in (5, 7):
+            train.rollout(steps)
+            weights = WeightStrategy().extract_weights(train.transform)
+            # The collector appends a StepCounter.
+            result = evaluating.evaluate(weights_dict={"env.transform[0]": weights})
+            expected = reward_of_an_episode(train.transform)
+            assert result["eval/reward"] == pytest.approx(expected, rel=1e-5)
+    finally:
+        evaluating.shutdown()
 
 
 def test_an_environment_for_inference():

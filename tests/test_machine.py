@@ -688,7 +688,10 @@ class Machine(RuleBasedStateMachine):
         batch=batches(),
         position=positions,
         kind=st.sampled_from(
-            ("shape", "dimensions", "missing", "complex", "sparse", "locked")
+            (
+                *("shape", "dimensions", "missing", "complex", "sparse"),
+                *("locked", "nested locked"),
+            )
         ),
         how=st.sampled_from(("call", "step", "reset")),
     )
@@ -708,6 +711,12 @@ class Machine(RuleBasedStateMachine):
         if kind == "locked":
             error, match = RuntimeError, ["locked"]
             td.lock_()
+        elif kind == "nested locked":
+            # Where the last value is written.
+            t = living.transform
+            out_key = t.out_keys[t.in_keys.index(KEYS[1])]
+            error, match = RuntimeError, ["locked", repr(out_key)]
+            td["agents"].lock_()
         elif kind == "missing":
             error, match = KeyError, [str(KEYS[1 - position])]
             del td[key]
@@ -723,7 +732,7 @@ class Machine(RuleBasedStateMachine):
             got = wrong.shape[len(batch.samples) :]
             error, match = ValueError, [str(FEATURES[key]), str(tuple(got))]
             td[key] = wrong
-        if kind != "locked":
+        if "locked" not in kind:
             match.append(repr(key))
         self.refuse(living, td, error, match, how, batch)
 

@@ -52,7 +52,7 @@ def compile_one(source: Path, to: Path, *flags: str) -> Path:
     command = [COMPILER, "-std=c++17", "-g", "-pthread", "-Wall", "-Wextra", "-Werror"]
     command += [f"-I{ROOT}", f"-I{ROOT / 'csrc' / 'shared'}", *flags, "-c"]
     # Nobody else's: the check removes a file there.
-    command += [f'-DVECNORM_LOCK_FOLDER="{to.parent}"']
+    command += [f'-DVECNORM_LOCK_FOLDER="{to.parent}"', '-DVECNORM_BOOT_ID="boot_id"']
     result = subprocess.run(
         [*command, source, "-o", to],
         capture_output=True,
@@ -171,6 +171,11 @@ def check_is_caught(programs, run, tmp_path, lock, what, name, old, new):
     assert result.returncode in (1, -signal.SIGABRT), result.stdout + result.stderr
 
 
+LOCK_MADE_ANEW = """\
+      header_->lock.init();
+      VECNORM_CRASH(12);
+      header_->identity.store(identity);"""
+
 # What is planted is an error of one kind of lock.
 of_the_mutex = pytest.mark.parametrize("programs", ["robust mutex"], indirect=True)
 
@@ -242,6 +247,34 @@ def test_harness_catches_record_locks(programs, run, tmp_path, old, new):
             "hash_of(boot + ' ' + where)",
             "hash_of(where + std::to_string(getpid()))",
             id="processes are not the same",
+        ),
+        pytest.param(
+            "identity",
+            "identity.cpp",
+            "hash_of(boot + ' ' + where)",
+            "hash_of(where)",
+            id="a machine that was started anew is the same",
+        ),
+        pytest.param(
+            "identity",
+            "control.cpp",
+            LOCK_MADE_ANEW,
+            "\n".join(reversed(LOCK_MADE_ANEW.splitlines())),
+            id="identity before the lock",
+        ),
+        pytest.param(
+            "identity",
+            "control.cpp",
+            "const FileLock one_at_a_time;",
+            "",
+            id="two at a time",
+        ),
+        pytest.param(
+            "identity",
+            "control.cpp",
+            "one_at_a_time;\n    if (is_elsewhere()) {",
+            "one_at_a_time;\n    {",
+            id="one after the other",
         ),
     ],
 )

@@ -498,35 +498,44 @@ def test_a_transform_that_comes_through_a_queue(updates, method):
     assert (t.nonfinite["observation"] == 0).all()
 
 
-def read(queue, done, results):
+READS = 1000
+
+
+def read(queue, done):
     t = VecNorm(["observation"], shared_td=queue.get(timeout=PATIENCE)).freeze()
-    torn = reads = 0
-    while reads < 200 or not done.is_set():
-        state = t.consistent_state_dict()
+    threes = TensorDict(observation=torch.full((WIDE,), 3.0))
+    torn = dict.fromkeys(("state", "loc", "scale", "y"), 0)
+    for _ in range(READS):
         # One sample of threes a call: sum, ssq and count go together.
+        state = t.consistent_state_dict()
         n = state["observation_count"]
-        torn += not (
+        torn["state"] += not (
             (state["observation_sum"] == 3 * n).all()
             and (state["observation_ssq"] == 9 * n).all()
         )
-        reads += 1
-    results.put((torn, reads))
+        torn["loc"] += not (t.loc["observation"] == 3).all()
+        torn["scale"] += not (t.scale["observation"] == torch.tensor(t.eps)).all()
+        # All but the first go the short way.
+        for _ in range(10):
+            torn["y"] += not (t(threes.copy())["observation"] == 0).all()
+    done.put(torn)
 
 
-def test_a_reader_never_sees_half_an_update():
+@pytest.mark.parametrize("memmap", [False, True], ids=["shared", "memmap"])
+def test_a_reader_never_sees_half_an_update(memmap):
     context = mp.get_context("fork")
-    queue, results, done = context.Queue(), context.Queue(), context.Event()
-    td = built(["observation"], env=IntegerEnv(features=WIDE))
+    queue, done = context.Queue(), context.Queue()
+    td = built(["observation"], memmap, IntegerEnv(features=WIDE))
     t = VecNorm(["observation"], shared_td=td, decay=1)
-    with started(context, read, [(queue, done, results)]):
+    threes = TensorDict(observation=torch.full((WIDE,), 3.0))
+    t(threes.copy())
+    with started(context, read, [(queue, done)]) as (reader,):
         queue.put(td)
-        try:
-            for _ in range(5000):
-                t(TensorDict(observation=torch.full((WIDE,), 3.0)))
-        finally:
-            done.set()
-        torn, reads = results.get(timeout=PATIENCE)
-    assert torn == 0 and reads >= 200
+        while done.empty() and reader.is_alive():
+            for _ in range(100):
+                t(threes.copy())
+        torn = done.get(timeout=PATIENCE)
+    assert torn == dict.fromkeys(torn, 0)
 
 
 @pytest.mark.parametrize("updating", [True, False])

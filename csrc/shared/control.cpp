@@ -166,6 +166,7 @@ Control::Control(void* memory, size_t bytes, std::vector<Entry> entries)
     const FileLock one_at_a_time;
     if (is_elsewhere()) {
       header_->lock.init();
+      VECNORM_CRASH(12);
       header_->identity.store(identity);
     }
   }

@@ -20,6 +20,10 @@
 #ifndef VECNORM_LOCK_FOLDER
 #define VECNORM_LOCK_FOLDER "/tmp"
 #endif
+// Tests write it.
+#ifndef VECNORM_BOOT_ID
+#define VECNORM_BOOT_ID "/proc/sys/kernel/random/boot_id"
+#endif
 
 namespace vecnorm {
 namespace shared {
@@ -78,7 +82,7 @@ uint64_t hash_of(const std::string& text) {
 uint64_t identity_of(const void* memory) {
 #ifdef __linux__
   const std::string where = mapping(memory);
-  const std::string boot = first_line("/proc/sys/kernel/random/boot_id");
+  const std::string boot = first_line(VECNORM_BOOT_ID);
   if (where.empty() || boot.empty()) {
     return 0;
   }

@@ -6,17 +6,18 @@
 // Statistics in shared memory (csrc/shared) among processes that are killed:
 //
 //   check crash [few]               killed at every crash point, and in the recovery
-//   check identity                  copies of a file whose lock is held, damaged files
+//   check identity                  a lock is held: copies, restarts; damaged files
 //   check soak KILLS [--no-journal] killed at any time
 //   check contend PROCESSES UPDATES
 //   check threads
 //   check cost
 //
-// The first two need -DVECNORM_CRASH_POINTS; -DVECNORM_RECORD_LOCK takes the lock of
-// systems without robust mutexes. An update adds known whole numbers to
-// every word, so each word says how many updates there were, and all have to say the
-// same. Files are made in the current directory. Exits with 1 where something is wrong,
-// with 3 where it is that `soak` found statistics of half an update.
+// The first two need -DVECNORM_CRASH_POINTS, `identity` also
+// -DVECNORM_BOOT_ID='"boot_id"'; -DVECNORM_RECORD_LOCK takes the lock of systems
+// without robust mutexes. An update adds known whole numbers to every word, so each
+// word says how many updates there were, and all have to say the same. Files are made
+// in the current directory. Exits with 1 where something is wrong, with 3 where it is
+// that `soak` found statistics of half an update.
 
 #include <fcntl.h>
 #include <signal.h>
@@ -51,8 +52,9 @@ namespace {
 constexpr int kKeys = 3;
 constexpr int kFeatures = 512;
 constexpr int kWorkers = 4;
-constexpr int kPoints = 11;  // of control.cpp
-constexpr int kPoint = 12;   // between the writes without a journal
+constexpr int kPoints = 11;       // of control.cpp, in an update
+constexpr int kAttachPoint = 12;  // where the lock of a copy is made anew
+constexpr int kPoint = 13;        // between the writes without a journal
 #ifdef VECNORM_ROBUST_MUTEX
 constexpr int kOtherLockPoint = 0;
 #else
@@ -61,7 +63,7 @@ constexpr int kOtherLockPoint = 2;  // where a lock tells that its owner has die
 constexpr int kCommitPoint = 6;  // from here on the update has happened
 // Seconds that no wait should take: for others that work, and for nobody.
 constexpr double kLong = 10;
-constexpr double kShort = 2;
+constexpr double kShort = 0.2;
 const char kNote[] = "note of 17 bytes.";
 
 int failures = 0;
@@ -89,6 +91,8 @@ struct Notes {
   std::atomic<long> hits[kPoint + 1];  // deaths at each point
   std::atomic<long> commits;
   std::atomic<bool> held;
+  std::atomic<bool> go_on;  // those that stay somewhere
+  std::atomic<bool> attached;
   std::atomic<bool> stop;
   std::atomic<long> torn, timeouts, checked;
   struct Slot {
@@ -99,7 +103,7 @@ struct Notes {
 
 Notes* notes;
 
-// Of this process: it dies after this many crash points, or stays there for ever.
+// Of this process: it dies after this many crash points, or stays there.
 long points_left = -1;
 bool stays = false;
 
@@ -115,9 +119,10 @@ extern "C" void vecnorm_crash_point(int point) {
   ++notes->hits[point];
   if (stays) {
     notes->held = true;
-    for (;;) {
-      pause();
+    while (!notes->go_on) {
+      usleep(100);
     }
+    return;
   }
   raise(SIGKILL);
 }
@@ -677,6 +682,17 @@ void await_held(pid_t child) {
   }
 }
 
+// Until a child waits for something, or has ended.
+void await_sleep(pid_t child) {
+  const std::string file = "/proc/" + std::to_string(child) + "/stat";
+  for (char state = 'R'; state != 'S' && state != 'Z'; usleep(100)) {
+    std::FILE* stat = std::fopen(file.c_str(), "r");
+    require(stat != nullptr && std::fscanf(stat, "%*d (%*[^)]) %c", &state) == 1,
+            "/proc");
+    std::fclose(stat);
+  }
+}
+
 // The lock of a file is held, at each crash point of an update.
 void copies() {
   const Memory memory("statistics");
@@ -735,6 +751,134 @@ void copies() {
   if (count == 0) {
     fail("no lock was held");
   }
+}
+
+// What the kernel is asked for in this build.
+void start_machine_anew() {
+  static int times = 0;
+  const std::string id = "boot " + std::to_string(++times);
+  const int file = open("boot_id", O_WRONLY | O_CREAT | O_TRUNC, S_IRUSR | S_IWUSR);
+  const auto size = static_cast<ssize_t>(id.size());
+  require(file >= 0 && write(file, id.data(), id.size()) == size, "boot_id");
+  close(file);
+}
+
+// A file outlives the machine's start; its lock, held at some crash points, does not.
+void started_anew() {
+  const Memory memory("statistics");
+  long count = 0;
+  for (;; count += 6) {
+    const std::string where = "started anew, point " + std::to_string(count) + ": ";
+    const long before = Member(memory).count();
+    notes->commits = 0;
+    notes->held = false;
+    const pid_t holder = start([&] {
+      Member member(memory);
+      points_left = count;
+      stays = true;
+      return member.update() ? 0 : 4;
+    });
+    await_held(holder);
+    if (!notes->held) {  // past the last point
+      require(wait_for(holder) == 0, "the holder failed");
+      break;
+    }
+    expect_locked(memory, "statistics", where);
+    start_machine_anew();
+    const long expected = before + notes->commits;
+    Member member(memory);
+    const bool free = member.control().try_lock();
+    if (!free) {
+      fail(where + "the lock is still held");
+    } else {
+      expect_locked(memory, "statistics", where);
+      if (member.look() != expected) {
+        fail(where + "the statistics are others");
+      }
+      member.control().unlock();
+    }
+    kill(holder, SIGKILL);
+    wait_for(holder);
+    if (!free) {
+      return;
+    }
+  }
+  if (count == 0) {
+    fail("no lock was held");
+  }
+}
+
+// Who makes the lock of a copy anew dies, or another one comes meanwhile.
+void attaching() {
+  const Memory memory("statistics");
+  notes->held = false;
+  const pid_t holder = start([&] {
+    Member member(memory);
+    points_left = 0;
+    stays = true;
+    return member.update() ? 0 : 4;
+  });
+  await_held(holder);
+  const auto attach = [](const Memory& copy, bool stay) {
+    return start([&copy, stay] {
+      points_left = 0;
+      stays = stay;
+      Member member(copy);
+      const bool taken = member.control().try_lock();
+      for (notes->held = true; taken;) {
+        pause();
+      }
+      return 4;
+    });
+  };
+
+  for (const char* name : {"first", "second"}) {
+    copy_file("statistics", name);
+  }
+  {
+    const Memory copy("first", false);
+    const int status = wait_for(attach(copy, false));
+    if (!WIFSIGNALED(status) || notes->hits[kAttachPoint] == 0) {
+      fail("nobody died when the lock of a copy was made anew");
+    }
+    Member next(copy);
+    if (!next.control().try_lock()) {
+      fail("a copy cannot be locked: who made its lock anew has died");
+    } else {
+      next.control().unlock();
+    }
+  }
+
+  kill(holder, SIGKILL);
+  wait_for(holder);
+  {
+    const Memory copy("second", false);
+    notes->held = false;
+    notes->attached = false;
+    const pid_t first = attach(copy, true);
+    await_held(first);
+    const pid_t second = start([&] {
+      Member member(copy);
+      notes->attached = true;
+      return member.control().try_lock() ? 4 : 0;
+    });
+    // It waits, or it has made the lock anew too. Let it do nothing more for now.
+    await_sleep(second);
+    if (notes->attached) {
+      fail("two make the lock of a copy anew at once");
+    }
+    kill(second, SIGSTOP);
+    notes->held = false;
+    notes->go_on = true;
+    await_held(first);
+    kill(second, SIGCONT);
+    if (wait_for(second) != 0) {
+      fail("the lock of a copy was made anew when somebody had it");
+    }
+    kill(first, SIGKILL);
+    wait_for(first);
+  }
+  notes->go_on = false;
 }
 
 // A fork copies private memory.
@@ -869,7 +1013,12 @@ void removed_file() {
 }
 
 int identity() {
+#ifndef VECNORM_BOOT_ID
+  fail("compile it with -DVECNORM_BOOT_ID");
+#endif
   copies();
+  started_anew();
+  attaching();
   forked();
   removed_file();
   private_memory();
@@ -938,6 +1087,11 @@ int main(int argc, char** argv) {
   require(memory != MAP_FAILED, "mmap");
   notes = new (memory) Notes();
   const std::string what = args.empty() ? "" : args[0];
+#ifdef VECNORM_BOOT_ID
+  if (what != "hold") {
+    start_machine_anew();
+  }
+#endif
   if (what == "crash") {
     return crash_all(args.back() == "few");
   }
