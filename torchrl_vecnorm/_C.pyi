@@ -103,7 +103,9 @@ def cuda_path(name: str) -> None:
 def last_cuda_path() -> str:
     """How the last update on a GPU ran (in builds with CUDA kernels)."""
 
-def leave_the_pool_after_fork() -> None: ...
+def leave_the_pool_after_fork() -> None:
+    """Lets torch run on in a forked child, on one thread."""
+
 def came_from_another_process(tensor: Tensor) -> bool:
     """Whether a CUDA tensor is memory that another process has sent."""
 

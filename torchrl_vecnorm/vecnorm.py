@@ -942,15 +942,15 @@ class VecNorm(Transform):
         state = super().__getstate__()
         state["_binding"] = None
         state["_attached"] = None
+        state["_others_update"] = True  # if it is the same memory there
         # A multiprocessing lock can only be handed to a process that is being started.
         if multiprocessing.context.get_spawning_popen() is not None:
             if any(moments.sum.is_cuda for _, moments in self._seen()):
                 if self._others_update:
                     raise RuntimeError(f"VecNorm: shared_td: {sharing.CUDA_OF_OTHERS}")
-                # Or both would update this memory.
+                # A copy: no GPU has a lock that outlives a process that is killed.
                 state["_td"] = self._td.apply(lambda leaf: leaf.cpu())
-            else:
-                state["_others_update"] = True
+                state["_others_update"] = False
         else:
             lock = state.pop("lock", None)
             ours = isinstance(lock, sharing.Lock)
@@ -958,20 +958,17 @@ class VecNorm(Transform):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if "lock_control" not in state:
-            super().__setstate__(state)
-            # Or what came is a copy, as of a function that was pickled by value.
-            self._others_update &= self._in_shared_memory()
-            return
-        # Through a queue the statistics come as the same memory, and so does our lock;
-        # copies, and those from a file, are alone.
-        control = state.pop("lock_control")
-        is_same = control is not None and control.is_shared()
-        state["lock"] = sharing.Lock.of(control) if is_same else sharing.Lock()
+        control = state.pop("lock_control", None)
         super().__setstate__(state)
-        if is_same:
-            self._others_update |= self._in_shared_memory()
-        else:
+        # To a process that is started, and through a queue, the statistics come as the
+        # same memory, and so does our lock. Copies, and those from a file, are alone.
+        self._others_update &= self._in_shared_memory()
+        if "lock" not in state:
+            is_same = (
+                self._others_update and control is not None and control.is_shared()
+            )
+            self.lock = sharing.Lock.of(control) if is_same else sharing.Lock()
+        if not self._others_update:
             self._reserve()  # EnvCreator may share the copy next
 
     def __deepcopy__(self, memo: dict[int, Any]) -> VecNorm:
