@@ -49,6 +49,6 @@ def pytest_addoption(parser):
     parser.addoption(
         "--mutations",
         type=int,
-        default=10_000,
+        default=4_000,
         help="how many damaged checkpoints are loaded; CI takes 100,000",
     )

@@ -670,11 +670,12 @@ void expect_locked(const Memory& memory, const char* link, const std::string& wh
   }
 }
 
-// Until a child says so, or has ended without.
-void await_held(pid_t child) {
+// Until it is so, or a child has ended without.
+template <typename Condition>
+void await(pid_t child, const Condition& is_so) {
   siginfo_t ended;
   ended.si_pid = 0;
-  while (!notes->held && ended.si_pid == 0) {
+  while (!is_so() && ended.si_pid == 0) {
     require(waitid(P_PID, static_cast<id_t>(child), &ended,
                    WEXITED | WNOHANG | WNOWAIT) == 0,
             "waitid");
@@ -711,7 +712,7 @@ void copies() {
       stays = true;
       return member.update() ? 0 : 4;
     });
-    await_held(holder);
+    await(holder, [] { return notes->held.load(); });
     if (!notes->held) {  // past the last point
       require(wait_for(holder) == 0, "the holder failed");
       break;
@@ -778,7 +779,7 @@ void started_anew() {
       stays = true;
       return member.update() ? 0 : 4;
     });
-    await_held(holder);
+    await(holder, [] { return notes->held.load(); });
     if (!notes->held) {  // past the last point
       require(wait_for(holder) == 0, "the holder failed");
       break;
@@ -818,7 +819,7 @@ void attaching() {
     stays = true;
     return member.update() ? 0 : 4;
   });
-  await_held(holder);
+  await(holder, [] { return notes->held.load(); });
   const auto attach = [](const Memory& copy, bool stay) {
     return start([&copy, stay] {
       points_left = 0;
@@ -856,7 +857,7 @@ void attaching() {
     notes->held = false;
     notes->attached = false;
     const pid_t first = attach(copy, true);
-    await_held(first);
+    await(first, [] { return notes->held.load(); });
     const pid_t second = start([&] {
       Member member(copy);
       notes->attached = true;
@@ -870,7 +871,7 @@ void attaching() {
     kill(second, SIGSTOP);
     notes->held = false;
     notes->go_on = true;
-    await_held(first);
+    await(first, [] { return notes->held.load(); });
     kill(second, SIGCONT);
     if (wait_for(second) != 0) {
       fail("the lock of a copy was made anew when somebody had it");
@@ -966,7 +967,7 @@ void forked() {
     notes->held = true;
     return member.count() == 0 ? 0 : 5;
   });
-  await_held(child);
+  await(child, [] { return notes->held.load(); });
   member.control().unlock();
   if (wait_for(child) != 0) {
     fail("a child that was forked with the lock held cannot wait for it");
@@ -999,9 +1000,7 @@ void removed_file() {
     execl("/proc/self/exe", "check", "hold", nullptr);
     return 5;
   });
-  for (int i = 0; i < 100000 && access("held", F_OK) != 0; ++i) {
-    usleep(100);
-  }
+  await(holder, [] { return access("held", F_OK) == 0; });
   if (unlink("held") != 0 || member.control().try_lock()) {
     fail("two have the lock after its file was removed");
   }
