@@ -146,3 +146,21 @@ def test_bad_input(backend, is_shared, how):
     assert all(td[key] is value for key, value in entries.items())
     assert_same_call(eager, compiled, batch())
     assert_same_state(eager, other)
+
+
+@pytest.mark.parametrize("first", ["a call", "loading"])
+def test_statistics_from_inference_mode(backend, first):
+    """A graph that is run under it makes tensors that torch refuses to write to later."""
+    eager, other, saved = VecNorm(KEYS), VecNorm(KEYS), VecNorm(KEYS)
+    compiled = torch.compile(other, backend=backend)
+    saved(batch())
+    with torch.inference_mode():
+        assert_same_call(eager, compiled, batch())
+    if first == "loading":
+        for t in (eager, other):
+            t.load_state_dict(saved.state_dict())
+    for call in (other, compiled):
+        assert_same_call(eager, call, batch())
+        assert_same_state(eager, other)
+    other.load_state_dict(saved.state_dict())
+    assert_same_state(saved, other)

@@ -26,10 +26,9 @@ class Moments(NamedTuple):
         nonfinite: ``[2, *features]``, float64. ``nonfinite[0]`` is how many of the
             samples in ``count`` are missing from ``sum`` and ``ssq``, because their
             value was NaN, infinite or beyond 1e145, and decays as ``count`` does;
-            ``nonfinite[1]`` is
-            how many values were left out so far, and does not decay. ``None`` in the
-            layout of ``torchrl.envs.VecNorm``, which has no such counter: there a value
-            that cannot be used counts as one at the running mean.
+            ``nonfinite[1]`` is how many values were left out so far, and does not
+            decay. ``None`` in the layout of ``torchrl.envs.VecNorm``, which has no such
+            counter: there a value that cannot be used counts as one at the running mean.
 
     A state is kept in float64. float32 is accepted and updated in its own precision.
     """
@@ -72,9 +71,9 @@ class Moments(NamedTuple):
         known = torch.where(used <= rounding, zero, used)
         return torch.where(used < -rounding, count.expand_as(used), known)
 
-    def to(self, device: torch.device) -> Moments:
+    def to(self, device: torch.device, copy: bool = False) -> Moments:
         """The same moments on another device."""
-        return Moments(*(None if t is None else t.to(device) for t in self))
+        return Moments(*(None if t is None else t.to(device, copy=copy) for t in self))
 
 
 def state_dtype(device: torch.device | str | None) -> torch.dtype:

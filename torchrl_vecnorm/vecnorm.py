@@ -457,8 +457,16 @@ class VecNorm(Transform):
 
     def _move(self, key: _Key, state: Moments, device: torch.device) -> Moments:
         """Brings the statistics of a key to a device, for all that have this tensordict."""
-        if state.sum.device != device:
-            state = state.to(device)
+        # What a graph has made under inference_mode, nobody could write to outside of it.
+        # (Nor could a compiled graph with other backends than inductor: it cannot ask.)
+        is_stale = (
+            not torch.compiler.is_compiling()
+            and state.sum.is_inference()
+            and not torch.is_inference_mode_enabled()
+            and not sharing.in_shared_memory(state.sum)
+        )
+        if state.sum.device != device or is_stale:
+            state = state.to(device, copy=True)
             write_moments(self._td, key.names, state)
             if not torch.compiler.is_compiling() and not self._in_shared_memory():
                 self._reserve()
@@ -915,6 +923,8 @@ class VecNorm(Transform):
             # Seen where the state_dict comes from, not here yet.
             state = Moments.zeros(moments.sum.shape, device=moments.sum.device)
             write_moments(self._td, key.names, state)
+        elif not self._others_update:
+            state = self._move(key, state, state.sum.device)
         if attached is not None:
             state = attached.copy_of(state, key.names)
         copy_moments(state, moments)
