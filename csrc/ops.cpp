@@ -82,8 +82,7 @@ void update_cpu(TensorList x, TensorList sum, TensorList ssq, TensorList count,
                 double weight, double eps) {
   leave_the_pool_after_fork();
   const States s{sum, ssq, count, nonfinite};
-  check_values(x, y, s);
-  check_masks(mask, x, s);
+  check_update(x, y, mask, s);
   const Keys keys(x, y, mask, s);
   cpu::update(keys.keys, {keep, weight}, eps, run_phases);
   keys.write_back();

@@ -117,18 +117,22 @@ std::optional<Tensors> normalized(const Tensors& x, const Tensors& sum,
 }
 
 // What kernels check, for implementations in plain torch.
-void check_update(const Tensors& x, const Tensors& y, const Tensors& mask,
-                  const Tensors& sum, const Tensors& ssq, const Tensors& count,
-                  const Tensors& nonfinite) {
-  const States s{sum, ssq, count, nonfinite};
-  check_values(x, y, s);
-  check_masks(mask, x, s);
+void check_values_plainly(const Tensors& x, const Tensors& y, const Tensors& sum,
+                          const Tensors& ssq, const Tensors& count,
+                          const Tensors& nonfinite) {
+  check_values(x, y, {sum, ssq, count, nonfinite});
 }
 
-void check_moments(const Tensors& sum, const Tensors& ssq, const Tensors& count,
-                   const Tensors& nonfinite, const Tensors& other_sum,
-                   const Tensors& other_ssq, const Tensors& other_count,
-                   const Tensors& other_nonfinite) {
+void check_update_plainly(const Tensors& x, const Tensors& y, const Tensors& mask,
+                          const Tensors& sum, const Tensors& ssq, const Tensors& count,
+                          const Tensors& nonfinite) {
+  check_update(x, y, mask, {sum, ssq, count, nonfinite});
+}
+
+void check_merge_plainly(const Tensors& sum, const Tensors& ssq, const Tensors& count,
+                         const Tensors& nonfinite, const Tensors& other_sum,
+                         const Tensors& other_ssq, const Tensors& other_count,
+                         const Tensors& other_nonfinite) {
   check_merge({sum, ssq, count, nonfinite},
               {other_sum, other_ssq, other_count, other_nonfinite});
 }
@@ -312,14 +316,17 @@ PYBIND11_MODULE(_C, m) {
   m.def("normalize", &normalized, py::arg("x"), py::arg("sum"), py::arg("ssq"),
         py::arg("count"), py::arg("nonfinite"), py::arg("eps"),
         py::arg("out") = py::none());
-  m.def("check_values", &check_update, py::arg("x"), py::arg("y"), py::arg("mask"),
+  m.def("check_values", &check_values_plainly, py::arg("x"), py::arg("y"),
         py::arg("sum"), py::arg("ssq"), py::arg("count"), py::arg("nonfinite"));
+  m.def("check_update", &check_update_plainly, py::arg("x"), py::arg("y"),
+        py::arg("mask"), py::arg("sum"), py::arg("ssq"), py::arg("count"),
+        py::arg("nonfinite"));
   m.def(
       "check_floating_point", [](const Tensors& x) { check_floating_point(x); },
       py::arg("x"));
-  m.def("check_merge", &check_moments, py::arg("sum"), py::arg("ssq"), py::arg("count"),
-        py::arg("nonfinite"), py::arg("other_sum"), py::arg("other_ssq"),
-        py::arg("other_count"), py::arg("other_nonfinite"));
+  m.def("check_merge", &check_merge_plainly, py::arg("sum"), py::arg("ssq"),
+        py::arg("count"), py::arg("nonfinite"), py::arg("other_sum"),
+        py::arg("other_ssq"), py::arg("other_count"), py::arg("other_nonfinite"));
   py::class_<Binding>(m, "Binding")
       .def(py::init<py::object, py::list, py::object, std::vector<py::tuple>,
                     std::vector<py::tuple>, std::vector<std::optional<int64_t>>,

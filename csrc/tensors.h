@@ -83,9 +83,21 @@ inline void check_states(const States& s) {
   }
 }
 
+// A state that is updated for two keys at once would depend on which comes last.
+inline void check_own_states(TensorList sum) {
+  for (size_t i = 1; i < sum.size(); ++i) {
+    for (size_t j = 0; j < i; ++j) {
+      TORCH_CHECK_VALUE(
+          sum[i].numel() == 0 || sum[i].const_data_ptr() != sum[j].const_data_ptr(),
+          "key ", i, ": expected a state of its own, got that of key ", j);
+    }
+  }
+}
+
 inline void check_merge(const States& s, const States& other) {
   check_states(s);
   check_states(other);
+  check_own_states(s.sum);
   check_length(other.sum, s.sum.size(), "other_sum", false);
   for (size_t i = 0; i < s.sum.size(); ++i) {
     TORCH_CHECK_VALUE(s.sum[i].sizes() == other.sum[i].sizes(), "key ", i,
@@ -178,6 +190,12 @@ inline void check_masks(TensorList mask, TensorList x, const States& s) {
                       "key ", i, ": expected a bool mask with ", samples,
                       " elements, got ", mask[i].scalar_type(), " ", mask[i].sizes());
   }
+}
+
+inline void check_update(TensorList x, TensorList y, TensorList mask, const States& s) {
+  check_values(x, y, s);
+  check_masks(mask, x, s);
+  check_own_states(s.sum);
 }
 
 inline void check_floating_point(TensorList list) {

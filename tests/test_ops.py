@@ -869,6 +869,26 @@ def test_outputs_of_other_keys(update):
     torch.testing.assert_close(wide, torch.cat(want, 1), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("implementation", [ops, _ops])
+def test_one_state_for_two_keys(implementation):
+    """It can be read twice, but an update would depend on the order."""
+    of = "_" if implementation is _ops else ""
+    update, merge, normalize = (
+        getattr(implementation, of + name) for name in ("update", "merge", "normalize")
+    )
+    x, state = data((5,), (3,)), Moments.zeros([3])
+    F.update_(x, state)
+    before = clone(state)
+    twice, outputs = F.columns([state, state]), [torch.empty(5, 3), torch.empty(5, 3)]
+    with pytest.raises(ValueError, match=r"key 1: .*of its own, got that of key 0"):
+        update([x, x], *twice, outputs, [], 0.9, 1.0, 1e-4)
+    with pytest.raises(ValueError, match=r"key 1: .*of its own, got that of key 0"):
+        merge(*twice, *F.columns([F.moments(x), F.moments(x)]), 1.0, 1.0)
+    assert_same(state, before)
+    normalize([x, x], *twice, outputs, 1e-4)
+    assert torch.equal(*outputs)
+
+
 def test_more_outputs_than_values():
     state = Moments.zeros([3])
     with pytest.raises(ValueError, match="expected 1 tensors in y"):

@@ -38,13 +38,23 @@ def normalize(
 def check_values(
     x: list[Tensor],
     y: list[Tensor],
-    mask: list[Tensor],
     sum: list[Tensor],
     ssq: list[Tensor],
     count: list[Tensor],
     nonfinite: list[Tensor],
 ) -> None:
     """Refuses what the compiled operators refuse, for those in plain torch."""
+
+def check_update(
+    x: list[Tensor],
+    y: list[Tensor],
+    mask: list[Tensor],
+    sum: list[Tensor],
+    ssq: list[Tensor],
+    count: list[Tensor],
+    nonfinite: list[Tensor],
+) -> None:
+    """As check_values, for update."""
 
 def check_floating_point(x: list[Tensor]) -> None:
     """Refuses integers and bools, for denormalize in plain torch."""

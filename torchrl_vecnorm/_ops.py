@@ -65,7 +65,7 @@ def _update(
     weight: float,
     eps: float,
 ) -> None:
-    _C.check_values(x, y, mask, sum, ssq, count, nonfinite)
+    _C.check_update(x, y, mask, sum, ssq, count, nonfinite)
     states = _states(sum, ssq, count, nonfinite)
     masks = [m if m.numel() else None for m in mask] or [None] * len(x)
     results = [
@@ -87,7 +87,7 @@ def _normalize(
     y: Tensors,
     eps: float,
 ) -> None:
-    _C.check_values(x, y, [], sum, ssq, count, nonfinite)
+    _C.check_values(x, y, sum, ssq, count, nonfinite)
     for value, state, out in zip(
         x, _states(sum, ssq, count, nonfinite), y, strict=True
     ):
@@ -104,7 +104,7 @@ def _denormalize(
     eps: float,
 ) -> None:
     _C.check_floating_point(y)
-    _C.check_values(y, x, [], sum, ssq, count, nonfinite)
+    _C.check_values(y, x, sum, ssq, count, nonfinite)
     for value, state, out in zip(
         y, _states(sum, ssq, count, nonfinite), x, strict=True
     ):
@@ -204,7 +204,7 @@ def update(
     if y is not None:
         return y
     if out is not None:
-        _C.check_values(x, out, mask, sum, ssq, count, nonfinite)
+        _C.check_update(x, out, mask, sum, ssq, count, nonfinite)
         for t in out:
             t.copy_(t)  # what torch refuses to write to, before the state changes
     plain = [v.detach() for v in x]
@@ -234,5 +234,5 @@ def normalize(
     if y is not None:
         return y
     if out is not None:
-        _C.check_values(x, out, [], sum, ssq, count, nonfinite)
+        _C.check_values(x, out, sum, ssq, count, nonfinite)
     return _normalize_plainly(x, _states(sum, ssq, count, nonfinite), eps, out)

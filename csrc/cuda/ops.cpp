@@ -138,8 +138,7 @@ void update_cuda(TensorList x, TensorList sum, TensorList ssq, TensorList count,
                  TensorList nonfinite, TensorList y, TensorList mask, double keep,
                  double weight, double eps) {
   const States s{sum, ssq, count, nonfinite};
-  check_values(x, y, s);
-  check_masks(mask, x, s);
+  check_update(x, y, mask, s);
   if (x.empty()) {
     return;
   }
