@@ -171,7 +171,8 @@ class Binding {
         ssq_(std::move(ssq)),
         count_(std::move(count)),
         nonfinite_(std::move(nonfinite)),
-        shared_(std::move(shared)) {
+        shared_(std::move(shared)),
+        default_dtype_(c10::get_default_dtype_as_scalartype()) {
     for (const py::object& dtype : dtypes) {
       dtypes_.push_back(reinterpret_cast<THPDtype*>(dtype.ptr())->scalar_type);
     }
@@ -181,7 +182,8 @@ class Binding {
   // a value, which it does before it writes: nothing has happened then.
   bool call(const py::object& state_td, const py::object& td, bool updating,
             double keep, double eps, double timeout) const {
-    if (state_td.ptr() != td_.ptr() || !holds() || !is_plain(td.ptr())) {
+    if (state_td.ptr() != td_.ptr() || !holds() || !is_plain(td.ptr()) ||
+        c10::get_default_dtype_as_scalartype() != default_dtype_) {
       return false;
     }
     const py::object batch_size = td.attr(names().batch_size);
@@ -305,6 +307,7 @@ class Binding {
   Tensors count_;
   Tensors nonfinite_;
   std::shared_ptr<shared::SharedState> shared_;  // where others update: its copies
+  at::ScalarType default_dtype_;                 // what integers come out in
 };
 
 }  // namespace

@@ -148,6 +148,16 @@ def test_bad_input(backend, is_shared, how):
     assert_same_state(eager, other)
 
 
+def test_dtypes_are_those_of_the_last_values(backend):
+    t = VecNorm(KEYS)
+    for _ in range(2):
+        t(batch())
+    torch.compile(t, fullgraph=True, backend=backend)(batch().double())
+    assert t.loc["reward"].dtype == torch.float64
+    t(batch())
+    assert t.loc["reward"].dtype == t.scale["reward"].dtype == torch.float32
+
+
 @pytest.mark.parametrize("first", ["a call", "loading"])
 def test_statistics_from_inference_mode(backend, first):
     """A graph that is run under it makes tensors that torch refuses to write to later."""

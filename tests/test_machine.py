@@ -43,7 +43,7 @@ from samples import batch_strided, padded, strided, transposed
 from tensordict import LazyStackedTensorDict, TensorDict
 from torchrl.data import Composite, Unbounded
 
-from torchrl_vecnorm import Moments, VecNorm
+from torchrl_vecnorm import Moments, VecNorm, sharing
 from torchrl_vecnorm import functional as F
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -386,7 +386,7 @@ def everything(living: Living) -> tuple:
     leaves = {}
     if t._td is not None:
         for name, value in t._td.items(True, True):
-            if name != "_vecnorm_control":
+            if name != sharing.CONTROL:
                 leaves[name] = value.detach().numpy().tobytes(), value.data_ptr()
     return leaves, t._td is None, t.training, t.frozen, dict(t._dtypes)
 
@@ -508,7 +508,9 @@ class Machine(RuleBasedStateMachine):
         """Another transform for the same shared tensordict, or its files."""
         td = source.transform._td
         if source.shared == "memmap":
-            td = TensorDict.load_memmap(td.saved_path)
+            # A tensordict that was loaded does not tell where from, its tensors do.
+            file = td.get(sharing.CONTROL).filename
+            td = TensorDict.load_memmap(os.path.dirname(file))
         elif source.shared != "tensordict":
             td = None
         more = {} if td is None else {"shared_td": td, "lock": source.transform.lock}

@@ -744,6 +744,29 @@ def test_loc_and_scale_before_any_value_was_seen():
     assert t.loc["observation"].dtype == torch.float64
 
 
+def test_dtypes_are_those_of_the_last_values():
+    """Also after calls that are not like most."""
+    t = VecNorm(KEYS)
+    for _ in range(2):
+        t(batch())
+    t._reset(TensorDict({}, [4]), batch(dtype=torch.float64).exclude("observation"))
+    assert t.loc["reward"].dtype == torch.float64
+    t(batch())
+    assert t.loc["reward"].dtype == t.scale["reward"].dtype == torch.float32
+
+
+def test_the_default_dtype_changes():
+    t = VecNorm(["observation"])
+    for dtype in (torch.float32, torch.float64, torch.float32):
+        torch.set_default_dtype(dtype)
+        try:
+            for _ in range(2):
+                y = t(observations([[0], [1]], torch.int32))["observation"]
+            assert y.dtype == t.loc["observation"].dtype == dtype
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
 def test_keys_have_their_own_dtypes():
     t = VecNorm()
     t(TensorDict(observation=torch.ones(2).double(), reward=torch.ones(1)))
