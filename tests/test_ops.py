@@ -309,7 +309,8 @@ def test_shift_far_off(jump):
     batch = F.moments(x)
     _, scale = F.loc_scale(batch)
     np.testing.assert_allclose(scale, x.numpy().astype(np.longdouble).std(0), rtol=1e-3)
-    torch.testing.assert_close(state.ssq, want.ssq, rtol=1e-7, atol=0)
+    # The rounding of the fewest lanes; the jump is in the variance too.
+    torch.testing.assert_close(state.ssq, want.ssq, rtol=1e-6, atol=0)
     x[0] = jump * 1e3  # the first sample is the shift of the first call
     outlier = F.moments(x)
     want = oracle.batch_moments(x, 1)

@@ -755,6 +755,16 @@ def test_dtypes_are_those_of_the_last_values():
     assert t.loc["reward"].dtype == t.scale["reward"].dtype == torch.float32
 
 
+def test_clones_have_their_own_dtypes():
+    t = VecNorm(KEYS)
+    for _ in range(2):
+        t(batch())
+    clone = t.clone()
+    clone(batch(dtype=torch.float64))
+    for one, dtype in ((t, torch.float32), (clone, torch.float64)):
+        assert one.loc["reward"].dtype == one.scale["reward"].dtype == dtype
+
+
 def test_the_default_dtype_changes():
     t = VecNorm(["observation"])
     for dtype in (torch.float32, torch.float64, torch.float32):

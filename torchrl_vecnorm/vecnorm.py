@@ -368,7 +368,8 @@ class VecNorm(Transform):
     ) -> None:
         for key, y in zip(keys, normalized, strict=True):
             if self._dtypes.get(key.in_key) is not y.dtype:
-                self._dtypes[key.in_key] = y.dtype
+                # Clones were given the dictionary as it was.
+                self._dtypes = {**self._dtypes, key.in_key: y.dtype}
                 if torch.compiler.is_compiling() or len(keys) < len(self._keys):
                     self._binding = None  # of other dtypes, which it would not say
             set_entry(td, key.out_key, y)
