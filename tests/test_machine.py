@@ -542,7 +542,7 @@ class Machine(RuleBasedStateMachine):
     def clone(self, source):
         # Without statistics there is nothing yet to share.
         stats = source.stats if source.stats else {}
-        clone = source.beside(source.transform.clone(), stats, dtypes=source.dtypes)
+        clone = source.beside(source.transform.clone(), stats)
         return self.born(clone)
 
     @precondition(has_room)
@@ -553,9 +553,7 @@ class Machine(RuleBasedStateMachine):
                 source.transform.frozen_copy()
             return self.make({"decay": 1, "eps": EPS[0]}, source.has_shapes, True)
         frozen = source.transform.frozen_copy()
-        return self.born(
-            source.beside(frozen, source.stats, dtypes=source.dtypes, frozen=True)
-        )
+        return self.born(source.beside(frozen, source.stats, frozen=True))
 
     @precondition(has_room)
     @rule(
