@@ -721,6 +721,22 @@ def test_values_that_float32_cannot_hold(entry, value):
     assert_same_state(snapshot(t), before)
 
 
+def test_missing_values_where_nobody_counts_them():
+    """They count as ones that change neither loc nor scale."""
+    source, t = VecNorm(KEYS), float32_by_hand()
+    td = batch(60)
+    td["observation"][::2, 0] = math.nan
+    td["reward"][:] = math.inf
+    source(td)
+    t.set_extra_state(source.get_extra_state())
+    for key in KEYS:
+        for of in ("loc", "scale"):
+            torch.testing.assert_close(getattr(t, of)[key], getattr(source, of)[key])
+    for name, leaf in t.get_extra_state().items():
+        if name.endswith("_count"):
+            assert leaf == 60
+
+
 def test_a_cut_pickle_of_a_transform():
     data = pickle.dumps(trained())
     for at in range(0, len(data), 97):

@@ -149,13 +149,16 @@ class Exact:
         self.__dict__.update(copy.deepcopy(other.__dict__))
         self.counter, self.digits = counter, digits
         if other.counter and not counter:
-            # Missing values count as the mean.
-            for f, missing in enumerate(self.missing):
+            # As many values with the same loc and scale, none missing.
+            for f in range(len(self.missing)):
                 used = self.used(f)
-                at = self.sum[f] / used if used else Fraction(0)
-                self.sums_rounded |= not self.is_short(at)
-                self.sum[f] += missing * at
-                self.ssq[f] += missing * at * at
+                if used:
+                    weight = self.count / used
+                    self.sums_rounded |= not fits(weight, 53)
+                    self.sum[f] *= weight
+                    self.ssq[f] *= weight
+                else:
+                    self.ssq[f] = self.count
             self.missing = [Fraction(0)] * len(self.missing)
             self.left_out = [0] * len(self.left_out)
         self._round()

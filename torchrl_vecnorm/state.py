@@ -75,6 +75,19 @@ def copy_moments(target: Moments, source: Moments) -> None:
             target.nonfinite.zero_()
 
 
+def without_counter(moments: Moments) -> Moments:
+    """The moments of as many values that give the same loc and scale, none missing."""
+    if moments.nonfinite is None:
+        return moments
+    total, squares, count, used = (
+        v.detach().double() for v in (*moments[:3], moments.used())
+    )
+    weight = torch.where(used > 0, count / used, 1.0)
+    # Of nothing: the identity.
+    squares = torch.where((used == 0) & (squares == 0), count, squares)
+    return Moments(total * weight, squares * weight, moments.count)
+
+
 #: How far rounding may take sum² beyond ssq · count: the Cauchy-Schwarz inequality, and
 #: what sums in float32, as torchrl has them, were seen to make of it.
 _SLACK = {torch.float64: 1e-6, torch.float32: 1e-2}

@@ -42,6 +42,7 @@ from torchrl_vecnorm.state import (
     is_like,
     read_moments,
     set_entry,
+    without_counter,
     write_moments,
 )
 
@@ -774,7 +775,8 @@ class VecNorm(Transform):
         the beginning.
 
         A transform that has statistics writes in place, under the lock, so that
-        sharing survives. One that has none adopts the tensors as they are, in shared
+        sharing survives; where those do not count what is missing, it becomes values
+        that change neither ``loc`` nor ``scale``. One that has none adopts the tensors as they are, in shared
         memory, or float64 copies of what another class has saved.
 
         Raises:
@@ -848,7 +850,12 @@ class VecNorm(Transform):
             features = key.shape if current is None else current.sum.shape
             is_live = sharing.in_shared_memory(moments.sum)
             check_moments(names, moments, features, is_live)
-            if current is not None and current.sum.dtype != moments.sum.dtype:
+            is_counted = current is None or current.nonfinite is not None
+            if not is_counted:
+                moments = without_counter(moments)
+            if current is not None and (
+                not is_counted or current.sum.dtype != moments.sum.dtype
+            ):
                 # In float32 large statistics may be infinite.
                 as_here = (
                     None if new is None else new.to((new if old is None else old).dtype)
