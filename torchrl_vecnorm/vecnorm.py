@@ -776,8 +776,8 @@ class VecNorm(Transform):
 
         A transform that has statistics writes in place, under the lock, so that
         sharing survives; where those do not count what is missing, it becomes values
-        that change neither ``loc`` nor ``scale``. One that has none adopts the tensors as they are, in shared
-        memory, or float64 copies of what another class has saved.
+        that change neither ``loc`` nor ``scale``. One that has none adopts the tensors
+        as they are, in shared memory, or float64 copies of what another class has saved.
 
         Raises:
             KeyError: ``state`` is None or lacks an entry of a key that has statistics.
