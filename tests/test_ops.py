@@ -310,8 +310,9 @@ def test_shift_far_off(jump):
     batch = F.moments(x)
     _, scale = F.loc_scale(batch)
     np.testing.assert_allclose(scale, x.numpy().astype(np.longdouble).std(0), rtol=1e-3)
-    # The rounding of the fewest lanes; the jump is in the variance too.
-    torch.testing.assert_close(state.ssq, want.ssq, rtol=1e-6, atol=0)
+    # Each lane sums in float: with fewer lanes, more of them round in a row.
+    rtol = 1e-7 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 1e-6
+    torch.testing.assert_close(state.ssq, want.ssq, rtol=rtol, atol=0)
     x[0] = jump * 1e3  # the first sample is the shift of the first call
     outlier = F.moments(x)
     want = oracle.batch_moments(x, 1)
@@ -774,14 +775,19 @@ def test_refused_by_every_implementation(what, update):
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
 
 
+def implemented(composite: bool, *names: str) -> list:
+    """The operators: as the dispatcher has them, or those in plain torch."""
+    if composite:
+        return [getattr(_ops, f"_{name}") for name in names]
+    return [getattr(ops, name) for name in names]
+
+
 @pytest.mark.parametrize("composite", [False, True])
 def test_refused_by_the_others(composite):
     good, x = Moments.zeros([3]), data((5,), (3,))
     columns, wide = F.columns([good]), [torch.empty(1, 3)]
-    owner = _ops if composite else ops
-    normalize, denormalize, merge = (
-        getattr(owner, ("_" if composite else "") + name)
-        for name in ("normalize", "denormalize", "merge")
+    normalize, denormalize, merge = implemented(
+        composite, "normalize", "denormalize", "merge"
     )
     for call in (normalize, denormalize):
         with pytest.raises(ValueError, match=r"key 0.*\[5, 3\].*\[1, 3\]"):
@@ -871,13 +877,10 @@ def test_outputs_of_other_keys(update):
     torch.testing.assert_close(wide, torch.cat(want, 1), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("implementation", [ops, _ops])
-def test_one_state_for_two_keys(implementation):
+@pytest.mark.parametrize("composite", [False, True])
+def test_one_state_for_two_keys(composite):
     """It can be read twice, but an update would depend on the order."""
-    of = "_" if implementation is _ops else ""
-    update, merge, normalize = (
-        getattr(implementation, of + name) for name in ("update", "merge", "normalize")
-    )
+    update, merge, normalize = implemented(composite, "update", "merge", "normalize")
     x, state = data((5,), (3,)), Moments.zeros([3])
     F.update_(x, state)
     before = clone(state)
