@@ -654,13 +654,17 @@ def is_same(state, other: dict) -> bool:
     )
 
 
-def float32_by_hand() -> VecNorm:
-    """As torchrl keeps them: float32, without a counter, shared."""
-    td = trained(5)._td.float()
+def by_hand(dtype: torch.dtype) -> VecNorm:
+    """As torchrl keeps them: without a counter, shared; there in float32."""
+    td = trained(5)._td.to(dtype)
     for name in list(td.keys(True, True)):
         if (name if isinstance(name, str) else name[-1]).endswith("_nonfinite"):
             del td[name]
     return VecNorm(KEYS, shared_td=td.share_memory_())
+
+
+def float32_by_hand() -> VecNorm:
+    return by_hand(torch.float32)
 
 
 def with_a_journal() -> VecNorm:
@@ -735,6 +739,19 @@ def test_missing_values_where_nobody_counts_them():
     for name, leaf in t.get_extra_state().items():
         if name.endswith("_count"):
             assert leaf == 60
+
+
+def test_missing_values_that_make_up_too_much():
+    """As large as the one that there is, a million of them are infinite."""
+    t = by_hand(torch.float64)
+    before = snapshot(t)
+    state = copied(trained().get_extra_state())
+    state["reward_ssq"][:] = 1e305
+    state["reward_count"][:] = 1e6
+    state["reward_nonfinite"][:] = 1e6 - 1
+    with pytest.raises(ValueError, match=r"reward_ssq.*finite"):
+        t.set_extra_state(state)
+    assert_same_state(snapshot(t), before)
 
 
 def test_a_cut_pickle_of_a_transform():

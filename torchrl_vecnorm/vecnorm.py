@@ -934,6 +934,7 @@ class VecNorm(Transform):
             state = Moments.zeros(moments.sum.shape, device=moments.sum.device)
             write_moments(self._td, key.names, state)
         elif not self._others_update:
+            # Where it is, as something that can be written to.
             state = self._move(key, state, state.sum.device)
         if attached is not None:
             state = attached.copy_of(state, key.names)
