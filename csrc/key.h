@@ -21,18 +21,86 @@ struct Matrix {
   int64_t feature_stride = 1;
 };
 
+// One tensor of a state, float64 or float32.
+struct Leaf {
+  void* data = nullptr;  // null: the state has no such leaf
+  Dtype dtype = Dtype::kFloat64;
+
+  VECNORM_HD double read(int64_t i) const {
+    return dtype == Dtype::kFloat64
+               ? static_cast<const double*>(data)[i]
+               : static_cast<double>(static_cast<const float*>(data)[i]);
+  }
+
+  VECNORM_HD void write(int64_t i, double value) const {
+    if (dtype == Dtype::kFloat64) {
+      static_cast<double*>(data)[i] = value;
+    } else {
+      static_cast<float*>(data)[i] = static_cast<float>(value);
+    }
+  }
+
+  // As it would be read after write().
+  VECNORM_HD double rounded(double value) const {
+    return dtype == Dtype::kFloat64 ? value : static_cast<float>(value);
+  }
+};
+
 // The state of one key. `sum` and `ssq` are [features], `count` is [1]; `nonfinite` is
 // [2, features]: of the samples in `count` those whose value was left out, and how many
-// values were left out so far, which does not decay.
+// values were left out so far, which does not decay. `central` is [features], the
+// variance. The last two are optional.
 struct State {
-  void* sum = nullptr;
-  void* ssq = nullptr;
-  void* count = nullptr;
-  double* nonfinite = nullptr;  // null: the state has no such counter
-  Dtype sum_dtype = Dtype::kFloat64;
-  Dtype ssq_dtype = Dtype::kFloat64;
-  Dtype count_dtype = Dtype::kFloat64;
+  Leaf sum;
+  Leaf ssq;
+  Leaf count;
+  Leaf nonfinite;
+  Leaf central;
+
+  VECNORM_HD Rounding rounding() const {
+    const bool in_double =
+        sum.dtype == Dtype::kFloat64 && ssq.dtype == Dtype::kFloat64;
+    return Rounding::of(in_double, central.data != nullptr);
+  }
 };
+
+VECNORM_HD Moments read_state(const State& s, int64_t f) {
+  Moments m;
+  m.sum = s.sum.read(f);
+  m.ssq = s.ssq.read(f);
+  m.count = s.count.read(0);
+  m.missing = s.nonfinite.data != nullptr ? s.nonfinite.read(f) : 0.;
+  m.var = s.central.data != nullptr
+              ? kept_var(s.central.read(f), m, s.rounding())
+              : m.var_of_sums();
+  return m;
+}
+
+// Moments as they would be read after they were written.
+VECNORM_HD Moments rounded(const State& s, Moments m) {
+  m.sum = s.sum.rounded(m.sum);
+  m.ssq = s.ssq.rounded(m.ssq);
+  m.count = s.count.rounded(m.count);
+  m.missing = s.nonfinite.data != nullptr ? s.nonfinite.rounded(m.missing) : 0.;
+  m.var = s.central.data != nullptr
+              ? kept_var(s.central.rounded(m.var), m, s.rounding())
+              : m.var_of_sums();
+  return m;
+}
+
+// Writes all but `count`, which the features of a key share.
+VECNORM_HD void write_state(const State& s, int64_t f, int64_t features,
+                            const Moments& m, double left_out) {
+  s.sum.write(f, m.sum);
+  s.ssq.write(f, m.ssq);
+  if (s.nonfinite.data != nullptr) {
+    s.nonfinite.write(f, m.missing);
+    s.nonfinite.write(features + f, s.nonfinite.read(features + f) + left_out);
+  }
+  if (s.central.data != nullptr) {
+    s.central.write(f, m.var);
+  }
+}
 
 struct Key {
   Matrix x;

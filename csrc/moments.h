@@ -46,11 +46,14 @@ struct Partial {
 
 // The running moments of one feature. `count` is the number of samples (shared by
 // the features of a key), `missing` the number of values among them that were left out.
+// `var` is the variance of the others: where a state keeps it beside the sums it has all
+// its digits, else it is the small difference of large numbers that the sums leave.
 struct Moments {
   double sum = 0;
   double ssq = 0;
   double count = 0;
   double missing = 0;
+  double var = 0;
 
   // The number of values behind the sums. More values missing than there are samples
   // says that somebody has updated the others without knowing of `missing`.
@@ -59,7 +62,44 @@ struct Moments {
     const double rounding = 1e-9 * count;
     return n < -rounding ? count : n <= rounding ? 0. : n;
   }
+
+  VECNORM_HD double loc() const {
+    const double n = used();
+    return n > 0 ? sum / n : 0.;
+  }
+
+  // The variance as the sums have it. Written so that a NaN stays one.
+  VECNORM_HD double var_of_sums() const {
+    const double n = used();
+    const double mean = loc();
+    const double v = n > 0 ? ssq / n - mean * mean : 0.;
+    return v < 0 ? 0. : v;
+  }
 };
+
+// What rounding leaves of statistics that are far from zero, by what holds them:
+// relative to loc², how far their sums may be off the variance that is kept beside them,
+// and relative to |loc|, below which a scale is nothing but rounding.
+struct Rounding {
+  double var;
+  double scale;
+
+  VECNORM_HD static Rounding of(bool in_double, bool keeps_var) {
+    if (keeps_var) {
+      return in_double ? Rounding{1e-9, 7e-15} : Rounding{1e-3, 4e-6};
+    }
+    return in_double ? Rounding{0, 3e-8} : Rounding{0, 7e-4};
+  }
+};
+
+// The variance that is kept beside the sums, unless they contradict it: then somebody
+// has updated them without knowing of it.
+VECNORM_HD double kept_var(double kept, const Moments& m, Rounding rounding) {
+  const double from_sums = m.var_of_sums();
+  const double loc = m.loc();
+  const double slack = 1e-6 * (kept + from_sums) + rounding.var * loc * loc;
+  return std::fabs(kept - from_sums) <= slack ? kept : from_sums;
+}
 
 struct Statistic {
   double loc;
@@ -119,30 +159,26 @@ VECNORM_HD Moments unshift(Partial p, double shift, double samples) {
   m.ssq = p.d2 + shift * (2 * p.d1 + p.n * shift);
   m.count = samples;
   m.missing = samples - p.n;
-  return m;
-}
-
-// A state without a counter of missing values cannot leave a value out: it is taken to
-// have been at the running mean, or at the batch's mean when there is none yet.
-VECNORM_HD Moments impute(Moments batch, Moments state) {
-  if (batch.missing > 0) {
-    double at = 0;
-    if (state.count > 0) {
-      at = state.sum / state.count;
-    } else if (batch.used() > 0) {
-      at = batch.sum / batch.used();
-    }
-    batch.sum += batch.missing * at;
-    batch.ssq += batch.missing * at * at;
-    batch.missing = 0;
+  if (p.n > 0) {
+    const double mean = p.d1 / p.n;
+    const double var = p.d2 / p.n - mean * mean;
+    m.var = var < 0 ? 0. : var;
   }
-  return batch;
+  return m;
 }
 
 // An empty batch changes nothing: it does not even decay.
 VECNORM_HD Moments fold(Moments state, Moments batch, Weights w) {
   if (!(batch.count > 0)) {
     return state;
+  }
+  // The variance within both, and that between their means (Chan, Golub & LeVeque).
+  const double a = w.keep * state.used();
+  const double b = w.weight * batch.used();
+  if (a + b > 0) {
+    const double apart = a > 0 && b > 0 ? batch.loc() - state.loc() : 0.;
+    const double share = b / (a + b);
+    state.var += share * (batch.var - state.var + (1. - share) * apart * apart);
   }
   state.sum = w.keep * state.sum + w.weight * batch.sum;
   state.ssq = w.keep * state.ssq + w.weight * batch.ssq;
@@ -151,17 +187,30 @@ VECNORM_HD Moments fold(Moments state, Moments batch, Weights w) {
   return state;
 }
 
+// A state without a counter of missing values cannot leave a value out: it is taken to
+// have been at the running mean, or at the batch's mean when there is none yet.
+VECNORM_HD Moments impute(Moments batch, Moments state) {
+  if (batch.missing > 0) {
+    const double n = batch.missing;
+    const double at = state.count > 0 ? state.sum / state.count : batch.loc();
+    batch.count -= n;
+    batch.missing = 0;
+    batch = fold(batch, {n * at, n * at * at, n, 0, 0}, {1, 1});
+  }
+  return batch;
+}
+
 // loc and scale of a feature; identity while nothing was seen.
-VECNORM_HD Statistic statistic(Moments m, double eps) {
-  const double n = m.used();
-  if (!(n > 0)) {
+VECNORM_HD Statistic statistic(Moments m, double eps, Rounding rounding) {
+  if (!(m.used() > 0)) {
     return {0., 1.};
   }
-  const double loc = m.sum / n;
-  const double var = m.ssq / n - loc * loc;
+  const double loc = m.loc();
   // Written so that a NaN stays one: fmax would hide it.
-  const double std = std::sqrt(var < 0 ? 0. : var);
-  return {loc, std < eps ? eps : std};
+  const double std = std::sqrt(m.var);
+  const double least = std::fabs(loc) * rounding.scale;
+  const double bound = least > eps ? least : eps;
+  return {loc, std < bound ? bound : std};
 }
 
 // y = (x - loc) / scale in the arithmetic of T. loc is split into a part that T can

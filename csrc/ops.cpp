@@ -8,19 +8,26 @@
 // Every operator takes all keys of a call as lists. Key i has
 //
 //   x[i]       [*samples, *features]  values, any real dtype
-//   sum[i]     [*features]            Σ x, float64 (float32 in the reference's layout)
-//   ssq[i]     [*features]            Σ x²
-//   count[i]   [1]                    number of samples
-//   nonfinite[i]  [2, *features]         float64: values used; values left out. No
-//                                     elements: the state keeps no such counter
 //   y[i]       like x[i]              floating point; x's own dtype where x is
-//   mask[i]    [samples]              bool: which samples count. No elements: all
+//   mask[i]    [*samples]             bool: which samples count. No elements: all
 //
-// `nonfinite`, `y` and `mask` may be empty lists. Outputs are mutated and nothing is
-// returned: a mutating schema that returns a list of tensors cannot be compiled.
+// and five entries in `state`, one after the other, float64 (float32 in the layout of
+// torchrl's class, and on devices that have nothing better):
+//
+//   sum        [*features]            Σ x
+//   ssq        [*features]            Σ x²
+//   count      [1]                    number of samples
+//   nonfinite  [2, *features]         samples whose value is missing; values left out
+//   central    [*features]            the variance
+//
+// The last two have no elements where a state does without them. `y` and `mask` may be
+// empty lists. What mutates takes its outputs and returns nothing: a mutating schema that
+// returns a list of tensors cannot be compiled. What mutates nothing returns its results,
+// so that graphs, their branches, and traces hold it as any other function.
 
 #include "ops.h"
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -31,6 +38,9 @@
 
 #ifdef _OPENMP
 #include <omp.h>
+#endif
+#ifdef __linux__
+#include <sys/mman.h>
 #endif
 
 #include <algorithm>
@@ -77,116 +87,179 @@ void run_phases(const std::vector<cpu::Phase>& phases) {
 #endif
 }
 
-void update_cpu(TensorList x, TensorList sum, TensorList ssq, TensorList count,
-                TensorList nonfinite, TensorList y, TensorList mask, double keep,
-                double weight, double eps) {
+void update_cpu(TensorList x, TensorList state, TensorList y, TensorList mask,
+                double keep, double weight, double eps) {
   leave_the_pool_after_fork();
-  const States s{sum, ssq, count, nonfinite};
-  check_update(x, y, mask, s);
+  const States s{state};
+  check_update(x, y, mask, s, keep, weight, eps);
   const Keys keys(x, y, mask, s);
   cpu::update(keys.keys, {keep, weight}, eps, run_phases);
   keys.write_back();
 }
 
-void normalize_cpu(TensorList x, TensorList sum, TensorList ssq, TensorList count,
-                   TensorList nonfinite, TensorList y, double eps) {
+// Contiguous outputs are allocated without the dispatcher, in a third of the time.
+std::vector<Tensor> outputs_like(TensorList x) {
+  std::vector<Tensor> y;
+  y.reserve(x.size());
+  for (const Tensor& t : x) {
+    const at::ScalarType dtype = output_dtype(t);
+    y.push_back(t.is_contiguous() ? Tensor(at::detail::empty_cpu(t.sizes(), dtype))
+                                  : at::empty_like(t, t.options().dtype(dtype)));
+    prefer_huge_pages(y.back());
+  }
+  return y;
+}
+
+void normalize_out_cpu(TensorList x, TensorList state, TensorList y, double eps) {
   leave_the_pool_after_fork();
-  const States s{sum, ssq, count, nonfinite};
-  check_values(x, y, s);
+  const States s{state};
+  check_output(x, y, s, eps);
   const Keys keys(x, y, {}, s);
   cpu::normalize(keys.keys, eps, run_phases);
   keys.write_back();
 }
 
-void denormalize_cpu(TensorList y, TensorList sum, TensorList ssq, TensorList count,
-                     TensorList nonfinite, TensorList x, double eps) {
+std::vector<Tensor> normalize_cpu(TensorList x, TensorList state, double eps) {
   leave_the_pool_after_fork();
-  const States s{sum, ssq, count, nonfinite};
+  const States s{state};
+  check_values(x, {}, s, eps);
+  std::vector<Tensor> y = outputs_like(x);
+  const Keys keys(x, y, {}, s);
+  cpu::normalize(keys.keys, eps, run_phases);
+  keys.write_back();
+  return y;
+}
+
+std::vector<Tensor> denormalize_cpu(TensorList y, TensorList state, double eps) {
+  leave_the_pool_after_fork();
+  const States s{state};
   check_floating_point(y);
-  check_values(y, x, s);
+  check_values(y, {}, s, eps);
+  std::vector<Tensor> x = outputs_like(y);
   const Keys keys(y, x, {}, s);
   cpu::denormalize(keys.keys, eps, run_phases);
   keys.write_back();
+  return x;
 }
 
-void merge_cpu(TensorList sum, TensorList ssq, TensorList count, TensorList nonfinite,
-               TensorList other_sum, TensorList other_ssq, TensorList other_count,
-               TensorList other_nonfinite, double keep, double weight) {
-  const States s{sum, ssq, count, nonfinite};
-  const States other{other_sum, other_ssq, other_count, other_nonfinite};
-  check_merge(s, other);
-  for (size_t i = 0; i < sum.size(); ++i) {
-    cpu::merge(state_of(s, i), state_of(other, i), sum[i].numel(), {keep, weight});
+std::vector<Tensor> moments_cpu(TensorList x, int64_t feature_ndim, TensorList mask) {
+  std::vector<Tensor> state = zero_states(x, feature_ndim);
+  update_cpu(x, state, {}, mask, 1, 1, 1);
+  return state;
+}
+
+void merge_cpu(TensorList state, TensorList other, double keep, double weight) {
+  const States s{state};
+  const States o{other};
+  check_merge(s, o, keep, weight);
+  for (size_t i = 0; i < s.size(); ++i) {
+    cpu::merge(state_of(s, i), state_of(o, i), s.sum(i).numel(), {keep, weight});
   }
 }
 
 // ----------------------------------------------------------------------- dispatch
 
+template <typename Schema>
+c10::TypedOperatorHandle<Schema> find_op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Schema>();
+}
+
 const auto& update_op() {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("torchrl_vecnorm::update", "")
-                             .typed<decltype(vecnorm::update)>();
+  static const auto op = find_op<decltype(update_cpu)>("torchrl_vecnorm::update");
   return op;
 }
 
 const auto& normalize_op() {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("torchrl_vecnorm::normalize", "")
-                             .typed<decltype(vecnorm::normalize)>();
+  static const auto op = find_op<decltype(normalize_cpu)>("torchrl_vecnorm::normalize");
+  return op;
+}
+
+const auto& normalize_out_op() {
+  static const auto op =
+      find_op<decltype(normalize_out_cpu)>("torchrl_vecnorm::normalize_out");
   return op;
 }
 
 const auto& denormalize_op() {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("torchrl_vecnorm::denormalize", "")
-                             .typed<decltype(vecnorm::denormalize)>();
+  static const auto op =
+      find_op<decltype(denormalize_cpu)>("torchrl_vecnorm::denormalize");
+  return op;
+}
+
+const auto& moments_op() {
+  static const auto op = find_op<decltype(moments_cpu)>("torchrl_vecnorm::moments");
   return op;
 }
 
 const auto& merge_op() {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("torchrl_vecnorm::merge", "")
-                             .typed<decltype(vecnorm::merge)>();
+  static const auto op = find_op<decltype(merge_cpu)>("torchrl_vecnorm::merge");
   return op;
 }
 
 // ----------------------------------------------------------------------- autograd
 
-// The scale of a key, shaped to broadcast over its values. Sizes may be symbolic here.
+// The scale of a key, shaped to broadcast over its values: statistic() of moments.h in
+// plain torch, as sizes may be symbolic here.
 Tensor scale_of(const States& s, size_t i, double eps) {
-  Tensor n = s.count[i].reshape({}).to(at::kDouble);
-  if (!s.nonfinite.empty() && s.nonfinite[i].sym_numel() > 0) {
+  // mps has nothing better than float32.
+  const at::ScalarType real = s.sum(i).is_mps() ? at::kFloat : at::kDouble;
+  const bool keeps_var = s.central(i).sym_numel() > 0;
+  const bool in_double =
+      s.sum(i).scalar_type() == at::kDouble && s.ssq(i).scalar_type() == at::kDouble;
+  const Rounding rounding = Rounding::of(in_double, keeps_var);
+  Tensor n = s.count(i).reshape({}).to(real);
+  if (s.nonfinite(i).sym_numel() > 0) {
     // As Moments::used() has it.
-    const Tensor used = n - s.nonfinite[i].select(0, 0);
-    const Tensor rounding = n * 1e-9;
-    n = at::where(used < -rounding, n, at::where(used <= rounding, 0., used));
+    const Tensor used = n - s.nonfinite(i).select(0, 0).to(real);
+    const Tensor slack = n * 1e-9;
+    n = at::where(used < -slack, n, at::where(used <= slack, 0., used));
   }
-  const Tensor loc = s.sum[i].to(at::kDouble) / n;
-  const Tensor var = s.ssq[i].to(at::kDouble) / n - loc * loc;
-  const Tensor std = var.clamp_min(0).sqrt().clamp_min(eps);
+  const Tensor loc = s.sum(i).to(real) / n;
+  Tensor var = (s.ssq(i).to(real) / n - loc * loc).clamp_min(0);
+  if (keeps_var) {
+    const Tensor kept = s.central(i).to(real);
+    const Tensor slack = (kept + var) * 1e-6 + loc * loc * rounding.var;
+    var = at::where((kept - var).abs() <= slack, kept, var);
+  }
+  const Tensor least = (loc.abs() * rounding.scale).clamp_min(eps);
+  const Tensor std = at::maximum(var.sqrt(), least);
   return at::where(n > 0, std, at::ones_like(std));
+}
+
+std::vector<Tensor> scales_of(const States& s, const std::vector<size_t>& keys,
+                              double eps) {
+  std::vector<Tensor> scales;
+  for (size_t i : keys) {
+    scales.push_back(scale_of(s, i, eps));
+  }
+  return scales;
 }
 
 // An affine map whose coefficients are constants: the gradient of an output is divided
 // by the scale (normalize) or multiplied by it (denormalize).
 struct AffineGrad : public torch::autograd::Function<AffineGrad> {
-  using Run = std::function<std::vector<Tensor>()>;
+  using Variables = torch::autograd::variable_list;
+  using Context = torch::autograd::AutogradContext;
 
-  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx,
-                                                TensorList x, TensorList y,
-                                                const Run& run, bool inverse) {
-    const torch::autograd::variable_list outputs = y.vec();
-    ctx->saved_data["scales"] = run();
+  // `run` returns the outputs, which are `y` where there are any, and the scales.
+  using Run = std::function<std::pair<Variables, std::vector<Tensor>>()>;
+
+  static Variables forward(Context* ctx, TensorList x, TensorList y, const Run& run,
+                           bool inverse) {
+    auto [outputs, scales] = run();
+    ctx->saved_data["scales"] = scales;
     ctx->saved_data["inverse"] = inverse;
-    ctx->mark_dirty(outputs);
+    ctx->saved_data["written"] = static_cast<int64_t>(y.size());
+    if (!y.empty()) {
+      ctx->mark_dirty(outputs);
+    }
     return outputs;
   }
 
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
-                                                 torch::autograd::variable_list grads) {
+  static Variables backward(Context* ctx, Variables grads) {
     const std::vector<Tensor> scales = ctx->saved_data["scales"].toTensorVector();
     const bool inverse = ctx->saved_data["inverse"].toBool();
-    torch::autograd::variable_list out;
+    Variables out;
     for (size_t i = 0; i < grads.size(); ++i) {
       Tensor grad = grads[i];
       if (grad.defined()) {
@@ -196,7 +269,7 @@ struct AffineGrad : public torch::autograd::Function<AffineGrad> {
       out.push_back(grad);
     }
     // Nothing flows into the outputs' old values, the function and the flag.
-    out.resize(2 * grads.size() + 2);
+    out.resize(grads.size() + ctx->saved_data["written"].toInt() + 2);
     return out;
   }
 };
@@ -232,7 +305,7 @@ void run_below_autograd(std::initializer_list<TensorList> mutated, const Call& c
 
 // Runs an operator whose outputs are or become part of a graph.
 template <typename Run>
-void run_in_graph(TensorList x, TensorList y, const States& s, double eps, bool inverse,
+void run_in_graph(TensorList x, TensorList y, const States& s, double eps,
                   const Run& run) {
   std::vector<size_t> keys;
   std::vector<Tensor> inputs;
@@ -269,74 +342,136 @@ void run_in_graph(TensorList x, TensorList y, const States& s, double eps, bool 
         TensorList(inputs), TensorList(outputs),
         [&] {
           run_and_copy();
-          std::vector<Tensor> scales;
-          for (size_t i : keys) {
-            scales.push_back(scale_of(s, i, eps));
-          }
-          return scales;
+          return std::pair(outputs, scales_of(s, keys, eps));
         },
-        inverse);
+        /*inverse=*/false);
   }
   for (const auto& [written, copy] : copies) {
     written.copy_(copy);
   }
 }
 
-// Runs an operator, and connects the outputs whose inputs need gradients.
-template <typename Run>
-void with_gradients(TensorList x, TensorList y, const States& s, double eps,
-                    bool inverse, const Run& run) {
-  const auto needs_gradient = [](const Tensor& t) { return t.requires_grad(); };
+bool needs_gradient(TensorList list) {
+  return at::GradMode::is_enabled() &&
+         std::any_of(list.begin(), list.end(),
+                     [](const Tensor& t) { return t.requires_grad(); });
+}
+
+void check_no_tangents(TensorList x) {
   for (size_t i = 0; i < x.size(); ++i) {
     TORCH_CHECK_NOT_IMPLEMENTED(
         !x[i]._fw_grad(0).defined(), "key ", i,
         ": the operators have no forward-mode derivatives, torchrl_vecnorm.functional "
         "has them");
   }
-  if (at::GradMode::is_enabled() && (std::any_of(x.begin(), x.end(), needs_gradient) ||
-                                     std::any_of(y.begin(), y.end(), needs_gradient))) {
-    run_in_graph(x, y, s, eps, inverse, run);
+}
+
+// Runs an operator that writes to its outputs, and connects those whose inputs need
+// gradients.
+template <typename Run>
+void with_gradients(TensorList x, TensorList y, const States& s, double eps,
+                    const Run& run) {
+  check_no_tangents(x);
+  if (needs_gradient(x) || needs_gradient(y)) {
+    run_in_graph(x, y, s, eps, run);
   } else {
     run();
   }
 }
 
-void update_autograd(TensorList x, TensorList sum, TensorList ssq, TensorList count,
-                     TensorList nonfinite, TensorList y, TensorList mask, double keep,
-                     double weight, double eps) {
-  with_gradients(x, y, {sum, ssq, count, nonfinite}, eps, false, [&] {
-    run_below_autograd({sum, ssq, count, nonfinite, y}, [&] {
-      update_op().call(x, sum, ssq, count, nonfinite, y, mask, keep, weight, eps);
-    });
-  });
+// The same for one that returns them.
+template <typename Run>
+std::vector<Tensor> returned_with_gradients(TensorList x, const States& s, double eps,
+                                            bool inverse, const Run& run) {
+  check_no_tangents(x);
+  const auto run_below = [&] {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return run();
+  };
+  if (!needs_gradient(x)) {
+    return run_below();
+  }
+  std::vector<size_t> keys;
+  std::vector<Tensor> inputs;
+  for (size_t i = 0; i < x.size(); ++i) {
+    if (x[i].requires_grad()) {
+      keys.push_back(i);
+      inputs.push_back(x[i]);
+    }
+  }
+  std::vector<Tensor> all;
+  const std::vector<Tensor> connected = AffineGrad::apply(
+      TensorList(inputs), TensorList(),
+      [&] {
+        all = run_below();
+        std::vector<Tensor> outputs;
+        for (size_t i : keys) {
+          outputs.push_back(all[i]);
+        }
+        return std::pair(outputs, scales_of(s, keys, eps));
+      },
+      inverse);
+  for (size_t k = 0; k < keys.size(); ++k) {
+    all[keys[k]] = connected[k];
+  }
+  return all;
 }
 
-void normalize_autograd(TensorList x, TensorList sum, TensorList ssq, TensorList count,
-                        TensorList nonfinite, TensorList y, double eps) {
-  with_gradients(x, y, {sum, ssq, count, nonfinite}, eps, false, [&] {
+void update_autograd(TensorList x, TensorList state, TensorList y, TensorList mask,
+                     double keep, double weight, double eps) {
+  with_gradients(x, y, {state}, eps, [&] {
     run_below_autograd(
-        {y}, [&] { normalize_op().call(x, sum, ssq, count, nonfinite, y, eps); });
+        {state, y}, [&] { update_op().call(x, state, y, mask, keep, weight, eps); });
   });
 }
 
-void denormalize_autograd(TensorList y, TensorList sum, TensorList ssq,
-                          TensorList count, TensorList nonfinite, TensorList x,
-                          double eps) {
-  with_gradients(y, x, {sum, ssq, count, nonfinite}, eps, true, [&] {
-    run_below_autograd(
-        {x}, [&] { denormalize_op().call(y, sum, ssq, count, nonfinite, x, eps); });
+void normalize_out_autograd(TensorList x, TensorList state, TensorList y, double eps) {
+  with_gradients(x, y, {state}, eps, [&] {
+    run_below_autograd({y}, [&] { normalize_out_op().call(x, state, y, eps); });
   });
 }
 
-void merge_autograd(TensorList sum, TensorList ssq, TensorList count,
-                    TensorList nonfinite, TensorList other_sum, TensorList other_ssq,
-                    TensorList other_count, TensorList other_nonfinite, double keep,
-                    double weight) {
-  run_below_autograd({sum, ssq, count, nonfinite}, [&] {
-    merge_op().call(sum, ssq, count, nonfinite, other_sum, other_ssq, other_count,
-                    other_nonfinite, keep, weight);
-  });
+std::vector<Tensor> normalize_autograd(TensorList x, TensorList state, double eps) {
+  return returned_with_gradients(x, {state}, eps, false,
+                                 [&] { return normalize_op().call(x, state, eps); });
 }
+
+std::vector<Tensor> denormalize_autograd(TensorList y, TensorList state, double eps) {
+  return returned_with_gradients(y, {state}, eps, true,
+                                 [&] { return denormalize_op().call(y, state, eps); });
+}
+
+// Statistics are constants.
+std::vector<Tensor> moments_autograd(TensorList x, int64_t feature_ndim,
+                                     TensorList mask) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return moments_op().call(x, feature_ndim, mask);
+}
+
+void merge_autograd(TensorList state, TensorList other, double keep, double weight) {
+  run_below_autograd({state},
+                     [&] { merge_op().call(state, other, keep, weight); });
+}
+
+// ------------------------------------------------------------------------- traces
+
+[[noreturn]] void refuse_trace(const char* name) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      false, "torchrl_vecnorm::", name,
+      ": torch.jit.trace cannot record what changes its arguments, as an update of the "
+      "statistics does; trace normalize(), without out, or a transform that is frozen");
+}
+
+void update_trace(TensorList, TensorList, TensorList, TensorList, double, double,
+                  double) {
+  refuse_trace("update");
+}
+
+void normalize_out_trace(TensorList, TensorList, TensorList, double) {
+  refuse_trace("normalize_out");
+}
+
+void merge_trace(TensorList, TensorList, double, double) { refuse_trace("merge"); }
 
 }  // namespace
 
@@ -346,69 +481,75 @@ void leave_the_pool_after_fork() {
   }
 }
 
-void update(TensorList x, TensorList sum, TensorList ssq, TensorList count,
-            TensorList nonfinite, TensorList y, TensorList mask, double keep,
+void prefer_huge_pages(const Tensor& t) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t page = 2 << 20;
+  if (t.device().is_cpu() && t.nbytes() >= 2 * page) {
+    const auto address = reinterpret_cast<uintptr_t>(t.data_ptr());
+    const uintptr_t begin = (address + page - 1) / page * page;
+    const uintptr_t end = (address + t.nbytes()) / page * page;
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  }
+#endif
+}
+
+void update(TensorList x, TensorList state, TensorList y, TensorList mask, double keep,
             double weight, double eps) {
-  update_op().call(x, sum, ssq, count, nonfinite, y, mask, keep, weight, eps);
+  update_op().call(x, state, y, mask, keep, weight, eps);
 }
 
-void normalize(TensorList x, TensorList sum, TensorList ssq, TensorList count,
-               TensorList nonfinite, TensorList y, double eps) {
-  normalize_op().call(x, sum, ssq, count, nonfinite, y, eps);
+std::vector<Tensor> normalize(TensorList x, TensorList state, double eps) {
+  return normalize_op().call(x, state, eps);
 }
 
-void denormalize(TensorList y, TensorList sum, TensorList ssq, TensorList count,
-                 TensorList nonfinite, TensorList x, double eps) {
-  denormalize_op().call(y, sum, ssq, count, nonfinite, x, eps);
-}
-
-void merge(TensorList sum, TensorList ssq, TensorList count, TensorList nonfinite,
-           TensorList other_sum, TensorList other_ssq, TensorList other_count,
-           TensorList other_nonfinite, double keep, double weight) {
-  merge_op().call(sum, ssq, count, nonfinite, other_sum, other_ssq, other_count,
-                  other_nonfinite, keep, weight);
+void normalize_out(TensorList x, TensorList state, TensorList y, double eps) {
+  normalize_out_op().call(x, state, y, eps);
 }
 
 TORCH_LIBRARY(torchrl_vecnorm, m) {
   pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
   m.def(
-      "update(Tensor[] x, Tensor(a!)[] sum, Tensor(b!)[] ssq, Tensor(c!)[] count, "
-      "Tensor(d!)[] nonfinite, Tensor(e!)[] y, Tensor[] mask, float keep, float "
-      "weight, "
-      "float eps) -> ()");
+      "update(Tensor[] x, Tensor(a!)[] state, Tensor(b!)[] y, Tensor[] mask, "
+      "float keep, float weight, float eps) -> ()");
+  m.def("normalize(Tensor[] x, Tensor[] state, float eps) -> Tensor[]");
   m.def(
-      "normalize(Tensor[] x, Tensor[] sum, Tensor[] ssq, Tensor[] count, "
-      "Tensor[] nonfinite, Tensor(a!)[] y, float eps) -> ()");
+      "normalize_out(Tensor[] x, Tensor[] state, Tensor(a!)[] y, float eps) -> ()");
+  m.def("denormalize(Tensor[] y, Tensor[] state, float eps) -> Tensor[]");
+  m.def("moments(Tensor[] x, int feature_ndim, Tensor[] mask) -> Tensor[]");
   m.def(
-      "denormalize(Tensor[] y, Tensor[] sum, Tensor[] ssq, Tensor[] count, "
-      "Tensor[] nonfinite, Tensor(a!)[] x, float eps) -> ()");
-  m.def(
-      "merge(Tensor(a!)[] sum, Tensor(b!)[] ssq, Tensor(c!)[] count, "
-      "Tensor(d!)[] nonfinite, Tensor[] other_sum, Tensor[] other_ssq, "
-      "Tensor[] other_count, Tensor[] other_nonfinite, float keep, float weight) -> "
-      "()");
+      "merge(Tensor(a!)[] state, Tensor[] other, float keep, float weight) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(torchrl_vecnorm, CPU, m) {
   m.impl("update", update_cpu);
   m.impl("normalize", normalize_cpu);
+  m.impl("normalize_out", normalize_out_cpu);
   m.impl("denormalize", denormalize_cpu);
+  m.impl("moments", moments_cpu);
   m.impl("merge", merge_cpu);
 }
 
 TORCH_LIBRARY_IMPL(torchrl_vecnorm, Autograd, m) {
   m.impl("update", update_autograd);
   m.impl("normalize", normalize_autograd);
+  m.impl("normalize_out", normalize_out_autograd);
   m.impl("denormalize", denormalize_autograd);
+  m.impl("moments", moments_autograd);
   m.impl("merge", merge_autograd);
 }
 
 // What is left of it in inference mode, for tensors from outside.
 TORCH_LIBRARY_IMPL(torchrl_vecnorm, ADInplaceOrView, m) {
   m.impl("update", update_autograd);
-  m.impl("normalize", normalize_autograd);
-  m.impl("denormalize", denormalize_autograd);
+  m.impl("normalize_out", normalize_out_autograd);
   m.impl("merge", merge_autograd);
+}
+
+// The others are recorded as any operator is.
+TORCH_LIBRARY_IMPL(torchrl_vecnorm, Tracer, m) {
+  m.impl("update", update_trace);
+  m.impl("normalize_out", normalize_out_trace);
+  m.impl("merge", merge_trace);
 }
 
 }  // namespace vecnorm

@@ -11,25 +11,22 @@
 #include <ATen/core/Tensor.h>
 
 #include <string>
+#include <vector>
 
 namespace vecnorm {
 
-void update(at::TensorList x, at::TensorList sum, at::TensorList ssq,
-            at::TensorList count, at::TensorList nonfinite, at::TensorList y,
+// Typed calls of the operators, through the dispatcher.
+void update(at::TensorList x, at::TensorList state, at::TensorList y,
             at::TensorList mask, double keep, double weight, double eps);
 
-void normalize(at::TensorList x, at::TensorList sum, at::TensorList ssq,
-               at::TensorList count, at::TensorList nonfinite, at::TensorList y,
-               double eps);
+std::vector<at::Tensor> normalize(at::TensorList x, at::TensorList state, double eps);
 
-void denormalize(at::TensorList y, at::TensorList sum, at::TensorList ssq,
-                 at::TensorList count, at::TensorList nonfinite, at::TensorList x,
-                 double eps);
+void normalize_out(at::TensorList x, at::TensorList state, at::TensorList y,
+                   double eps);
 
-void merge(at::TensorList sum, at::TensorList ssq, at::TensorList count,
-           at::TensorList nonfinite, at::TensorList other_sum, at::TensorList other_ssq,
-           at::TensorList other_count, at::TensorList other_nonfinite, double keep,
-           double weight);
+// A large output is fresh from the system, page by page as it is written: huge pages
+// take a fraction of the time.
+void prefer_huge_pages(const at::Tensor& t);
 
 // In a forked child the thread pool of its parent is gone, and whatever would use it, a
 // copy of torch's too, waits for it for ever. The operators call this themselves.

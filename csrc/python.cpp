@@ -15,10 +15,6 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <memory>
 #include <optional>
@@ -36,20 +32,6 @@ namespace {
 
 using Tensors = std::vector<Tensor>;
 
-// A large output is fresh from the system, page by page as it is written: huge pages
-// take a fraction of the time.
-void prefer_huge_pages(const Tensor& t) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t page = 2 << 20;
-  if (t.device().is_cpu() && t.nbytes() >= 2 * page) {
-    const auto address = reinterpret_cast<uintptr_t>(t.data_ptr());
-    const uintptr_t begin = (address + page - 1) / page * page;
-    const uintptr_t end = (address + t.nbytes()) / page * page;
-    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-  }
-#endif
-}
-
 // A contiguous CPU tensor that no mode and no transform looks into. Allocating another
 // for it without the dispatcher takes a third of the time.
 bool is_simple(const Tensor& t) {
@@ -58,14 +40,11 @@ bool is_simple(const Tensor& t) {
          !c10::impl::dispatch_mode_enabled();
 }
 
-// Integers and bools come out in the default dtype, as everywhere in torch.
 Tensors outputs_like(const Tensors& x) {
   Tensors y;
   y.reserve(x.size());
   for (const Tensor& t : x) {
-    const at::ScalarType dtype = t.is_floating_point()
-                                     ? t.scalar_type()
-                                     : c10::get_default_dtype_as_scalartype();
+    const at::ScalarType dtype = output_dtype(t);
     y.push_back(is_simple(t) ? Tensor(at::detail::empty_cpu(t.sizes(), dtype))
                              : at::empty_like(t, t.options().dtype(dtype)));
     prefer_huge_pages(y.back());
@@ -90,9 +69,7 @@ bool came_from_another_process(const Tensor& t) {
   return t.is_cuda() && t.storage().unsafeGetStorageImpl()->received_cuda();
 }
 
-std::optional<Tensors> update_and_normalize(const Tensors& x, const Tensors& sum,
-                                            const Tensors& ssq, const Tensors& count,
-                                            const Tensors& nonfinite,
+std::optional<Tensors> update_and_normalize(const Tensors& x, const Tensors& state,
                                             const Tensors& mask, double keep,
                                             double weight, double eps,
                                             std::optional<Tensors> out) {
@@ -100,41 +77,20 @@ std::optional<Tensors> update_and_normalize(const Tensors& x, const Tensors& sum
     return std::nullopt;
   }
   Tensors y = out.has_value() ? std::move(*out) : outputs_like(x);
-  update(x, sum, ssq, count, nonfinite, y, mask, keep, weight, eps);
+  update(x, state, y, mask, keep, weight, eps);
   return y;
 }
 
-std::optional<Tensors> normalized(const Tensors& x, const Tensors& sum,
-                                  const Tensors& ssq, const Tensors& count,
-                                  const Tensors& nonfinite, double eps,
+std::optional<Tensors> normalized(const Tensors& x, const Tensors& state, double eps,
                                   std::optional<Tensors> out) {
   if (any_transformed(x) || (out.has_value() && any_transformed(*out))) {
     return std::nullopt;
   }
-  Tensors y = out.has_value() ? std::move(*out) : outputs_like(x);
-  normalize(x, sum, ssq, count, nonfinite, y, eps);
-  return y;
-}
-
-// What kernels check, for implementations in plain torch.
-void check_values_plainly(const Tensors& x, const Tensors& y, const Tensors& sum,
-                          const Tensors& ssq, const Tensors& count,
-                          const Tensors& nonfinite) {
-  check_values(x, y, {sum, ssq, count, nonfinite});
-}
-
-void check_update_plainly(const Tensors& x, const Tensors& y, const Tensors& mask,
-                          const Tensors& sum, const Tensors& ssq, const Tensors& count,
-                          const Tensors& nonfinite) {
-  check_update(x, y, mask, {sum, ssq, count, nonfinite});
-}
-
-void check_merge_plainly(const Tensors& sum, const Tensors& ssq, const Tensors& count,
-                         const Tensors& nonfinite, const Tensors& other_sum,
-                         const Tensors& other_ssq, const Tensors& other_count,
-                         const Tensors& other_nonfinite) {
-  check_merge({sum, ssq, count, nonfinite},
-              {other_sum, other_ssq, other_count, other_nonfinite});
+  if (!out.has_value()) {
+    return normalize(x, state, eps);
+  }
+  normalize_out(x, state, *out, eps);
+  return out;
 }
 
 // An entry of nested tensordicts, as the dictionaries that hold it. Only plain
@@ -159,18 +115,14 @@ class Binding {
   Binding(py::object td, py::list parts, py::object tensordict_type,
           std::vector<py::tuple> in_keys, std::vector<py::tuple> out_keys,
           std::vector<std::optional<int64_t>> ndims, std::vector<py::object> dtypes,
-          Tensors sum, Tensors ssq, Tensors count, Tensors nonfinite,
-          std::shared_ptr<shared::SharedState> shared)
+          Tensors state, std::shared_ptr<shared::SharedState> shared)
       : td_(std::move(td)),
         parts_(std::move(parts)),
         type_(std::move(tensordict_type)),
         in_(in_keys.begin(), in_keys.end()),
         out_(out_keys.begin(), out_keys.end()),
         ndims_(std::move(ndims)),
-        sum_(std::move(sum)),
-        ssq_(std::move(ssq)),
-        count_(std::move(count)),
-        nonfinite_(std::move(nonfinite)),
+        state_(std::move(state)),
         shared_(std::move(shared)),
         default_dtype_(c10::get_default_dtype_as_scalartype()) {
     for (const py::object& dtype : dtypes) {
@@ -200,7 +152,7 @@ class Binding {
         return false;
       }
       const Tensor& t = THPVariable_Unpack(value);
-      if (t.device() != sum_[i].device() || t.layout() != at::kStrided ||
+      if (t.device() != state_[States::kLeaves * i].device() || t.layout() != at::kStrided ||
           t.scalar_type() != dtypes_[i] || is_transformed(t) ||
           (ndims_[i].has_value() && t.dim() - batch_dims != *ndims_[i])) {
         return false;
@@ -208,7 +160,7 @@ class Binding {
       x.push_back(t);
       outputs.push_back(std::move(to));
     }
-    Tensors y = outputs_like(x);
+    Tensors y;
     shared::Guard guard(shared_.get(), timeout);
     try {
       if (shared_ != nullptr) {
@@ -218,12 +170,13 @@ class Binding {
         }
       }
       if (updating) {
-        update(x, sum_, ssq_, count_, nonfinite_, y, {}, keep, 1., eps);
+        y = outputs_like(x);
+        update(x, state_, y, {}, keep, 1., eps);
         if (shared_ != nullptr) {
           shared_->commit();
         }
       } else {
-        normalize(x, sum_, ssq_, count_, nonfinite_, y, eps);
+        y = normalize(x, state_, eps);
       }
       guard.release();
     } catch (const c10::ValueError&) {
@@ -302,10 +255,7 @@ class Binding {
   std::vector<Path> out_;
   std::vector<std::optional<int64_t>> ndims_;
   std::vector<at::ScalarType> dtypes_;
-  Tensors sum_;
-  Tensors ssq_;
-  Tensors count_;
-  Tensors nonfinite_;
+  Tensors state_;
   std::shared_ptr<shared::SharedState> shared_;  // where others update: its copies
   at::ScalarType default_dtype_;                 // what integers come out in
 };
@@ -313,27 +263,45 @@ class Binding {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.def("update", &update_and_normalize, py::arg("x"), py::arg("sum"), py::arg("ssq"),
-        py::arg("count"), py::arg("nonfinite"), py::arg("mask"), py::arg("keep"),
-        py::arg("weight"), py::arg("eps"), py::arg("out") = py::none());
-  m.def("normalize", &normalized, py::arg("x"), py::arg("sum"), py::arg("ssq"),
-        py::arg("count"), py::arg("nonfinite"), py::arg("eps"),
+  m.def("update", &update_and_normalize, py::arg("x"), py::arg("state"),
+        py::arg("mask"), py::arg("keep"), py::arg("weight"), py::arg("eps"),
         py::arg("out") = py::none());
-  m.def("check_values", &check_values_plainly, py::arg("x"), py::arg("y"),
-        py::arg("sum"), py::arg("ssq"), py::arg("count"), py::arg("nonfinite"));
-  m.def("check_update", &check_update_plainly, py::arg("x"), py::arg("y"),
-        py::arg("mask"), py::arg("sum"), py::arg("ssq"), py::arg("count"),
-        py::arg("nonfinite"));
+  m.def("normalize", &normalized, py::arg("x"), py::arg("state"), py::arg("eps"),
+        py::arg("out") = py::none());
+  // What kernels check, for implementations in plain torch.
+  m.def(
+      "check_values",
+      [](const Tensors& x, const Tensors& y, const Tensors& state, double eps) {
+        check_output(x, y, {state}, eps);
+      },
+      py::arg("x"), py::arg("y"), py::arg("state"), py::arg("eps"));
+  m.def(
+      "check_update",
+      [](const Tensors& x, const Tensors& y, const Tensors& mask, const Tensors& state,
+         double keep, double weight, double eps) {
+        check_update(x, y, mask, {state}, keep, weight, eps);
+      },
+      py::arg("x"), py::arg("y"), py::arg("mask"), py::arg("state"), py::arg("keep"),
+      py::arg("weight"), py::arg("eps"));
   m.def(
       "check_floating_point", [](const Tensors& x) { check_floating_point(x); },
       py::arg("x"));
-  m.def("check_merge", &check_merge_plainly, py::arg("sum"), py::arg("ssq"),
-        py::arg("count"), py::arg("nonfinite"), py::arg("other_sum"),
-        py::arg("other_ssq"), py::arg("other_count"), py::arg("other_nonfinite"));
+  m.def(
+      "check_mask",
+      [](const Tensor& mask, const Tensor& x, int64_t feature_ndim) {
+        check_mask(mask, x, feature_ndim, 0);
+      },
+      py::arg("mask"), py::arg("x"), py::arg("feature_ndim"));
+  m.def(
+      "check_merge",
+      [](const Tensors& state, const Tensors& other, double keep, double weight) {
+        check_merge({state}, {other}, keep, weight);
+      },
+      py::arg("state"), py::arg("other"), py::arg("keep"), py::arg("weight"));
   py::class_<Binding>(m, "Binding")
       .def(py::init<py::object, py::list, py::object, std::vector<py::tuple>,
                     std::vector<py::tuple>, std::vector<std::optional<int64_t>>,
-                    std::vector<py::object>, Tensors, Tensors, Tensors, Tensors,
+                    std::vector<py::object>, Tensors,
                     std::shared_ptr<shared::SharedState>>())
       .def("call", &Binding::call);
 #ifdef VECNORM_WITH_CUDA

@@ -11,6 +11,10 @@
 #include <ATen/MemoryOverlap.h>
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -23,86 +27,181 @@ using at::TensorList;
 
 // ------------------------------------------------------------------------- checks
 
-// The state lists of a call, each with one entry a key.
-struct States {
-  TensorList sum;
-  TensorList ssq;
-  TensorList count;
-  TensorList nonfinite;
-};
+// Whether a tensor of an optional list, or an optional leaf, is there.
+inline bool has(const Tensor& t) { return t.numel() > 0; }
 
-inline bool has(TensorList list, size_t i) {
-  return !list.empty() && list[i].numel() > 0;
-}
+inline bool has(TensorList list, size_t i) { return !list.empty() && has(list[i]); }
+
+// The states of a call: of each key `kLeaves` tensors, in the order of State. Those that
+// a state does without have no elements.
+struct States {
+  static constexpr size_t kLeaves = 5;
+  TensorList leaves;
+
+  size_t size() const { return leaves.size() / kLeaves; }
+  const Tensor& sum(size_t i) const { return leaves[kLeaves * i]; }
+  const Tensor& ssq(size_t i) const { return leaves[kLeaves * i + 1]; }
+  const Tensor& count(size_t i) const { return leaves[kLeaves * i + 2]; }
+  const Tensor& nonfinite(size_t i) const { return leaves[kLeaves * i + 3]; }
+  const Tensor& central(size_t i) const { return leaves[kLeaves * i + 4]; }
+};
 
 inline void check_length(TensorList list, size_t n, const char* name, bool optional) {
   TORCH_CHECK_VALUE(list.size() == n || (optional && list.empty()), "expected ", n,
                     " tensors in ", name, ", one for each key, got ", list.size());
 }
 
-inline bool is_state_dtype(at::ScalarType dtype) {
-  return dtype == at::kDouble || dtype == at::kFloat;
+// NaN is no number that can be expected.
+inline void check_weights(double keep, double weight) {
+  TORCH_CHECK_VALUE(0 < keep && keep <= 1, "expected decay in (0, 1], got ", keep);
+  TORCH_CHECK_VALUE(0 < weight && std::isfinite(weight),
+                    "expected weight positive and finite, got ", weight);
+}
+
+inline void check_eps(double eps) {
+  TORCH_CHECK_VALUE(0 < eps && std::isfinite(eps),
+                    "expected eps positive and finite, got ", eps);
+}
+
+inline void check_leaf(const Tensor& t, size_t i, const char* name) {
+  const bool is_real = t.scalar_type() == at::kDouble || t.scalar_type() == at::kFloat;
+  TORCH_CHECK_TYPE(is_real && t.layout() == at::kStrided, "key ", i, ": expected ",
+                   name, " as dense float64 or float32, got ", t.scalar_type(), " ",
+                   t.layout());
+  TORCH_CHECK_VALUE(t.is_contiguous(), "key ", i, ": expected a contiguous ", name,
+                    ", got strides ", t.strides());
 }
 
 inline void check_state(const States& s, size_t i) {
-  const Tensor& sum = s.sum[i];
-  TORCH_CHECK_VALUE(s.ssq[i].sizes() == sum.sizes(), "key ", i,
+  const Tensor& sum = s.sum(i);
+  check_leaf(sum, i, "sum");
+  check_leaf(s.ssq(i), i, "ssq");
+  check_leaf(s.count(i), i, "count");
+  TORCH_CHECK_VALUE(s.ssq(i).sizes() == sum.sizes(), "key ", i,
                     ": expected ssq of shape ", sum.sizes(), " as sum, got ",
-                    s.ssq[i].sizes());
-  TORCH_CHECK_VALUE(s.count[i].numel() == 1, "key ", i,
+                    s.ssq(i).sizes());
+  TORCH_CHECK_VALUE(s.count(i).numel() == 1, "key ", i,
                     ": expected count with one element, got shape ",
-                    s.count[i].sizes());
-  for (const Tensor* t : {&sum, &s.ssq[i], &s.count[i]}) {
-    TORCH_CHECK_TYPE(is_state_dtype(t->scalar_type()), "key ", i,
-                     ": expected a float64 or float32 state, got ", t->scalar_type());
-    TORCH_CHECK_VALUE(t->is_contiguous(), "key ", i, ": expected a contiguous state");
-  }
-  if (has(s.nonfinite, i)) {
-    const Tensor& nonfinite = s.nonfinite[i];
-    // mps has no float64, and no kernel of ours that relies on it.
-    const bool is_counter =
-        nonfinite.scalar_type() == at::kDouble ||
-        (nonfinite.is_mps() && nonfinite.scalar_type() == at::kFloat);
-    TORCH_CHECK_TYPE(is_counter, "key ", i, ": expected nonfinite as float64, got ",
-                     nonfinite.scalar_type());
+                    s.count(i).sizes());
+  if (has(s.nonfinite(i))) {
+    const Tensor& nonfinite = s.nonfinite(i);
+    check_leaf(nonfinite, i, "nonfinite");
     TORCH_CHECK_VALUE(nonfinite.dim() == sum.dim() + 1 && nonfinite.size(0) == 2 &&
-                          nonfinite.sizes().slice(1) == sum.sizes() &&
-                          nonfinite.is_contiguous(),
-                      "key ", i, ": expected a contiguous nonfinite of shape [2, *",
-                      sum.sizes(), "], got ", nonfinite.sizes());
+                          nonfinite.sizes().slice(1) == sum.sizes(),
+                      "key ", i, ": expected nonfinite of shape [2, *", sum.sizes(),
+                      "], got ", nonfinite.sizes());
+  }
+  if (has(s.central(i))) {
+    check_leaf(s.central(i), i, "central");
+    TORCH_CHECK_VALUE(s.central(i).sizes() == sum.sizes(), "key ", i,
+                      ": expected central of shape ", sum.sizes(), " as sum, got ",
+                      s.central(i).sizes());
   }
 }
 
 inline void check_states(const States& s) {
-  const size_t n = s.sum.size();
-  check_length(s.ssq, n, "ssq", false);
-  check_length(s.count, n, "count", false);
-  check_length(s.nonfinite, n, "nonfinite", true);
-  for (size_t i = 0; i < n; ++i) {
+  TORCH_CHECK_VALUE(s.leaves.size() % States::kLeaves == 0, "expected ",
+                    States::kLeaves, " tensors of each state, got ", s.leaves.size(),
+                    " in all");
+  for (size_t i = 0; i < s.size(); ++i) {
     check_state(s, i);
   }
 }
 
-// A state that is updated for two keys at once would depend on which comes last.
-inline void check_own_states(TensorList sum) {
-  for (size_t i = 1; i < sum.size(); ++i) {
-    for (size_t j = 0; j < i; ++j) {
-      TORCH_CHECK_VALUE(
-          sum[i].numel() == 0 || sum[i].const_data_ptr() != sum[j].const_data_ptr(),
-          "key ", i, ": expected a state of its own, got that of key ", j);
+// The memory from a tensor's first element to its last.
+struct Span {
+  uintptr_t begin = 0;
+  uintptr_t end = 0;
+
+  explicit Span(const Tensor& t) {
+    if (t.numel() > 0 && t.has_storage()) {
+      int64_t last = 0;
+      for (int64_t d = 0; d < t.dim(); ++d) {
+        last += (t.size(d) - 1) * t.stride(d);
+      }
+      begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+      end = begin + static_cast<size_t>(last + 1) * t.element_size();
     }
   }
-}
+  bool operator<(const Span& other) const { return begin < other.begin; }
+  // Whether a tensor with this span shares elements with one that is dense. Strided
+  // values may have others' memory between them.
+  bool meets(const Span& dense, const Tensor& t) const {
+    const bool inside = dense.begin <= begin && end <= dense.end;
+    return begin < dense.end && dense.begin < end &&
+           (inside || t.is_non_overlapping_and_dense());
+  }
+};
 
-inline void check_merge(const States& s, const States& other) {
+// Leaves that are written have to lie apart from each other, or an update of one would
+// be an update of another; and from whatever else is read or written meanwhile.
+class Apart {
+ public:
+  explicit Apart(const States& s) : states_(s) {
+    spans_.reserve(s.leaves.size());
+    for (const Tensor& t : s.leaves) {
+      if (has(t)) {
+        spans_.emplace_back(t);
+      }
+    }
+    std::sort(spans_.begin(), spans_.end());
+    for (size_t i = 1; i < spans_.size(); ++i) {
+      if (spans_[i].begin < spans_[i - 1].end) {
+        refuse();
+      }
+    }
+  }
+
+  void check(const Tensor& t, size_t i, const char* what) const {
+    const Span span(t);
+    const auto after = std::lower_bound(spans_.begin(), spans_.end(), span);
+    const bool meets = (after != spans_.end() && span.meets(*after, t)) ||
+                       (after != spans_.begin() && span.meets(*(after - 1), t));
+    TORCH_CHECK_VALUE(!meets, "key ", i, ": expected ", what,
+                      " apart from all states, got memory of one of them");
+  }
+
+ private:
+  [[noreturn]] void refuse() const {
+    static constexpr const char* kNames[] = {"sum", "ssq", "count", "nonfinite",
+                                             "central"};
+    const auto name = [](size_t l) {
+      return c10::str(kNames[l % States::kLeaves], " of key ", l / States::kLeaves);
+    };
+    for (size_t l = 0; l < states_.leaves.size(); ++l) {
+      for (size_t k = 0; k < l; ++k) {
+        const Span a(states_.leaves[k]);
+        const Span b(states_.leaves[l]);
+        TORCH_CHECK_VALUE(a.end <= b.begin || b.end <= a.begin, "key ",
+                          l / States::kLeaves,
+                          ": expected a state of its own, got one piece of memory for ",
+                          name(k), " and ", name(l));
+      }
+    }
+    TORCH_INTERNAL_ASSERT(false, "states that overlap");
+  }
+
+  const States& states_;
+  c10::SmallVector<Span, 16> spans_;
+};
+
+inline void check_merge(const States& s, const States& other, double keep,
+                        double weight) {
+  check_weights(keep, weight);
   check_states(s);
   check_states(other);
-  check_own_states(s.sum);
-  check_length(other.sum, s.sum.size(), "other_sum", false);
-  for (size_t i = 0; i < s.sum.size(); ++i) {
-    TORCH_CHECK_VALUE(s.sum[i].sizes() == other.sum[i].sizes(), "key ", i,
-                      ": expected moments of shape ", s.sum[i].sizes(), ", got ",
-                      other.sum[i].sizes());
+  TORCH_CHECK_VALUE(other.size() == s.size(), "expected moments of ", s.size(),
+                    " keys to merge, got ", other.size());
+  const Apart apart(s);
+  for (size_t i = 0; i < s.size(); ++i) {
+    TORCH_CHECK_VALUE(s.sum(i).sizes() == other.sum(i).sizes(), "key ", i,
+                      ": expected moments of shape ", s.sum(i).sizes(), ", got ",
+                      other.sum(i).sizes());
+    for (size_t l = 0; l < States::kLeaves; ++l) {
+      if (const Tensor& leaf = other.leaves[States::kLeaves * i + l]; has(leaf)) {
+        apart.check(leaf, i, "moments to merge");
+      }
+    }
   }
 }
 
@@ -140,13 +239,14 @@ inline void check_apart(TensorList x, TensorList y) {
   }
 }
 
-inline void check_values(TensorList x, TensorList y, const States& s) {
+inline void check_values(TensorList x, TensorList y, const States& s, double eps) {
+  check_eps(eps);
   check_states(s);
-  check_length(x, s.sum.size(), "x", false);
-  check_length(y, s.sum.size(), "y", true);
+  check_length(x, s.size(), "x", false);
+  check_length(y, s.size(), "y", true);
   for (size_t i = 0; i < x.size(); ++i) {
     const Tensor& value = x[i];
-    const at::IntArrayRef features = s.sum[i].sizes();
+    const at::IntArrayRef features = s.sum(i).sizes();
     TORCH_CHECK_TYPE(!value.is_complex() && value.layout() == at::kStrided, "key ", i,
                      ": expected dense real values, got ", value.scalar_type(), " ",
                      value.layout());
@@ -181,21 +281,70 @@ inline int64_t samples_of(const Tensor& x, const Tensor& sum) {
   return samples;
 }
 
+// One element a sample: in the shape of the samples, but for dimensions of size 1, or
+// one after the other.
+inline bool is_mask_of(const Tensor& mask, at::IntArrayRef samples) {
+  if (mask.dim() == 1) {
+    return mask.numel() == c10::multiply_integers(samples);
+  }
+  const auto next = [](at::IntArrayRef sizes, size_t d) {
+    while (d < sizes.size() && sizes[d] == 1) {
+      ++d;
+    }
+    return d;
+  };
+  const at::IntArrayRef sizes = mask.sizes();
+  size_t d = next(sizes, 0);
+  size_t e = next(samples, 0);
+  while (d < sizes.size() && e < samples.size() && sizes[d] == samples[e]) {
+    d = next(sizes, d + 1);
+    e = next(samples, e + 1);
+  }
+  return d == sizes.size() && e == samples.size();
+}
+
+inline void check_mask(const Tensor& mask, const Tensor& x, int64_t feature_dims,
+                       size_t i) {
+  const at::IntArrayRef samples = x.sizes().slice(0, x.dim() - feature_dims);
+  TORCH_CHECK_VALUE(mask.scalar_type() == at::kBool && is_mask_of(mask, samples),
+                    "key ", i, ": expected a bool mask of shape ", samples,
+                    ", one element a sample, got ", mask.scalar_type(), " ",
+                    mask.sizes());
+}
+
 inline void check_masks(TensorList mask, TensorList x, const States& s) {
   check_length(mask, x.size(), "mask", true);
   for (size_t i = 0; i < mask.size(); ++i) {
-    const int64_t samples = samples_of(x[i], s.sum[i]);
-    TORCH_CHECK_VALUE(!has(mask, i) || (mask[i].scalar_type() == at::kBool &&
-                                        mask[i].numel() == samples),
-                      "key ", i, ": expected a bool mask with ", samples,
-                      " elements, got ", mask[i].scalar_type(), " ", mask[i].sizes());
+    if (has(mask, i)) {
+      check_mask(mask[i], x[i], s.sum(i).dim(), i);
+    }
   }
 }
 
-inline void check_update(TensorList x, TensorList y, TensorList mask, const States& s) {
-  check_values(x, y, s);
+inline void check_update(TensorList x, TensorList y, TensorList mask, const States& s,
+                         double keep, double weight, double eps) {
+  check_weights(keep, weight);
+  check_values(x, y, s, eps);
   check_masks(mask, x, s);
-  check_own_states(s.sum);
+  const Apart apart(s);
+  for (size_t i = 0; i < x.size(); ++i) {
+    apart.check(x[i], i, "values");
+    if (!y.empty()) {
+      apart.check(y[i], i, "an output");
+    }
+  }
+}
+
+inline void check_output(TensorList x, TensorList y, const States& s, double eps) {
+  check_values(x, y, s, eps);
+  for (size_t i = 0; i < y.size(); ++i) {
+    const Span span(y[i]);
+    for (const Tensor& leaf : s.leaves) {
+      TORCH_CHECK_VALUE(!has(leaf) || !span.meets(Span(leaf), y[i]), "key ", i,
+                        ": expected an output apart from all states, got memory of one "
+                        "of them");
+    }
+  }
 }
 
 inline void check_floating_point(TensorList list) {
@@ -203,6 +352,35 @@ inline void check_floating_point(TensorList list) {
     TORCH_CHECK_TYPE(list[i].is_floating_point(), "key ", i,
                      ": expected floating-point values, got ", list[i].scalar_type());
   }
+}
+
+// ------------------------------------------------------------------------- outputs
+
+// Integers and bools come out in the default dtype, as everywhere in torch.
+inline at::ScalarType output_dtype(const Tensor& x) {
+  return x.is_floating_point() ? x.scalar_type()
+                               : c10::get_default_dtype_as_scalartype();
+}
+
+// The moments of nothing for each key, in our own layout.
+inline std::vector<Tensor> zero_states(TensorList x, int64_t feature_ndim) {
+  std::vector<Tensor> leaves;
+  leaves.reserve(x.size() * States::kLeaves);
+  for (size_t i = 0; i < x.size(); ++i) {
+    TORCH_CHECK_VALUE(0 <= feature_ndim && feature_ndim <= x[i].dim(), "key ", i,
+                      ": expected feature_ndim from 0 to ", x[i].dim(),
+                      " for values of shape ", x[i].sizes(), ", got ", feature_ndim);
+    const at::IntArrayRef features = x[i].sizes().slice(x[i].dim() - feature_ndim);
+    c10::SmallVector<int64_t, 6> both{2};
+    both.append(features.begin(), features.end());
+    const int64_t one = 1;
+    const auto options = at::TensorOptions(at::kDouble).device(x[i].device());
+    for (const at::IntArrayRef shape :
+         {features, features, at::IntArrayRef(one), at::IntArrayRef(both), features}) {
+      leaves.push_back(at::zeros(shape, options));
+    }
+  }
+  return leaves;
 }
 
 // --------------------------------------------------------------------------- keys
@@ -284,16 +462,13 @@ inline bool as_matrix(const Tensor& t, int64_t feature_dims, int64_t features,
          collapse(t, 0, rows, &m->row_stride);
 }
 
+inline Leaf leaf_of(const Tensor& t) {
+  return {has(t) ? t.data_ptr() : nullptr, dtype_of(t.scalar_type())};
+}
+
 inline State state_of(const States& s, size_t i) {
-  State state;
-  state.sum = s.sum[i].data_ptr();
-  state.ssq = s.ssq[i].data_ptr();
-  state.count = s.count[i].data_ptr();
-  state.nonfinite = has(s.nonfinite, i) ? s.nonfinite[i].data_ptr<double>() : nullptr;
-  state.sum_dtype = dtype_of(s.sum[i].scalar_type());
-  state.ssq_dtype = dtype_of(s.ssq[i].scalar_type());
-  state.count_dtype = dtype_of(s.count[i].scalar_type());
-  return state;
+  return {leaf_of(s.sum(i)), leaf_of(s.ssq(i)), leaf_of(s.count(i)),
+          leaf_of(s.nonfinite(i)), leaf_of(s.central(i))};
 }
 
 // The keys of a call for the kernels. Tensors that no strides can describe as [samples,
@@ -309,8 +484,8 @@ struct Keys {
     for (size_t i = 0; i < x.size(); ++i) {
       Key& key = keys[i];
       const Tensor& value = x[i];
-      const int64_t features = s.sum[i].numel();
-      const int64_t samples = samples_of(value, s.sum[i]);
+      const int64_t features = s.sum(i).numel();
+      const int64_t samples = samples_of(value, s.sum(i));
       key.features = features;
       key.samples = samples;
       key.state = state_of(s, i);
@@ -321,7 +496,7 @@ struct Keys {
         key.samples = 0;
         continue;
       }
-      const int64_t feature_dims = s.sum[i].dim();
+      const int64_t feature_dims = s.sum(i).dim();
       const Tensor& in = keep(readable(value));
       if (!as_matrix(in, feature_dims, features, &key.x)) {
         as_matrix(keep(in.contiguous()), feature_dims, features, &key.x);

@@ -83,7 +83,7 @@ struct Buffers {
   Guarded<unsigned char> x;  // of any dtype
   Guarded<unsigned char> y;
   Guarded<bool> mask;
-  Guarded<double> sum, ssq, count, nonfinite;
+  Guarded<double> sum, ssq, count, nonfinite, central;
   std::vector<long double> want_sum, want_ssq, want_finite, want_left_out;
   long double want_count = 0;
 
@@ -97,6 +97,7 @@ struct Buffers {
         ssq(in.features),
         count(1),
         nonfinite(2 * in.features),
+        central(in.features),
         want_sum(in.features),
         want_ssq(in.features),
         want_finite(in.features),
@@ -177,13 +178,12 @@ struct Buffers {
     k.x = matrix(x, c.dtype);
     k.y = matrix(y, out_dtype());
     k.mask = c.masked ? mask.data() : nullptr;
-    k.state.sum = sum.data();
-    k.state.ssq = ssq.data();
-    k.state.count = count.data();
-    k.state.nonfinite = c.counted ? nonfinite.data() : nullptr;
-    if (c.float_state) {
-      k.state.sum_dtype = k.state.ssq_dtype = k.state.count_dtype = Dtype::kFloat32;
-    }
+    const Dtype dtype = c.float_state ? Dtype::kFloat32 : Dtype::kFloat64;
+    k.state.sum = {sum.data(), dtype};
+    k.state.ssq = {ssq.data(), dtype};
+    k.state.count = {count.data(), dtype};
+    k.state.nonfinite = {c.counted ? nonfinite.data() : nullptr, dtype};
+    k.state.central = {c.counted ? central.data() : nullptr, dtype};
     k.samples = c.samples;
     k.features = c.features;
     return k;
@@ -254,8 +254,8 @@ struct Buffers {
            exact * static_cast<double>(1 + size / (1 + std::fabs(want_sum[f]))));
       near("ssq", 0, f, state(ssq, f), want_ssq[f], exact);
       if (c.counted) {
-        near("missing", 0, f, nonfinite[f], want_count - want_finite[f], 1e-12);
-        near("left out", 0, f, nonfinite[c.features + f], want_left_out[f], 0);
+        near("missing", 0, f, state(nonfinite, f), want_count - want_finite[f], 1e-12);
+        near("left out", 0, f, state(nonfinite, c.features + f), want_left_out[f], 0);
       }
       if (want_finite[f] > 0) {
         loc[f] = want_sum[f] / want_finite[f];
@@ -281,7 +281,7 @@ struct Buffers {
       }
     }
     for (bool intact : {x.intact(), y.intact(), sum.intact(), ssq.intact(),
-                        count.intact(), nonfinite.intact()}) {
+                        count.intact(), nonfinite.intact(), central.intact()}) {
       if (!intact) {
         fail("a write outside of the memory", 0, 0, 0, 0);
       }

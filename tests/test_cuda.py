@@ -126,12 +126,12 @@ def test_mask(features):
 
 def test_samples_agree_with_the_cpu():
     for sample in op_samples():
-        here = F.columns(sample.states)
-        there = F.columns([clone(s).to("cuda") for s in sample.states])
+        here = F.leaves_of(sample.states)
+        there = F.leaves_of([clone(s).to("cuda") for s in sample.states])
         x = [v.cuda() for v in sample.x]
         mask = [m.cuda() for m in sample.mask]
-        ours = _ops.update(sample.x, *here, sample.mask, 0.9, 1.0, 1e-4)
-        theirs = _ops.update(x, *there, mask, 0.9, 1.0, 1e-4)
+        ours = _ops.update(sample.x, here, sample.mask, 0.9, 1.0, 1e-4)
+        theirs = _ops.update(x, there, mask, 0.9, 1.0, 1e-4)
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b.cpu(), **TOLERANCE[a.dtype])
         for left, right in zip(here, there, strict=True):

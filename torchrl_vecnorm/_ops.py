@@ -14,10 +14,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from torchrl_vecnorm import oracle
 from torchrl_vecnorm._load import _C
-from torchrl_vecnorm.moments import Moments
+from torchrl_vecnorm.moments import Moments, state_dtype
 
 Tensors = Sequence[Tensor]
 
@@ -29,124 +30,8 @@ def _mutates(*args) -> None:
     """Outputs are allocated by the caller, so there is nothing to describe."""
 
 
-for _name in ("update", "normalize", "denormalize", "merge"):
+for _name in ("update", "normalize_out", "merge"):
     torch.library.register_fake(f"torchrl_vecnorm::{_name}", _mutates)
-
-
-# --------------------------------------------------- any other device: plain torch
-
-
-def _states(
-    sum: Tensors, ssq: Tensors, count: Tensors, nonfinite: Tensors
-) -> list[Moments]:
-    nonfinite = nonfinite or [torch.empty(0)] * len(sum)
-    return [
-        Moments(*leaves, f if f.numel() else None)
-        for *leaves, f in zip(sum, ssq, count, nonfinite, strict=True)
-    ]
-
-
-def _store(states: list[Moments], new: list[Moments]) -> None:
-    for old, now in zip(states, new, strict=True):
-        for leaf, value in zip(old, now, strict=True):
-            if leaf is not None:
-                leaf.copy_(value)
-
-
-def _update(
-    x: Tensors,
-    sum: Tensors,
-    ssq: Tensors,
-    count: Tensors,
-    nonfinite: Tensors,
-    y: Tensors,
-    mask: Tensors,
-    keep: float,
-    weight: float,
-    eps: float,
-) -> None:
-    _C.check_update(x, y, mask, sum, ssq, count, nonfinite)
-    states = _states(sum, ssq, count, nonfinite)
-    masks = [m if m.numel() else None for m in mask] or [None] * len(x)
-    results = [
-        oracle.update(value, state, keep=keep, weight=weight, eps=eps, mask=m)
-        for value, state, m in zip(x, states, masks, strict=True)
-    ]
-    # Only now, so that an error in one key leaves all states as they were.
-    _store(states, [state for _, state in results])
-    for out, (value, _) in zip(y, results, strict=False):
-        out.copy_(value)
-
-
-def _normalize(
-    x: Tensors,
-    sum: Tensors,
-    ssq: Tensors,
-    count: Tensors,
-    nonfinite: Tensors,
-    y: Tensors,
-    eps: float,
-) -> None:
-    _C.check_values(x, y, sum, ssq, count, nonfinite)
-    for value, state, out in zip(
-        x, _states(sum, ssq, count, nonfinite), y, strict=True
-    ):
-        out.copy_(oracle.normalize(value, state, eps))
-
-
-def _denormalize(
-    y: Tensors,
-    sum: Tensors,
-    ssq: Tensors,
-    count: Tensors,
-    nonfinite: Tensors,
-    x: Tensors,
-    eps: float,
-) -> None:
-    _C.check_floating_point(y)
-    _C.check_values(y, x, sum, ssq, count, nonfinite)
-    for value, state, out in zip(
-        y, _states(sum, ssq, count, nonfinite), x, strict=True
-    ):
-        out.copy_(oracle.denormalize(value, state, eps))
-
-
-def _merge(
-    sum: Tensors,
-    ssq: Tensors,
-    count: Tensors,
-    nonfinite: Tensors,
-    other_sum: Tensors,
-    other_ssq: Tensors,
-    other_count: Tensors,
-    other_nonfinite: Tensors,
-    keep: float,
-    weight: float,
-) -> None:
-    _C.check_merge(
-        sum,
-        ssq,
-        count,
-        nonfinite,
-        other_sum,
-        other_ssq,
-        other_count,
-        other_nonfinite,
-    )
-    states = _states(sum, ssq, count, nonfinite)
-    others = _states(other_sum, other_ssq, other_count, other_nonfinite)
-    new = [oracle.fold(s, o, keep, weight) for s, o in zip(states, others, strict=True)]
-    _store(states, new)
-
-
-_library = torch.library.Library("torchrl_vecnorm", "IMPL")
-_library.impl("update", _update, "CompositeExplicitAutograd")
-_library.impl("normalize", _normalize, "CompositeExplicitAutograd")
-_library.impl("denormalize", _denormalize, "CompositeExplicitAutograd")
-_library.impl("merge", _merge, "CompositeExplicitAutograd")
-
-
-# ------------------------------------------- one call for eager and compiled code
 
 
 def outputs_like(x: Tensors) -> list[Tensor]:
@@ -158,6 +43,132 @@ def outputs_like(x: Tensors) -> list[Tensor]:
     ]
 
 
+@torch.library.register_fake("torchrl_vecnorm::normalize")
+def _(x: Tensors, state: Tensors, eps: float) -> list[Tensor]:
+    return outputs_like(x)
+
+
+@torch.library.register_fake("torchrl_vecnorm::denormalize")
+def _(y: Tensors, state: Tensors, eps: float) -> list[Tensor]:
+    return outputs_like(y)
+
+
+@torch.library.register_fake("torchrl_vecnorm::moments")
+def _(x: Tensors, feature_ndim: int, mask: Tensors) -> list[Tensor]:
+    leaves = []
+    for v in x:
+        features = v.shape[v.ndim - feature_ndim :]
+        shapes = (features, features, (1,), (2, *features), features)
+        leaves += [v.new_empty(shape, dtype=state_dtype(v.device)) for shape in shapes]
+    return leaves
+
+
+# --------------------------------------------------- any other device: plain torch
+
+
+def states_of(leaves: Tensors) -> list[Moments]:
+    """The inverse of :func:`torchrl_vecnorm.functional.leaves_of`."""
+    n = len(Moments._fields)
+    return [
+        Moments(
+            *leaves[i : i + 3],
+            *(v if v.numel() else None for v in leaves[i + 3 : i + n]),
+        )
+        for i in range(0, len(leaves), n)
+    ]
+
+
+def _store(states: list[Moments], new: list[Moments]) -> None:
+    for old, now in zip(states, new, strict=True):
+        for leaf, value in zip(old, now, strict=True):
+            if leaf is not None:
+                leaf.copy_(value)
+
+
+def _masks(mask: Tensors, x: Tensors) -> list[Tensor | None]:
+    return [m if m.numel() else None for m in mask] or [None] * len(x)
+
+
+def _update(
+    x: Tensors,
+    state: Tensors,
+    y: Tensors,
+    mask: Tensors,
+    keep: float,
+    weight: float,
+    eps: float,
+) -> None:
+    _C.check_update(x, y, mask, state, keep, weight, eps)
+    states = states_of(state)
+    results = [
+        oracle.update(value, moments, keep=keep, weight=weight, eps=eps, mask=m)
+        for value, moments, m in zip(x, states, _masks(mask, x), strict=True)
+    ]
+    # Only now, so that an error in one key leaves all states as they were.
+    _store(states, [moments for _, moments in results])
+    for out, (value, _) in zip(y, results, strict=False):
+        out.copy_(value)
+
+
+def _normalize(x: Tensors, state: Tensors, eps: float) -> list[Tensor]:
+    _C.check_values(x, [], state, eps)
+    return [
+        oracle.normalize(v, s, eps) for v, s in zip(x, states_of(state), strict=True)
+    ]
+
+
+def _normalize_out(x: Tensors, state: Tensors, y: Tensors, eps: float) -> None:
+    _C.check_values(x, y, state, eps)
+    for out, value in zip(y, _normalize(x, state, eps), strict=True):
+        out.copy_(value)
+
+
+def _denormalize(y: Tensors, state: Tensors, eps: float) -> list[Tensor]:
+    _C.check_floating_point(y)
+    _C.check_values(y, [], state, eps)
+    return [
+        oracle.denormalize(v, s, eps) for v, s in zip(y, states_of(state), strict=True)
+    ]
+
+
+def _moments(x: Tensors, feature_ndim: int, mask: Tensors) -> list[Tensor]:
+    leaves: list[Tensor] = []
+    for v, m in zip(x, _masks(mask, x), strict=True):
+        if m is not None:
+            _C.check_mask(m, v, feature_ndim)
+        leaves += oracle.batch_moments(v, feature_ndim, m)
+    return leaves
+
+
+def _merge(state: Tensors, other: Tensors, keep: float, weight: float) -> None:
+    _C.check_merge(state, other, keep, weight)
+    states = states_of(state)
+    new = [
+        oracle.fold(s, o, keep, weight)
+        for s, o in zip(states, states_of(other), strict=True)
+    ]
+    _store(states, new)
+
+
+_library = torch.library.Library("torchrl_vecnorm", "IMPL")
+for _name, _function in (
+    ("update", _update),
+    ("normalize", _normalize),
+    ("normalize_out", _normalize_out),
+    ("denormalize", _denormalize),
+    ("moments", _moments),
+    ("merge", _merge),
+):
+    _library.impl(_name, _function, "CompositeExplicitAutograd")
+
+
+# ------------------------------------------- one call for eager and compiled code
+
+_operators = torch.ops.torchrl_vecnorm
+
+
+# Dynamo asks this as it traces, within the transforms that it traces.
+@torch.compiler.assume_constant_result
 def needs_plain_torch() -> bool:
     """Whether functorch or forward-mode derivatives look into the operators.
 
@@ -169,23 +180,49 @@ def needs_plain_torch() -> bool:
     )
 
 
-def _normalize_plainly(
-    x: list[Tensor], states: list[Moments], eps: float, out: list[Tensor] | None
-) -> list[Tensor]:
-    y = [oracle.normalize(v, s, eps) for v, s in zip(x, states, strict=True)]
+def _change(*numbers: float) -> bool:
+    """Whether numbers are a compiled graph's inputs: operators take constants."""
+    return not all(has_static_value(n) for n in numbers)
+
+
+def _write(out: list[Tensor] | None, values: list[Tensor]) -> list[Tensor]:
     if out is None:
-        return y
-    for written, value in zip(out, y, strict=True):
+        return values
+    for written, value in zip(out, values, strict=True):
         written.copy_(value)
     return out
 
 
+def _normalize_plainly(
+    x: list[Tensor], state: list[Tensor], eps: float, out: list[Tensor] | None
+) -> list[Tensor]:
+    pairs = zip(x, states_of(state), strict=True)
+    return _write(out, [oracle.normalize(v, s, eps) for v, s in pairs])
+
+
+def _update_plainly(
+    x: list[Tensor],
+    state: list[Tensor],
+    mask: list[Tensor],
+    keep: float,
+    weight: float,
+    eps: float,
+    out: list[Tensor] | None,
+) -> list[Tensor]:
+    states = states_of(state)
+    batch = [
+        oracle.batch_moments(v.detach(), s.sum.ndim, m)
+        for v, s, m in zip(x, states, _masks(mask, x), strict=True)
+    ]
+    new = [oracle.fold(s, b, keep, weight) for s, b in zip(states, batch, strict=True)]
+    _store(states, new)
+    pairs = zip(x, new, strict=True)
+    return _write(out, [oracle.normalize(v, s, eps) for v, s in pairs])
+
+
 def update(
     x: list[Tensor],
-    sum: list[Tensor],
-    ssq: list[Tensor],
-    count: list[Tensor],
-    nonfinite: list[Tensor],
+    state: list[Tensor],
     mask: list[Tensor],
     keep: float,
     weight: float,
@@ -195,44 +232,70 @@ def update(
     """Folds x into the state and returns it normalised with the result."""
     # Dynamo cannot trace pybind11; in eager mode it is the faster door.
     if torch.compiler.is_compiling():
+        if needs_plain_torch() or _change(keep, weight, eps):
+            return _update_plainly(x, state, mask, keep, weight, eps, out)
         y = outputs_like(x) if out is None else out
-        torch.ops.torchrl_vecnorm.update(
-            x, sum, ssq, count, nonfinite, y, mask, keep, weight, eps
-        )
+        _operators.update(x, state, y, mask, keep, weight, eps)
         return y
-    y = _C.update(x, sum, ssq, count, nonfinite, mask, keep, weight, eps, out)
+    y = _C.update(x, state, mask, keep, weight, eps, out)
     if y is not None:
         return y
     if out is not None:
-        _C.check_update(x, out, mask, sum, ssq, count, nonfinite)
+        _C.check_update(x, out, mask, state, keep, weight, eps)
         for t in out:
             t.copy_(t)  # what torch refuses to write to, before the state changes
     plain = [v.detach() for v in x]
-    torch.ops.torchrl_vecnorm.update(
-        plain, sum, ssq, count, nonfinite, [], mask, keep, weight, eps
-    )
-    return _normalize_plainly(x, _states(sum, ssq, count, nonfinite), eps, out)
+    _operators.update(plain, state, [], mask, keep, weight, eps)
+    return _normalize_plainly(x, state, eps, out)
 
 
 def normalize(
     x: list[Tensor],
-    sum: list[Tensor],
-    ssq: list[Tensor],
-    count: list[Tensor],
-    nonfinite: list[Tensor],
+    state: list[Tensor],
     eps: float,
     out: list[Tensor] | None = None,
 ) -> list[Tensor]:
     """Returns x normalised with the state as it is."""
     if torch.compiler.is_compiling():
-        y = outputs_like(x) if out is None else out
-        torch.ops.torchrl_vecnorm.normalize(x, sum, ssq, count, nonfinite, y, eps)
-        return y
+        if needs_plain_torch() or _change(eps):
+            return _normalize_plainly(x, state, eps, out)
+        if out is None:
+            return _operators.normalize(x, state, eps)
+        _operators.normalize_out(x, state, out, eps)
+        return out
     y = None
     if out is not None or not needs_plain_torch():
-        y = _C.normalize(x, sum, ssq, count, nonfinite, eps, out)
+        y = _C.normalize(x, state, eps, out)
     if y is not None:
         return y
     if out is not None:
-        _C.check_values(x, out, sum, ssq, count, nonfinite)
-    return _normalize_plainly(x, _states(sum, ssq, count, nonfinite), eps, out)
+        _C.check_values(x, out, state, eps)
+    return _normalize_plainly(x, state, eps, out)
+
+
+def denormalize(y: list[Tensor], state: list[Tensor], eps: float) -> list[Tensor]:
+    """The inverse of :func:`normalize`."""
+    if needs_plain_torch() or (torch.compiler.is_compiling() and _change(eps)):
+        pairs = zip(y, states_of(state), strict=True)
+        return [oracle.denormalize(v, s, eps) for v, s in pairs]
+    return _operators.denormalize(y, state, eps)
+
+
+def moments(x: list[Tensor], feature_ndim: int, mask: list[Tensor]) -> list[Moments]:
+    """The moments of a batch."""
+    x = [v.detach() for v in x]
+    if needs_plain_torch():
+        masks = _masks(mask, x)
+        pairs = zip(x, masks, strict=True)
+        return [oracle.batch_moments(v, feature_ndim, m) for v, m in pairs]
+    return states_of(_operators.moments(x, feature_ndim, mask))
+
+
+def merge(state: list[Tensor], other: list[Tensor], keep: float, weight: float) -> None:
+    """Folds moments into a state."""
+    if torch.compiler.is_compiling() and _change(keep, weight):
+        states = states_of(state)
+        pairs = zip(states, states_of(other), strict=True)
+        _store(states, [oracle.fold(s, o, keep, weight) for s, o in pairs])
+        return
+    _operators.merge(state, other, keep, weight)

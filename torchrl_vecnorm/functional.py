@@ -17,7 +17,10 @@ of the state, everything before them is samples.
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Sequence
+from types import NoneType
 
 import torch
 from torch import Tensor
@@ -36,42 +39,62 @@ __all__ = [
 ]
 
 
-def _listed(value) -> list | None:
-    if value is None:
-        return None
-    if isinstance(value, (Tensor, Moments)):
+def _listed(name: str, value, of: type) -> list:
+    """One of something, or a sequence of them, as a list."""
+    if isinstance(value, of):
         return [value]
+    if not isinstance(value, (list, tuple)) or not all(
+        isinstance(v, of) for v in value
+    ):
+        raise TypeError(
+            f"expected {name} as {of.__name__} or a list of them, got {_describe(value)}"
+        )
     return list(value)
 
 
-def columns(states: list[Moments]) -> tuple[list, list, list, list]:
-    """The states as the operators take them: one list for each kind of leaf."""
-    if len(states) == 1:  # as below, in a quarter of the time
-        sum, ssq, count, missing = states[0]
-        return [sum], [ssq], [count], [] if missing is None else [missing]
-    nonfinite: list[Tensor] = []
-    if any(s.nonfinite is not None for s in states):
-        nonfinite = [
-            s.sum.new_empty(0) if s.nonfinite is None else s.nonfinite for s in states
-        ]
-    return (
-        [s.sum for s in states],
-        [s.ssq for s in states],
-        [s.count for s in states],
-        nonfinite,
-    )
+def _describe(value) -> str:
+    if isinstance(value, (list, tuple)):
+        return f"{type(value).__name__} of {[type(v).__name__ for v in value]}"
+    return type(value).__name__
+
+
+def _number(name: str, value) -> float:
+    if type(value) is float:
+        return value
+    if not isinstance(value, (numbers.Real, Tensor)):
+        raise TypeError(f"expected {name} as a number, got {_describe(value)}")
+    return float(value)
+
+
+def leaves_of(states: Sequence[Moments]) -> list[Tensor]:
+    """The states as the operators take them: leaf after leaf, none with no elements."""
+    return [
+        state.sum.new_empty(0) if leaf is None else leaf
+        for state in states
+        for leaf in state
+    ]
 
 
 def mask_column(masks: list[Tensor | None], x: list[Tensor]) -> list[Tensor]:
     """The masks as the operators take them: no elements where every sample counts."""
     return [
-        v.new_empty(0, dtype=torch.bool) if m is None else m.reshape(-1)
+        v.new_empty(0, dtype=torch.bool) if m is None else m
         for v, m in zip(x, masks, strict=True)
     ]
 
 
 def _masks(mask, x: list[Tensor]) -> list[Tensor]:
-    return [] if mask is None else mask_column(_listed(mask), x)
+    if mask is None:
+        return []
+    masks = [mask] if isinstance(mask, Tensor) else list(mask)
+    if len(masks) != len(x) or not all(
+        isinstance(m, (Tensor, NoneType)) for m in masks
+    ):
+        raise TypeError(
+            f"expected mask as a tensor, or one or None for each of {len(x)} keys, got "
+            f"{_describe(mask)}"
+        )
+    return mask_column(masks, x)
 
 
 def _like(first, values: list[Tensor]):
@@ -123,15 +146,15 @@ def update_(
         scale = var.clamp_min(0).sqrt().clamp_min(eps)
         y = ((x - loc) / scale).to(x.dtype)
     """
-    xs = _listed(x)
+    xs = _listed("x", x, Tensor)
     y = _ops.update(
         xs,
-        *columns(_listed(state)),
+        leaves_of(_listed("state", state, Moments)),
         _masks(mask, xs),
-        float(decay),
-        float(weight),
-        float(eps),
-        _listed(out),
+        _number("decay", decay),
+        _number("weight", weight),
+        _number("eps", eps),
+        None if out is None else _listed("out", out, Tensor),
     )
     return _like(x, y)
 
@@ -153,25 +176,8 @@ def moments(
 
         Moments(x.double().sum(0), x.double().pow(2).sum(0), torch.tensor([x.shape[0]]))
     """
-    xs = _listed(x)
-    for v in xs:
-        if not 0 <= feature_ndim <= v.ndim:
-            raise ValueError(
-                f"expected feature_ndim from 0 to {v.ndim} for values of shape "
-                f"{tuple(v.shape)}, got {feature_ndim}"
-            )
-    batch = [
-        Moments.zeros(v.shape[v.ndim - feature_ndim :], device=v.device) for v in xs
-    ]
-    torch.ops.torchrl_vecnorm.update(
-        [v.detach() for v in xs],
-        *columns(batch),
-        [],
-        _masks(mask, xs),
-        1.0,
-        1.0,
-        1.0,
-    )
+    xs = _listed("x", x, Tensor)
+    batch = _ops.moments(xs, feature_ndim, _masks(mask, xs))
     return batch[0] if isinstance(x, Tensor) else batch
 
 
@@ -193,11 +199,11 @@ def merge_(
     ``merge_(state, moments(x), decay=d)`` does to the state what
     ``update_(x, state, decay=d)`` does.
     """
-    torch.ops.torchrl_vecnorm.merge(
-        *columns(_listed(state)),
-        *columns(_listed(other)),
-        float(decay),
-        float(weight),
+    _ops.merge(
+        leaves_of(_listed("state", state, Moments)),
+        leaves_of(_listed("other", other, Moments)),
+        _number("decay", decay),
+        _number("weight", weight),
     )
 
 
@@ -217,7 +223,12 @@ def normalize(
         loc, scale = loc_scale(state, eps=eps)
         y = ((x - loc) / scale).to(x.dtype)
     """
-    y = _ops.normalize(_listed(x), *columns(_listed(state)), float(eps), _listed(out))
+    y = _ops.normalize(
+        _listed("x", x, Tensor),
+        leaves_of(_listed("state", state, Moments)),
+        _number("eps", eps),
+        None if out is None else _listed("out", out, Tensor),
+    )
     return _like(x, y)
 
 
@@ -234,12 +245,11 @@ def denormalize(
         loc, scale = loc_scale(state, eps=eps)
         x = (y * scale + loc).to(y.dtype)
     """
-    ys, states = _listed(y), _listed(state)
-    if _ops.needs_plain_torch():
-        plain = zip(ys, states, strict=True)
-        return _like(y, [oracle.denormalize(v, s, eps) for v, s in plain])
-    x = [torch.empty_like(v) for v in ys]
-    torch.ops.torchrl_vecnorm.denormalize(ys, *columns(states), x, float(eps))
+    x = _ops.denormalize(
+        _listed("y", y, Tensor),
+        leaves_of(_listed("state", state, Moments)),
+        _number("eps", eps),
+    )
     return _like(y, x)
 
 
@@ -253,4 +263,8 @@ def loc_scale(state: Moments, *, eps: float = 1e-4) -> tuple[Tensor, Tensor]:
         loc = state.sum / state.count
         scale = (state.ssq / state.count - loc**2).clamp_min(0).sqrt().clamp_min(eps)
     """
-    return oracle.loc_scale(state, eps)
+    (one,) = _listed("state", state, Moments)
+    eps = _number("eps", eps)
+    if not (torch.compiler.is_compiling() or 0 < eps < math.inf):
+        raise ValueError(f"expected eps positive and finite, got {eps}")
+    return oracle.loc_scale(one, eps)

@@ -13,6 +13,19 @@ import torch
 from torch import Tensor
 
 
+class Rounding(NamedTuple):
+    """What rounding leaves of statistics far from zero; as in ``csrc/moments.h``.
+
+    Attributes:
+        var: relative to mean², how far the sums may be off the variance that is kept
+            beside them.
+        scale: relative to the mean, below which a scale is nothing but rounding.
+    """
+
+    var: float
+    scale: float
+
+
 class Moments(NamedTuple):
     """The running moments of one key, or the moments of one batch of it.
 
@@ -29,14 +42,24 @@ class Moments(NamedTuple):
             ``nonfinite[1]`` is how many values were left out so far, and does not
             decay. ``None`` in the layout of ``torchrl.envs.VecNorm``, which has no such
             counter: there a value that cannot be used counts as one at the running mean.
+        central: ``[*features]``, the variance: ``ssq / n - (sum / n)²`` with the digits
+            that this difference has lost where the mean is far from zero, up to
+            ``|mean| / std`` of 1e12. Where the sums contradict it beyond their rounding
+            (somebody has updated them alone), they are right. ``None`` in the layout of
+            ``torchrl.envs.VecNorm``, where the difference is all there is.
 
     A state is kept in float64. float32 is accepted and updated in its own precision.
+
+    To keep one in a file, ``torch.save(state, file)`` and ``torch.load(file)``, where this
+    package is imported; or ``torch.save(state._asdict(), file)`` and
+    ``Moments(**torch.load(file))``, for whoever has to read it without.
     """
 
     sum: Tensor
     ssq: Tensor
     count: Tensor
     nonfinite: Tensor | None = None
+    central: Tensor | None = None
 
     @classmethod
     def zeros(
@@ -54,7 +77,17 @@ class Moments(NamedTuple):
             torch.zeros(features, dtype=dtype, device=device),
             torch.zeros(1, dtype=dtype, device=device),
             torch.zeros((2, *features), dtype=dtype, device=device),
+            torch.zeros(features, dtype=dtype, device=device),
         )
+
+    def with_extras(self) -> Moments:
+        """The same moments in our own layout: what others do without is made for it."""
+        nonfinite, central = self.nonfinite, self.central
+        if nonfinite is None:
+            nonfinite = self.sum.new_zeros((2, *self.sum.shape))
+        if central is None:
+            central = self.mean_var()[1].to(self.sum.dtype)
+        return self._replace(nonfinite=nonfinite, central=central)
 
     def used(self) -> Tensor:
         """The number of values behind each feature, to divide ``sum`` and ``ssq`` by.
@@ -71,9 +104,41 @@ class Moments(NamedTuple):
         known = torch.where(used <= rounding, zero, used)
         return torch.where(used < -rounding, count.expand_as(used), known)
 
+    def mean_var(self) -> tuple[Tensor, Tensor]:
+        """The mean and the variance of each feature, 0 where nothing was seen.
+
+        In the best that the device has: float64, or float32.
+        """
+        dtype = state_dtype(self.sum.device)
+        n = self.used().to(dtype)
+        seen = n > 0
+        mean = torch.where(seen, self.sum.to(dtype) / n, 0.0)
+        var = self.ssq.to(dtype) / n - mean * mean
+        var = torch.where(seen, var.clamp_min(0), 0.0)
+        if self.central is not None:
+            kept = self.central.to(dtype)
+            slack = 1e-6 * (kept + var) + self.rounding().var * mean * mean
+            var = torch.where((kept - var).abs() <= slack, kept, var)
+        return mean, var
+
+    def rounding(self) -> Rounding:
+        """What rounding leaves of statistics that are far from zero."""
+        in_double = self.sum.dtype == self.ssq.dtype == torch.float64
+        if self.central is not None:
+            return Rounding(1e-9, 7e-15) if in_double else Rounding(1e-3, 4e-6)
+        return Rounding(0.0, 3e-8) if in_double else Rounding(0.0, 7e-4)
+
     def to(self, device: torch.device, copy: bool = False) -> Moments:
-        """The same moments on another device."""
-        return Moments(*(None if t is None else t.to(device, copy=copy) for t in self))
+        """The same moments on another device, in a dtype that it has."""
+        best = state_dtype(device)
+
+        def move(leaf: Tensor | None) -> Tensor | None:
+            if leaf is None:
+                return None
+            dtype = best if leaf.dtype == torch.float64 else leaf.dtype
+            return leaf.to(device, dtype, copy=copy)
+
+        return Moments(*map(move, self))
 
 
 def state_dtype(device: torch.device | str | None) -> torch.dtype:
@@ -81,3 +146,7 @@ def state_dtype(device: torch.device | str | None) -> torch.dtype:
     if device is not None and torch.device(device).type == "mps":
         return torch.float32
     return torch.float64
+
+
+# So that `torch.load` takes them with `weights_only=True`, its default.
+torch.serialization.add_safe_globals([Moments])

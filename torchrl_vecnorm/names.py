@@ -21,13 +21,14 @@ class StateNames(NamedTuple):
     """The entries of one key, in the order of :class:`Moments`.
 
     ``"obs"`` has ``"obs_sum"``, ``("agents", "obs")`` has ``("agents", "obs_sum")``.
-    ``nonfinite`` is ours; the others are those of ``torchrl.envs.VecNorm``.
+    ``nonfinite`` and ``central`` are ours; the others are those of ``torchrl.envs.VecNorm``.
     """
 
     sum: NestedKey
     ssq: NestedKey
     count: NestedKey
     nonfinite: NestedKey
+    central: NestedKey
 
     @classmethod
     def of(cls, key: NestedKey) -> StateNames:

@@ -38,11 +38,14 @@ def batch_moments(x: Tensor, feature_ndim: int, mask: Tensor | None = None) -> M
     used = mask & (x * x <= (1e290 if dtype == torch.float64 else 1e37))
     left_out = mask & ~used
     x = torch.where(used, x, 0.0)
+    n = used.sum(0).clamp_min(1).to(dtype)
+    apart = torch.where(used, x - x.sum(0) / n, 0.0)
     return Moments(
         sum=x.sum(0),
         ssq=(x * x).sum(0),
         count=mask.sum().to(dtype).reshape(1),
         nonfinite=torch.stack([left_out.sum(0)] * 2).to(dtype),
+        central=(apart * apart).sum(0) / n,
     )
 
 
@@ -53,14 +56,33 @@ def impute(batch: Moments, state: Moments) -> Moments:
     mean of the batch stands in for it.
     """
     missing = batch.nonfinite[0]
-    batch_mean = batch.sum / batch.used().clamp_min(1)
     count = state.count.reshape(())
-    at = torch.where(count > 0, state.sum.to(batch.sum.dtype) / count, batch_mean)
+    mean = batch.mean_var()[0]
+    at = torch.where(count > 0, state.sum.to(mean.dtype) / count, mean)
     at = torch.where(missing > 0, at, 0.0)
-    return Moments(batch.sum + missing * at, batch.ssq + missing * at * at, batch.count)
+    return Moments(
+        batch.sum + missing * at,
+        batch.ssq + missing * at * at,
+        batch.count,
+        central=joint_var(batch.used(), *batch.mean_var(), missing, at, 0 * at),
+    )
 
 
-def fold(state: Moments, batch: Moments, keep: float, weight: float = 1.0) -> Moments:
+def joint_var(
+    n: Tensor, mean: Tensor, var: Tensor, m: Tensor, mean_m: Tensor, var_m: Tensor
+) -> Tensor:
+    """The variance of n and m values together (Chan, Golub & LeVeque)."""
+    share = torch.where(n + m > 0, m / (n + m), 0.0)
+    apart = torch.where((n > 0) & (m > 0), mean_m - mean, 0.0)
+    return var + share * (var_m - var + (1 - share) * apart * apart)
+
+
+def fold(
+    state: Moments,
+    batch: Moments,
+    keep: float | Tensor,
+    weight: float | Tensor = 1.0,
+) -> Moments:
     """``keep * state + weight * batch``; an empty batch changes nothing.
 
     The result has the dtypes of the state, as rounding goes with each update.
@@ -73,6 +95,15 @@ def fold(state: Moments, batch: Moments, keep: float, weight: float = 1.0) -> Mo
         folded = keep * old.to(new.dtype) + weight * new
         return torch.where(some, folded.to(old.dtype), old)
 
+    central = state.central
+    if central is not None:
+        var = joint_var(
+            keep * state.used().to(batch.sum.dtype),
+            *state.mean_var(),
+            weight * batch.used(),
+            *batch.mean_var(),
+        )
+        central = torch.where(some, var.to(central.dtype), central)
     nonfinite = state.nonfinite
     if nonfinite is not None:
         new = batch.nonfinite
@@ -84,24 +115,26 @@ def fold(state: Moments, batch: Moments, keep: float, weight: float = 1.0) -> Mo
         add(state.ssq, batch.ssq),
         add(state.count, batch.count),
         nonfinite,
+        central,
     )
 
 
-def loc_scale(state: Moments, eps: float) -> tuple[Tensor, Tensor]:
+def loc_scale(state: Moments, eps: float | Tensor) -> tuple[Tensor, Tensor]:
     """``loc = sum / n`` and ``scale = max(sqrt(max(ssq / n - loc², 0)), eps)``.
 
-    0 and 1 where nothing was seen yet, so that normalising is the identity there.
+    0 and 1 where nothing was seen yet, so that normalising is the identity there. A scale
+    that is less than the rounding of ``loc`` would show nothing but that: it is bounded
+    too.
     """
-    dtype = state_dtype(state.sum.device)
-    n = state.used().to(dtype)
-    loc = state.sum.to(dtype) / n
-    var = (state.ssq.to(dtype) / n - loc * loc).clamp_min(0)
-    scale = var.sqrt().clamp_min(eps)
-    seen = n > 0
-    return torch.where(seen, loc, 0.0), torch.where(seen, scale, 1.0)
+    loc, var = state.mean_var()
+    least = torch.maximum(
+        loc.abs() * state.rounding().scale, torch.zeros_like(loc) + eps
+    )
+    scale = torch.maximum(var.sqrt(), least)
+    return loc, torch.where(state.used() > 0, scale, 1.0)
 
 
-def normalize(x: Tensor, state: Moments, eps: float) -> Tensor:
+def normalize(x: Tensor, state: Moments, eps: float | Tensor) -> Tensor:
     """``(x - loc) / scale`` in the dtype of x, the default dtype for integers."""
     loc, scale = loc_scale(state, eps)
     dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()

@@ -318,6 +318,6 @@ def bind(
         [as_path(key) for key in out_keys],
         list(ndims),
         list(dtypes),
-        *functional.columns(moments),
+        functional.leaves_of(moments),
         shared,
     )

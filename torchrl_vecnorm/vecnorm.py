@@ -375,15 +375,15 @@ class VecNorm(Transform):
                     self._binding = None  # of other dtypes, which it would not say
             set_entry(td, key.out_key, y)
 
-    def _apply_columns(
-        self, values: list[Tensor], columns: tuple, masks: list[Tensor]
+    def _call_operator(
+        self, values: list[Tensor], state: list[Tensor], masks: list[Tensor]
     ) -> list[Tensor]:
         """One call of an operator: updating or not."""
         if self.training and not self.frozen:
             return _ops.update(
-                values, *columns, masks, float(self.decay), 1.0, float(self.eps)
+                values, state, masks, float(self.decay), 1.0, float(self.eps)
             )
-        return _ops.normalize(values, *columns, float(self.eps))
+        return _ops.normalize(values, state, float(self.eps))
 
     # ------------------------------------------------------------------------- locking
 
@@ -541,8 +541,8 @@ class VecNorm(Transform):
         masks = []
         if any(e.mask is not None for e in known):
             masks = functional.mask_column([e.mask for e in known], values)
-        columns = functional.columns([e.state for e in known])
-        return self._apply_columns(values, columns, masks)
+        leaves = functional.leaves_of([e.state for e in known])
+        return self._call_operator(values, leaves, masks)
 
     def _compute_plain(self, known: list[_Entry]) -> list[Tensor]:
         """The first call, compiled and with gradients, in plain torch.

@@ -39,53 +39,6 @@ constexpr int64_t kSomeFeatures = 64;
 // So many of these are done before the threads start.
 constexpr int64_t kSerialParts = 64;
 
-// ---------------------------------------------------------------------- the state
-
-double read(const void* data, Dtype dtype, int64_t i) {
-  return dtype == Dtype::kFloat64
-             ? static_cast<const double*>(data)[i]
-             : static_cast<double>(static_cast<const float*>(data)[i]);
-}
-
-void write(void* data, Dtype dtype, int64_t i, double value) {
-  if (dtype == Dtype::kFloat64) {
-    static_cast<double*>(data)[i] = value;
-  } else {
-    static_cast<float*>(data)[i] = static_cast<float>(value);
-  }
-}
-
-Moments read_state(const State& s, int64_t f) {
-  Moments m;
-  m.sum = read(s.sum, s.sum_dtype, f);
-  m.ssq = read(s.ssq, s.ssq_dtype, f);
-  m.count = read(s.count, s.count_dtype, 0);
-  m.missing = s.nonfinite != nullptr ? s.nonfinite[f] : 0.;
-  return m;
-}
-
-void write_count(const State& s, double count) {
-  write(s.count, s.count_dtype, 0, count);
-}
-
-// Writes all but `count`, which the features of a key share, and returns the moments
-// as the state's own dtype holds them.
-Moments write_state(const State& s, int64_t f, int64_t features, Moments m,
-                    double left_out) {
-  write(s.sum, s.sum_dtype, f, m.sum);
-  write(s.ssq, s.ssq_dtype, f, m.ssq);
-  m.sum = read(s.sum, s.sum_dtype, f);
-  m.ssq = read(s.ssq, s.ssq_dtype, f);
-  if (s.count_dtype == Dtype::kFloat32) {
-    m.count = static_cast<float>(m.count);
-  }
-  if (s.nonfinite != nullptr) {
-    s.nonfinite[f] = m.missing;
-    s.nonfinite[features + f] += left_out;
-  }
-  return m;
-}
-
 // ----------------------------------------------------------------- the workspace
 
 // What one key needs between the phases. The arrays live in one block that the calling
@@ -362,13 +315,13 @@ class Call {
       if (samples > 0) {
         Moments batch = unshift({n[i], d1[i], d2[i]}, work.shift[f], samples);
         const double left_out = batch.missing;
-        if (key.state.nonfinite == nullptr) {
+        if (key.state.nonfinite.data == nullptr) {
           batch = impute(batch, state);
         }
-        state = write_state(key.state, f, key.features, fold(state, batch, weights_),
-                            left_out);
+        state = rounded(key.state, fold(state, batch, weights_));
+        write_state(key.state, f, key.features, state, left_out);
       }
-      project(key, work, f, statistic(state, eps_));
+      project(key, work, f, statistic(state, eps_, key.state.rounding()));
     }
   }
 
@@ -378,13 +331,14 @@ class Call {
       batch.count += work.counted[c];
     }
     Moments state;
-    state.count = read(key.state.count, key.state.count_dtype, 0);
-    write_count(key.state, fold(state, batch, weights_).count);
+    state.count = key.state.count.read(0);
+    key.state.count.write(0, fold(state, batch, weights_).count);
   }
 
   void project_state(const Key& key, const Work& work, Range features) {
     for (int64_t f = features.begin; f < features.end; ++f) {
-      project(key, work, f, statistic(read_state(key.state, f), eps_));
+      const Moments state = read_state(key.state, f);
+      project(key, work, f, statistic(state, eps_, key.state.rounding()));
     }
   }
 
@@ -468,23 +422,23 @@ void denormalize(const std::vector<Key>& keys, double eps, RunPhases run) {
 }
 
 void merge(const State& state, const State& batch, int64_t features, Weights weights) {
-  Moments count;
   for (int64_t f = 0; f < features; ++f) {
     const Moments old = read_state(state, f);
     Moments b = read_state(batch, f);
     const double left_out =
-        batch.nonfinite != nullptr ? batch.nonfinite[features + f] : 0.;
-    if (state.nonfinite == nullptr) {
+        batch.nonfinite.data != nullptr ? batch.nonfinite.read(features + f) : 0.;
+    if (state.nonfinite.data == nullptr) {
       b = impute(b, old);
     }
     if (b.count > 0) {
-      write_state(state, f, features, fold(old, b, weights), left_out);
+      write_state(state, f, features, rounded(state, fold(old, b, weights)), left_out);
     }
   }
-  count.count = read(state.count, state.count_dtype, 0);
+  Moments count;
+  count.count = state.count.read(0);
   Moments batch_count;
-  batch_count.count = read(batch.count, batch.count_dtype, 0);
-  write_count(state, fold(count, batch_count, weights).count);
+  batch_count.count = batch.count.read(0);
+  state.count.write(0, fold(count, batch_count, weights).count);
 }
 
 }  // namespace VECNORM_ISA

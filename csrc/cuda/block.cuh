@@ -50,36 +50,6 @@ __device__ inline void store_any(const Matrix& m, int64_t row, int64_t feature,
   });
 }
 
-// ----------------------------------------------------------------------- the state
-
-__device__ inline double read(const void* data, Dtype dtype, int64_t i) {
-  return dtype == Dtype::kFloat64
-             ? static_cast<const double*>(data)[i]
-             : static_cast<double>(static_cast<const float*>(data)[i]);
-}
-
-// Returns what can be read there from now on.
-__device__ inline double write(void* data, Dtype dtype, int64_t i, double value) {
-  if (dtype == Dtype::kFloat64) {
-    return static_cast<double*>(data)[i] = value;
-  }
-  return static_cast<float*>(data)[i] = static_cast<float>(value);
-}
-
-// As it would be after write().
-__device__ inline double rounded(Dtype dtype, double value) {
-  return dtype == Dtype::kFloat64 ? value : static_cast<float>(value);
-}
-
-__device__ inline Moments read_state(const State& s, int64_t f) {
-  Moments m;
-  m.sum = read(s.sum, s.sum_dtype, f);
-  m.ssq = read(s.ssq, s.ssq_dtype, f);
-  m.count = read(s.count, s.count_dtype, 0);
-  m.missing = s.nonfinite != nullptr ? s.nonfinite[f] : 0.;
-  return m;
-}
-
 // The running mean, or a sample while there is none.
 __device__ inline double shift_of(const Key& key, const Moments& state, int64_t row,
                                   int64_t f) {
@@ -152,8 +122,9 @@ __device__ inline Place find_place(const Params& p, int block, bool slabs_first)
 
 // ------------------------------------------------------------------- shared memory
 
-// Everything in double. `mine`, `total` and `old` are n, d1, d2 (sum, ssq, missing) of
-// each feature of the slab, one after the other, then the number of samples.
+// Everything in double. `mine` and `total` are n, d1, d2 of each feature of the slab, one
+// after the other, then the number of samples; `old` is sum, ssq, missing, var, then the
+// count.
 struct Shared {
   const Params& p;
 
@@ -165,12 +136,12 @@ struct Shared {
   // The state as it was before the call.
   __device__ double* old() const { return at(1 + p.shared.features); }
   // What this block has found.
-  __device__ double* mine() const { return at(2 + 4 * p.shared.features); }
+  __device__ double* mine() const { return at(2 + 5 * p.shared.features); }
   // What all blocks of the slab have found.
-  __device__ double* total() const { return at(3 + 7 * p.shared.features); }
+  __device__ double* total() const { return at(3 + 8 * p.shared.features); }
   // Coefficients of the output.
-  __device__ double* maps() const { return at(4 + 10 * p.shared.features); }
-  __device__ double* scratch() const { return at(4 + 13 * p.shared.features); }
+  __device__ double* maps() const { return at(4 + 11 * p.shared.features); }
+  __device__ double* scratch() const { return at(4 + 14 * p.shared.features); }
   // 16-byte vectors.
   __device__ char* kept() const { return shared_memory() + p.shared_bytes; }
 };
@@ -211,8 +182,9 @@ __device__ inline void prepare(const Shared& s, const Place& at) {
     s.old()[f] = state.sum;
     s.old()[n + f] = state.ssq;
     s.old()[2 * n + f] = state.missing;
+    s.old()[3 * n + f] = state.var;
     if (f == 0) {
-      s.old()[3 * n] = state.count;
+      s.old()[4 * n] = state.count;
     }
   }
   __syncthreads();
@@ -473,7 +445,7 @@ __device__ __forceinline__ void sum_up(const Params& p, const Shared& s,
   bool bad = false;
   for (int f = static_cast<int>(threadIdx.x); f < n; f += blockDim.x) {
     Moments old;
-    old.count = s.old()[3 * n];
+    old.count = s.old()[4 * n];
     old.missing = s.old()[2 * n + f];
     const bool is_anchored =
         anchored(old.used(), static_cast<double>(at.key->key.samples), p.weights);
@@ -570,17 +542,14 @@ __device__ inline Moments fold_feature(const Params& p, const Shared& s,
   state.sum = s.old()[f];
   state.ssq = s.old()[n + f];
   state.missing = s.old()[2 * n + f];
-  state.count = s.old()[3 * n];
+  state.var = s.old()[3 * n + f];
+  state.count = s.old()[4 * n];
   Moments batch = unshift(sum, s.shift()[f], s.total()[3 * n]);
   *left_out = batch.missing;
-  if (to.nonfinite == nullptr) {
+  if (to.nonfinite.data == nullptr) {
     batch = impute(batch, state);
   }
-  state = fold(state, batch, p.weights);
-  state.sum = rounded(to.sum_dtype, state.sum);
-  state.ssq = rounded(to.ssq_dtype, state.ssq);
-  state.count = rounded(to.count_dtype, state.count);
-  return state;
+  return rounded(to, fold(state, batch, p.weights));
 }
 
 // Folds the batch into the state of the slab's features, but for the count, which other
@@ -594,13 +563,7 @@ __device__ inline void write_features(const Params& p, const Shared& s,
   for (int f = static_cast<int>(threadIdx.x); f < at.features; f += blockDim.x) {
     double left_out;
     const Moments state = fold_feature(p, s, at, f, &left_out);
-    const int64_t i = at.feature(f);
-    write(to.sum, to.sum_dtype, i, state.sum);
-    write(to.ssq, to.ssq_dtype, i, state.ssq);
-    if (to.nonfinite != nullptr) {
-      to.nonfinite[i] = state.missing;
-      to.nonfinite[at.key->key.features + i] += left_out;
-    }
+    write_state(to, at.feature(f), at.key->key.features, state, left_out);
   }
 }
 
@@ -613,8 +576,7 @@ __device__ inline void write_count(const Params& p, const Shared& s, const Place
        comes_last(at.key->counters + slabs, static_cast<unsigned>(slabs))) &&
       s.total()[3 * at.features] > 0) {
     double unused;
-    const State& to = at.key->key.state;
-    write(to.count, to.count_dtype, 0, fold_feature(p, s, at, 0, &unused).count);
+    at.key->key.state.count.write(0, fold_feature(p, s, at, 0, &unused).count);
   }
 }
 
@@ -625,7 +587,8 @@ template <template <typename> class Map, typename C>
 __device__ void set_map(double* maps, const Place& at, int f, const Moments& state,
                         double eps) {
   C* to = reinterpret_cast<C*>(maps);
-  const auto [a, b, c] = Map<C>::of(statistic(state, eps));
+  const auto [a, b, c] =
+      Map<C>::of(statistic(state, eps, at.key->key.state.rounding()));
   to[f] = a;
   to[at.features + f] = b;
   to[2 * at.features + f] = c;

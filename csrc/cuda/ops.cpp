@@ -36,7 +36,7 @@ void check_launch(cudaError_t error) {
 
 void check_devices(TensorList x, const States& s, TensorList y, TensorList mask) {
   const at::Device device = x[0].device();
-  for (TensorList list : {x, s.sum, s.ssq, s.count, s.nonfinite, y, mask}) {
+  for (TensorList list : {x, s.leaves, y, mask}) {
     for (const Tensor& t : list) {
       TORCH_CHECK_VALUE(t.device() == device || t.numel() == 0,
                         "expected all tensors on ", device, ", got one on ",
@@ -134,11 +134,10 @@ Workspaces& workspaces() {
 std::atomic<cuda::Path> wished_path = cuda::Path::kAuto;
 std::atomic<cuda::Path> last_path = cuda::Path::kAuto;
 
-void update_cuda(TensorList x, TensorList sum, TensorList ssq, TensorList count,
-                 TensorList nonfinite, TensorList y, TensorList mask, double keep,
-                 double weight, double eps) {
-  const States s{sum, ssq, count, nonfinite};
-  check_update(x, y, mask, s);
+void update_cuda(TensorList x, TensorList state, TensorList y, TensorList mask,
+                 double keep, double weight, double eps) {
+  const States s{state};
+  check_update(x, y, mask, s, keep, weight, eps);
   if (x.empty()) {
     return;
   }
@@ -147,7 +146,7 @@ void update_cuda(TensorList x, TensorList sum, TensorList ssq, TensorList count,
   const Keys keys(x, y, mask, s);
   const cuda::Stream stream = current_stream(x[0].device());
   cuda::Update update(keys.keys, {keep, weight}, eps, wished_path);
-  const Buffers buffers = workspaces().find(count[0], update.workspace(), stream);
+  const Buffers buffers = workspaces().find(s.count(0), update.workspace(), stream);
   check_launch(update.run(buffers.get(), stream));
   last_path = update.path();
   keys.write_back();
@@ -156,7 +155,6 @@ void update_cuda(TensorList x, TensorList sum, TensorList ssq, TensorList count,
 using Apply = cudaError_t (*)(const std::vector<Key>&, double, cuda::Stream);
 
 void apply_cuda(TensorList x, const States& s, TensorList y, double eps, Apply apply) {
-  check_values(x, y, s);
   if (x.empty()) {
     return;
   }
@@ -167,15 +165,38 @@ void apply_cuda(TensorList x, const States& s, TensorList y, double eps, Apply a
   keys.write_back();
 }
 
-void normalize_cuda(TensorList x, TensorList sum, TensorList ssq, TensorList count,
-                    TensorList nonfinite, TensorList y, double eps) {
-  apply_cuda(x, {sum, ssq, count, nonfinite}, y, eps, cuda::normalize);
+std::vector<Tensor> outputs_like(TensorList x) {
+  std::vector<Tensor> y;
+  for (const Tensor& t : x) {
+    y.push_back(at::empty_like(t, t.options().dtype(output_dtype(t))));
+  }
+  return y;
 }
 
-void denormalize_cuda(TensorList y, TensorList sum, TensorList ssq, TensorList count,
-                      TensorList nonfinite, TensorList x, double eps) {
+void normalize_out_cuda(TensorList x, TensorList state, TensorList y, double eps) {
+  check_output(x, y, {state}, eps);
+  apply_cuda(x, {state}, y, eps, cuda::normalize);
+}
+
+std::vector<Tensor> normalize_cuda(TensorList x, TensorList state, double eps) {
+  check_values(x, {}, {state}, eps);
+  std::vector<Tensor> y = outputs_like(x);
+  apply_cuda(x, {state}, y, eps, cuda::normalize);
+  return y;
+}
+
+std::vector<Tensor> denormalize_cuda(TensorList y, TensorList state, double eps) {
   check_floating_point(y);
-  apply_cuda(y, {sum, ssq, count, nonfinite}, x, eps, cuda::denormalize);
+  check_values(y, {}, {state}, eps);
+  std::vector<Tensor> x = outputs_like(y);
+  apply_cuda(y, {state}, x, eps, cuda::denormalize);
+  return x;
+}
+
+std::vector<Tensor> moments_cuda(TensorList x, int64_t feature_ndim, TensorList mask) {
+  std::vector<Tensor> state = zero_states(x, feature_ndim);
+  update_cuda(x, state, {}, mask, 1, 1, 1);
+  return state;
 }
 
 constexpr std::pair<const char*, cuda::Path> kPaths[] = {
@@ -209,7 +230,9 @@ std::string last_cuda_path() {
 TORCH_LIBRARY_IMPL(torchrl_vecnorm, CUDA, m) {
   m.impl("update", update_cuda);
   m.impl("normalize", normalize_cuda);
+  m.impl("normalize_out", normalize_out_cuda);
   m.impl("denormalize", denormalize_cuda);
+  m.impl("moments", moments_cuda);
 }
 
 }  // namespace vecnorm

@@ -293,7 +293,7 @@ void SharedSize::fit(const LanePlan& plan, int threads) {
 size_t SharedSize::bytes() const {
   // flag, shift, old, mine, total, maps (see Shared in block.cuh)
   const size_t doubles =
-      1 + 13 * static_cast<size_t>(features) + 3 + static_cast<size_t>(scratch);
+      1 + 14 * static_cast<size_t>(features) + 3 + static_cast<size_t>(scratch);
   return (doubles * sizeof(double) + 15) / 16 * 16;
 }
 
