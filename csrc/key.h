@@ -58,8 +58,7 @@ struct State {
   Leaf central;
 
   VECNORM_HD Rounding rounding() const {
-    const bool in_double =
-        sum.dtype == Dtype::kFloat64 && ssq.dtype == Dtype::kFloat64;
+    const bool in_double = sum.dtype == Dtype::kFloat64 && ssq.dtype == Dtype::kFloat64;
     return Rounding::of(in_double, central.data != nullptr);
   }
 };
@@ -70,9 +69,8 @@ VECNORM_HD Moments read_state(const State& s, int64_t f) {
   m.ssq = s.ssq.read(f);
   m.count = s.count.read(0);
   m.missing = s.nonfinite.data != nullptr ? s.nonfinite.read(f) : 0.;
-  m.var = s.central.data != nullptr
-              ? kept_var(s.central.read(f), m, s.rounding())
-              : m.var_of_sums();
+  m.var = s.central.data != nullptr ? kept_var(s.central.read(f), m, s.rounding())
+                                    : m.var_of_sums();
   return m;
 }
 

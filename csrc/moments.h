@@ -46,8 +46,8 @@ struct Partial {
 
 // The running moments of one feature. `count` is the number of samples (shared by
 // the features of a key), `missing` the number of values among them that were left out.
-// `var` is the variance of the others: where a state keeps it beside the sums it has all
-// its digits, else it is the small difference of large numbers that the sums leave.
+// `var` is the variance of the others: where a state keeps it beside the sums it has
+// all its digits, else it is the small difference of large numbers that the sums leave.
 struct Moments {
   double sum = 0;
   double ssq = 0;
@@ -78,15 +78,15 @@ struct Moments {
 };
 
 // What rounding leaves of statistics that are far from zero, by what holds them:
-// relative to loc², how far their sums may be off the variance that is kept beside them,
-// and relative to |loc|, below which a scale is nothing but rounding.
+// relative to loc², how far their sums may be off the variance that is kept beside
+// them, and relative to |loc|, below which a scale is nothing but rounding.
 struct Rounding {
   double var;
   double scale;
 
   VECNORM_HD static Rounding of(bool in_double, bool keeps_var) {
     if (keeps_var) {
-      return in_double ? Rounding{1e-9, 7e-15} : Rounding{1e-3, 4e-6};
+      return in_double ? Rounding{1e-9, 7e-15} : Rounding{1e-3, 3e-5};
     }
     return in_double ? Rounding{0, 3e-8} : Rounding{0, 7e-4};
   }

@@ -21,9 +21,9 @@
 //   central    [*features]            the variance
 //
 // The last two have no elements where a state does without them. `y` and `mask` may be
-// empty lists. What mutates takes its outputs and returns nothing: a mutating schema that
-// returns a list of tensors cannot be compiled. What mutates nothing returns its results,
-// so that graphs, their branches, and traces hold it as any other function.
+// empty lists. What mutates takes its outputs and returns nothing: a mutating schema
+// that returns a list of tensors cannot be compiled. What mutates nothing returns its
+// results, so that graphs, their branches, and traces hold it as any other function.
 
 #include "ops.h"
 
@@ -34,6 +34,7 @@
 #include <pthread.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
 
 #ifdef _OPENMP
@@ -417,11 +418,24 @@ std::vector<Tensor> returned_with_gradients(TensorList x, const States& s, doubl
   return all;
 }
 
+// torch.utils.checkpoint runs the forward pass again within the backward pass, with
+// gradients, which hooks do not have. Its updates would count twice, and y would not be
+// the one whose gradient is wanted.
+void refuse_recomputation() {
+  TORCH_CHECK(
+      !at::GradMode::is_enabled() || torch::autograd::get_current_graph_task_id() == -1,
+      "torchrl_vecnorm: expected updates of the statistics in forward passes only, got "
+      "one in a backward pass: does torch.utils.checkpoint run the forward pass again? "
+      "Normalise before the function that is checkpointed, or freeze the statistics "
+      "in it");
+}
+
 void update_autograd(TensorList x, TensorList state, TensorList y, TensorList mask,
                      double keep, double weight, double eps) {
+  refuse_recomputation();
   with_gradients(x, y, {state}, eps, [&] {
-    run_below_autograd(
-        {state, y}, [&] { update_op().call(x, state, y, mask, keep, weight, eps); });
+    run_below_autograd({state, y},
+                       [&] { update_op().call(x, state, y, mask, keep, weight, eps); });
   });
 }
 
@@ -449,8 +463,8 @@ std::vector<Tensor> moments_autograd(TensorList x, int64_t feature_ndim,
 }
 
 void merge_autograd(TensorList state, TensorList other, double keep, double weight) {
-  run_below_autograd({state},
-                     [&] { merge_op().call(state, other, keep, weight); });
+  refuse_recomputation();
+  run_below_autograd({state}, [&] { merge_op().call(state, other, keep, weight); });
 }
 
 // ------------------------------------------------------------------------- traces
@@ -512,12 +526,10 @@ TORCH_LIBRARY(torchrl_vecnorm, m) {
       "update(Tensor[] x, Tensor(a!)[] state, Tensor(b!)[] y, Tensor[] mask, "
       "float keep, float weight, float eps) -> ()");
   m.def("normalize(Tensor[] x, Tensor[] state, float eps) -> Tensor[]");
-  m.def(
-      "normalize_out(Tensor[] x, Tensor[] state, Tensor(a!)[] y, float eps) -> ()");
+  m.def("normalize_out(Tensor[] x, Tensor[] state, Tensor(a!)[] y, float eps) -> ()");
   m.def("denormalize(Tensor[] y, Tensor[] state, float eps) -> Tensor[]");
   m.def("moments(Tensor[] x, int feature_ndim, Tensor[] mask) -> Tensor[]");
-  m.def(
-      "merge(Tensor(a!)[] state, Tensor[] other, float keep, float weight) -> ()");
+  m.def("merge(Tensor(a!)[] state, Tensor[] other, float keep, float weight) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(torchrl_vecnorm, CPU, m) {

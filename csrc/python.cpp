@@ -152,8 +152,9 @@ class Binding {
         return false;
       }
       const Tensor& t = THPVariable_Unpack(value);
-      if (t.device() != state_[States::kLeaves * i].device() || t.layout() != at::kStrided ||
-          t.scalar_type() != dtypes_[i] || is_transformed(t) ||
+      if (t.device() != state_[States::kLeaves * i].device() ||
+          t.layout() != at::kStrided || t.scalar_type() != dtypes_[i] ||
+          is_transformed(t) ||
           (ndims_[i].has_value() && t.dim() - batch_dims != *ndims_[i])) {
         return false;
       }
@@ -278,9 +279,8 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "check_update",
       [](const Tensors& x, const Tensors& y, const Tensors& mask, const Tensors& state,
-         double keep, double weight, double eps) {
-        check_update(x, y, mask, {state}, keep, weight, eps);
-      },
+         double keep, double weight,
+         double eps) { check_update(x, y, mask, {state}, keep, weight, eps); },
       py::arg("x"), py::arg("y"), py::arg("mask"), py::arg("state"), py::arg("keep"),
       py::arg("weight"), py::arg("eps"));
   m.def(

@@ -32,8 +32,8 @@ inline bool has(const Tensor& t) { return t.numel() > 0; }
 
 inline bool has(TensorList list, size_t i) { return !list.empty() && has(list[i]); }
 
-// The states of a call: of each key `kLeaves` tensors, in the order of State. Those that
-// a state does without have no elements.
+// The states of a call: of each key `kLeaves` tensors, in the order of State. Those
+// that a state does without have no elements.
 struct States {
   static constexpr size_t kLeaves = 5;
   TensorList leaves;

@@ -254,12 +254,16 @@ struct Buffers {
            exact * static_cast<double>(1 + size / (1 + std::fabs(want_sum[f]))));
       near("ssq", 0, f, state(ssq, f), want_ssq[f], exact);
       if (c.counted) {
-        near("missing", 0, f, state(nonfinite, f), want_count - want_finite[f], 1e-12);
+        near("missing", 0, f, state(nonfinite, f), want_count - want_finite[f],
+             c.float_state ? 1e-6 : 1e-12);
         near("left out", 0, f, state(nonfinite, c.features + f), want_left_out[f], 0);
       }
       if (want_finite[f] > 0) {
         loc[f] = want_sum[f] / want_finite[f];
         const long double var = want_ssq[f] / want_finite[f] - loc[f] * loc[f];
+        if (c.counted) {
+          near("central", 0, f, state(central, f), var, std::max(exact, 1e-5));
+        }
         scale[f] =
             std::max(std::sqrt(std::max(var, 0.0L)), static_cast<long double>(eps));
       }

@@ -8,11 +8,14 @@ import math
 import os
 import subprocess
 import sys
+from fractions import Fraction
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from common import through_a_file
 from samples import (
     FLOATS,
     INTEGERS,
@@ -144,6 +147,34 @@ def test_mask(features, dtype):
     check(x, state, mask=mask)
     F.update_(x[mask], chosen, decay=0.9)
     assert_same(state, chosen, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("composite", [False, True])
+def test_shapes_of_masks(composite):
+    """One element a sample, in the samples' order or not at all."""
+    update, moments = implemented(composite, "update", "moments")
+    x = torch.arange(6.0).reshape(2, 3, 1)
+    mask = x.squeeze(-1) > 2
+    for shape in ((2, 3), (6,), (2, 3, 1), (1, 2, 1, 3)):
+        state = Moments.zeros([1])
+        update([x], F.leaves_of([state]), [], [mask.reshape(shape)], 1.0, 1.0, 1e-4)
+        assert state.sum == 12 and state.count == 3
+        assert moments([x], 1, [mask.reshape(shape)])[0] == 12
+    state = Moments.zeros([1])
+    for wrong in (
+        mask.t(),
+        mask[:1],
+        mask.reshape(1, 6),
+        mask.float(),
+        mask[..., None, None][:, :2],
+    ):
+        for call in (
+            lambda m=wrong: update([x], F.leaves_of([state]), [], [m], 1.0, 1.0, 1e-4),
+            lambda m=wrong: moments([x], 1, [m]),
+        ):
+            with pytest.raises(ValueError, match=r"key 0: .* mask of shape \[2, 3\]"):
+                call()
+    assert state.count == 0
 
 
 @pytest.mark.parametrize("empty", ["no samples", "no sample counts"])
@@ -295,6 +326,75 @@ def test_scale_far_from_zero(samples, ratio, decay):
     y = F.normalize(x, state).numpy()
     want = (x.numpy() - np.longdouble(ratio) - want_loc) / want_scale
     assert np.max(np.abs(y - want)) < 5e-3
+
+
+def _exact(chunks, decay):
+    """loc and scale of integers in exact arithmetic."""
+    keep = Fraction(decay)
+    total = ssq = count = Fraction(0)
+    for x in chunks:
+        values = [int(v) for v in x]
+        total = keep * total + sum(values)
+        ssq = keep * ssq + sum(v * v for v in values)
+        count = keep * count + len(values)
+    return total / count, math.sqrt(ssq / count - (total / count) ** 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64], **ids)
+@pytest.mark.parametrize("decay", [0.9, 0.9999, 1.0])
+@pytest.mark.parametrize("samples", [1, 10])
+@pytest.mark.parametrize("loc", [10**6, 1_700_000_000, -(10**12)])
+def test_too_far_from_zero_for_sums(loc, samples, decay, dtype):
+    """Seconds since 1970: sum and ssq alone have no digit left for the variance."""
+    state, merged = Moments.zeros([1]), Moments.zeros([1])
+    chunks = [torch.randint(-5, 6, (samples, 1)) + loc for _ in range(150)]
+    for x in chunks:
+        y = F.update_(x.to(dtype), state, decay=decay)
+        F.merge_(merged, F.moments(x.to(dtype)), decay=decay)
+    want_loc, want_scale = _exact(chunks, decay)
+    for s in (state, merged, state.to("cpu", copy=True)):
+        got_loc, got_scale = F.loc_scale(s)
+        assert abs(Fraction(got_loc.item()) - want_loc) < 1e-3 * want_scale
+        assert got_scale.item() == pytest.approx(want_scale, rel=1e-3)
+    want = [(Fraction(int(v)) - want_loc) / Fraction(want_scale) for v in x]
+    np.testing.assert_allclose(y[:, 0].double(), [*map(float, want)], atol=2e-3)
+    assert torch.equal(F.normalize(x.to(dtype), state), y)
+    back = F.denormalize(y.double(), state)
+    np.testing.assert_allclose(back - loc, x - loc, atol=1e-2)
+
+
+def test_sums_that_somebody_else_has_updated():
+    """torchrl's class does not know of the variance beside them: they are right."""
+    x, other = data((500,), (3,)), data((500,), (3,), loc=-4.0, scale=7.0)
+    state, want = Moments.zeros([3]), Moments.zeros([3])
+    for s in (state, want):
+        F.update_(x, s)
+    F.merge_(want, F.moments(other))
+    alone = state._replace(nonfinite=None, central=None)
+    F.merge_(alone, F.moments(other))
+    torch.testing.assert_close(F.loc_scale(state), F.loc_scale(want))
+    torch.testing.assert_close(F.normalize(x, state), F.normalize(x, want))
+    for s in (state, want):
+        F.update_(x, s)
+    torch.testing.assert_close(F.loc_scale(state), F.loc_scale(want))
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.9999, 1.0])
+@pytest.mark.parametrize("samples", [1, 64, 1000])
+@pytest.mark.parametrize("value", [0.1, 1.0, -333.3, 1e5, 7e8])
+@pytest.mark.parametrize("layout", ["reference", "float32", "plain", "own"])
+def test_a_constant_shows_no_rounding(layout, value, samples, decay):
+    """Its deviations are rounding, which no smaller scale may blow up."""
+    dtype = torch.float32 if layout in ("reference", "float32") else torch.float64
+    state = Moments.zeros([1], dtype=dtype)
+    if layout in ("reference", "plain"):
+        state = state._replace(nonfinite=None, central=None)
+    x = torch.full((samples, 1), value)
+    worst = 0.0
+    for _ in range(500):
+        y = F.update_(x, state, decay=decay, eps=1e-30)
+        worst = max(worst, y.abs().max().item())
+    assert worst < 1
 
 
 @pytest.mark.parametrize("jump", [1e2, 1e4, 1e6])
@@ -816,6 +916,78 @@ def test_refused_by_the_others(composite):
     assert_same(good, Moments.zeros([3]))
 
 
+BAD_DECAYS = (math.nan, 0.0, -0.5, 1.5, math.inf)
+BAD_WEIGHTS = (math.nan, 0.0, -1.0, math.inf)
+
+
+@pytest.mark.parametrize("composite", [False, True])
+@pytest.mark.parametrize(
+    "name,value",
+    [("decay", v) for v in BAD_DECAYS]
+    + [(name, v) for name in ("weight", "eps") for v in BAD_WEIGHTS],
+)
+def test_numbers_that_are_none(name, value, composite):
+    """Nothing is written, in eager mode and by the operators of a graph."""
+    x, state = data((5,), (3,)), F.moments(data((9,), (3,)))
+    before = clone(state)
+    numbers = {"decay": 0.9, "weight": 1.0, "eps": 1e-4, name: value}
+    calls = [lambda: F.update_(x, state, **numbers)]
+    leaves, names = (
+        F.leaves_of([state]),
+        ("update", "merge", "normalize", "denormalize"),
+    )
+    update, merge, normalize, denormalize = implemented(composite, *names)
+    calls.append(lambda: update([x], leaves, [], [], *numbers.values()))
+    if name != "eps":
+        weights = {k: numbers[k] for k in ("decay", "weight")}
+        calls.append(lambda: F.merge_(state, F.moments(x), **weights))
+        batch = F.leaves_of([F.moments(x)])
+        calls.append(lambda: merge(leaves, batch, *weights.values()))
+    else:
+        calls += [
+            lambda: F.normalize(x, state, eps=value),
+            lambda: F.normalize(x, state, eps=value, out=torch.empty_like(x)),
+            lambda: F.denormalize(x, state, eps=value),
+            lambda: F.loc_scale(state, eps=value),
+            lambda: normalize([x], leaves, value),
+            lambda: denormalize([x], leaves, value),
+        ]
+    for call in calls:
+        with pytest.raises(ValueError, match=f"expected {name} .*, got"):
+            call()
+    assert_same(state, before)
+
+
+@pytest.mark.parametrize("value", [np.ones(1), [0.9], "0.9", None], **ids)
+def test_numbers_of_other_types(value):
+    x, state = data((5,), (3,)), Moments.zeros([3])
+    for name in ("decay", "weight", "eps"):
+        with pytest.raises(TypeError, match=f"expected {name} as a number, got"):
+            F.update_(x, state, **{name: value})
+    assert state.count == 0
+    for good in (np.float32(0.5), Fraction(1, 2), torch.tensor(0.5)):
+        F.update_(x, state, decay=good)
+    assert state.count == 5 * 1.75
+
+
+@pytest.mark.parametrize("value", [np.ones((5, 3)), [[1.0]], 3.0, "x", None], **ids)
+def test_values_that_are_no_tensors(value):
+    state = Moments.zeros([3])
+    with pytest.raises(TypeError, match="expected x as Tensor or a list of them, got"):
+        F.update_(value, state)
+    with pytest.raises(TypeError, match="expected x as Tensor or a list"):
+        F.normalize(value, state)
+    with pytest.raises(TypeError, match="expected y as Tensor or a list"):
+        F.denormalize(value, state)
+    x = data((5,), (3,))
+    if value is not None:
+        with pytest.raises(TypeError, match="expected mask as a tensor"):
+            F.update_(x, state, mask=value)
+    with pytest.raises(TypeError, match="expected state as Moments or a list of them"):
+        F.update_(x, tuple(state))
+    assert state.count == 0
+
+
 def test_refused():
     """A key that is refused leaves the statistics of all keys as they were."""
     good, x = Moments.zeros([3]), data((5,), (3,))
@@ -912,6 +1084,59 @@ def test_one_state_for_two_keys(composite):
     assert_same(state, before)
     normalize_out([x, x], twice, outputs, 1e-4)
     assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("composite", [False, True])
+@pytest.mark.parametrize("pair", [*combinations(range(10), 2)], **ids)
+def test_leaves_that_share_memory(pair, composite):
+    """Of one state, and of two: an update of one would be an update of the other."""
+    update, merge = implemented(composite, "update", "merge")
+    leaves = F.leaves_of([Moments.zeros([1]), Moments.zeros([1])])
+    _, second = pair
+    memory = torch.zeros(4, dtype=torch.float64)
+    for at in pair:
+        shape = leaves[at].shape
+        leaves[at] = memory[: shape.numel()].view(shape)
+    x = [torch.tensor([[1.0], [3.0]]), torch.tensor([[10.0], [30.0]])]
+    y = [torch.empty(2, 1), torch.empty(2, 1)]
+    names = [f"{Moments._fields[i % 5]} of key {i // 5}" for i in pair]
+    message = f"key {second // 5}: .*one piece of memory for {' and '.join(names)}"
+    with pytest.raises(ValueError, match=message):
+        update(x, leaves, y, [], 1.0, 1.0, 1e-4)
+    with pytest.raises(ValueError, match=message):
+        merge(leaves, F.leaves_of(F.moments(x)), 1.0, 1.0)
+    assert not any(leaf.any() for leaf in leaves)
+
+
+@pytest.mark.parametrize("composite", [False, True])
+@pytest.mark.parametrize("leaf", range(5))
+def test_memory_of_a_state(leaf, composite):
+    """No value, output or batch of moments lies where an update writes."""
+    update, merge, normalize_out = implemented(
+        composite, "update", "merge", "normalize_out"
+    )
+    state = F.moments(data((50,), (1,), torch.float64))
+    before = clone(state)
+    leaves = F.leaves_of([state])
+    inside = state[leaf].view(-1, 1)
+    x, y = torch.zeros_like(inside), torch.zeros_like(inside)
+    numbers = (0.9, 1.0, 1e-4)
+    for values, out in ((inside, y), (inside[:1].expand(7, 1), None), (x, inside)):
+        outputs = [] if out is None else [out]
+        with pytest.raises(ValueError, match=r"key 0: .* apart from all states"):
+            update([values], leaves, outputs, [], *numbers)
+    with pytest.raises(ValueError, match="an output apart from all states"):
+        normalize_out([x], leaves, [inside], 1e-4)
+    other = list(F.moments(data((50,), (1,))))
+    other[leaf] = state[leaf]
+    with pytest.raises(ValueError, match="moments to merge apart from all states"):
+        merge(leaves, other, 1.0, 1.0)
+    assert_same(state, before)
+    # Between the columns of a larger tensor is room for a state.
+    wide = torch.zeros(6, 4, dtype=torch.float64)
+    held = Moments.zeros([1])._replace(sum=wide[0, 3:])
+    F.update_(wide[:, :2].mT[..., None], held)
+    assert held.count == 12
 
 
 def test_more_outputs_than_values():
@@ -1067,3 +1292,142 @@ def test_after_a_fork():
     finally:
         child.kill()
         child.join()
+
+
+# ------------------------------------------------------------------- traces, files
+
+
+def _trace(function, *args):
+    return torch.jit.trace(function, args, check_trace=False)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.int32], **ids)
+def test_traces(dtype):
+    """What mutates nothing is recorded, by values and not by memory."""
+    state = F.moments(data((50,), (3,)))
+    x, other = data((4,), (3,), dtype), data((6,), (3,), dtype)
+    for function in (
+        lambda v: F.normalize(v, state),
+        lambda v: F.denormalize(v.float(), state),
+        lambda v: F.moments(v).sum,
+        lambda v: F.normalize([v, 2 * v], [state, state])[1],
+    ):
+        traced = _trace(function, x)
+        torch.testing.assert_close(traced(other), function(other))
+        torch.testing.assert_close(traced(other.t().contiguous().t()), function(other))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_traces_of_what_changes():
+    """An update cannot be part of a trace: it says so, and changes nothing."""
+    state, x = F.moments(data((50,), (3,))), data((4,), (3,))
+    before = clone(state)
+    batch = F.moments(x)
+    for call in (
+        lambda v: F.update_(v, state),
+        lambda v: F.update_(v, state, out=torch.empty(4, 3)),
+        lambda v: F.normalize(v, state, out=torch.empty(4, 3)),
+        lambda v: (F.merge_(state, batch), v)[1],
+    ):
+        with pytest.raises(RuntimeError, match=r"torch\.jit\.trace cannot record"):
+            _trace(call, x)
+    assert_same(state, before)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_traces_of_a_transform():
+    t, x = VecNorm(["a"], decay=1), data((4,), (3,))
+
+    def call(v):
+        return t(TensorDict({"a": v}, [v.shape[0]]))["a"]
+
+    for _ in range(2):
+        call(x)
+    with pytest.raises(RuntimeError, match=r"torch\.jit\.trace cannot record"):
+        _trace(call, x)
+    assert t._td["a_count"] == 8
+    t.freeze()
+    traced = _trace(call, x)
+    torch.testing.assert_close(traced(3 * x), call(3 * x))
+    call(x)  # bound meanwhile
+    torch.testing.assert_close(_trace(call, x)(3 * x), call(3 * x))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(reentrant):
+    """The backward pass runs the forward pass again: an update would count twice."""
+    state, x = F.moments(torch.randn(10, 3)), torch.randn(4, 3, requires_grad=True)
+    t = VecNorm(["a"], decay=1)
+    checkpoint = torch.utils.checkpoint.checkpoint
+    calls = {
+        "functional": lambda v: F.update_(v, state, decay=1).pow(2).sum(),
+        "transform": lambda v: t(TensorDict({"a": v}, [4]))["a"].pow(2).sum(),
+    }
+    for call in calls.values():
+        loss = checkpoint(call, x, use_reentrant=reentrant)
+        with pytest.raises(
+            RuntimeError, match=r"expected updates .* in forward passes"
+        ):
+            loss.backward()
+    assert state.count == 14 and t._td["a_count"] == 4
+    # What is not an update runs again as it ran, and hooks may update.
+    loss = checkpoint(
+        lambda v: F.normalize(v, state).pow(2).sum(), x, use_reentrant=reentrant
+    )
+    (grad,) = torch.autograd.grad(loss, x) if not reentrant else (None,)
+    y = F.normalize(x, state)
+    if grad is not None:
+        torch.testing.assert_close(grad, 2 * y * _scales(state))
+    y.register_hook(lambda g: (F.update_(g, state, decay=1), None)[1])
+    y.sum().backward()
+    assert state.count == 18
+
+
+@pytest.mark.parametrize("weights_only", [True, False])
+def test_a_file(weights_only):
+    state = F.moments(data((50,), (3,)))
+    plain = state._replace(nonfinite=None, central=None)
+    for saved in (state, plain):
+        loaded = through_a_file(saved, weights_only=weights_only)
+        assert type(loaded) is Moments
+        assert [leaf is None for leaf in loaded] == [leaf is None for leaf in saved]
+        assert torch.equal(loaded.ssq, state.ssq)
+        fields = through_a_file(saved._asdict(), weights_only=weights_only)
+        assert torch.equal(Moments(**fields).sum, state.sum)
+
+
+def test_float32_statistics():
+    """Of a device that has nothing better, brought to the CPU."""
+    x = data((40,), (3,)).requires_grad_()
+    single, double = Moments.zeros([3], dtype=torch.float32), Moments.zeros([3])
+    for _ in range(3):
+        y = F.update_(x, single, decay=0.9)
+        want = F.update_(x, double, decay=0.9)
+    torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        F.loc_scale(single), F.loc_scale(double), rtol=1e-5, atol=1e-5
+    )
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(grad, (1 / F.loc_scale(single)[1]).float().expand(40, 3))
+    for into, other in ((Moments.zeros([3]), single), (clone(single), double)):
+        F.merge_(into, other)
+        torch.testing.assert_close(
+            F.loc_scale(into), F.loc_scale(double), rtol=1e-5, atol=1e-5
+        )
+    spoiled = x.detach().clone()
+    spoiled[0, 0] = math.nan
+    F.update_(spoiled, single)
+    assert single.nonfinite[1].tolist() == [1, 0, 0]
+
+
+def test_extras():
+    """What the layout of torchrl's class does without is made for it."""
+    state = F.moments(data((50,), (3,), loc=100.0))
+    made = state._replace(nonfinite=None, central=None).with_extras()
+    assert not made.nonfinite.any()
+    torch.testing.assert_close(made.central, state.central)
+    assert state.with_extras() == state

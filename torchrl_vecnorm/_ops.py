@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.fx.experimental.symbolic_shapes import has_static_value
+from torch.fx.traceback import get_current_meta
 
 from torchrl_vecnorm import oracle
 from torchrl_vecnorm._load import _C
@@ -30,8 +31,20 @@ def _mutates(*args) -> None:
     """Outputs are allocated by the caller, so there is nothing to describe."""
 
 
-for _name in ("update", "normalize_out", "merge"):
-    torch.library.register_fake(f"torchrl_vecnorm::{_name}", _mutates)
+def _updates(*args) -> None:
+    # A graph would fold the batch in again, into statistics that have it already. In
+    # eager mode the kernels say so.
+    if "recompute" in get_current_meta():
+        raise RuntimeError(
+            "torchrl_vecnorm: expected updates of the statistics in forward passes only, "
+            "got one in a function that torch.utils.checkpoint runs again: normalise "
+            "before it, or freeze the statistics in it"
+        )
+
+
+torch.library.register_fake("torchrl_vecnorm::update", _updates)
+torch.library.register_fake("torchrl_vecnorm::merge", _updates)
+torch.library.register_fake("torchrl_vecnorm::normalize_out", _mutates)
 
 
 def outputs_like(x: Tensors) -> list[Tensor]:
@@ -232,16 +245,19 @@ def update(
     """Folds x into the state and returns it normalised with the result."""
     # Dynamo cannot trace pybind11; in eager mode it is the faster door.
     if torch.compiler.is_compiling():
-        if needs_plain_torch() or _change(keep, weight, eps):
+        if _change(keep, weight, eps):
             return _update_plainly(x, state, mask, keep, weight, eps, out)
-        y = outputs_like(x) if out is None else out
-        _operators.update(x, state, y, mask, keep, weight, eps)
-        return y
-    y = _C.update(x, state, mask, keep, weight, eps, out)
-    if y is not None:
-        return y
+        if not needs_plain_torch():
+            y = outputs_like(x) if out is None else out
+            _operators.update(x, state, y, mask, keep, weight, eps)
+            return y
+    else:
+        y = _C.update(x, state, mask, keep, weight, eps, out)
+        if y is not None:
+            return y
+        if out is not None:
+            _C.check_update(x, out, mask, state, keep, weight, eps)
     if out is not None:
-        _C.check_update(x, out, mask, state, keep, weight, eps)
         for t in out:
             t.copy_(t)  # what torch refuses to write to, before the state changes
     plain = [v.detach() for v in x]

@@ -86,7 +86,7 @@ def mask_column(masks: list[Tensor | None], x: list[Tensor]) -> list[Tensor]:
 def _masks(mask, x: list[Tensor]) -> list[Tensor]:
     if mask is None:
         return []
-    masks = [mask] if isinstance(mask, Tensor) else list(mask)
+    masks = mask if isinstance(mask, (list, tuple)) else [mask]
     if len(masks) != len(x) or not all(
         isinstance(m, (Tensor, NoneType)) for m in masks
     ):

@@ -125,17 +125,21 @@ class Moments(NamedTuple):
         """What rounding leaves of statistics that are far from zero."""
         in_double = self.sum.dtype == self.ssq.dtype == torch.float64
         if self.central is not None:
-            return Rounding(1e-9, 7e-15) if in_double else Rounding(1e-3, 4e-6)
+            return Rounding(1e-9, 7e-15) if in_double else Rounding(1e-3, 3e-5)
         return Rounding(0.0, 3e-8) if in_double else Rounding(0.0, 7e-4)
 
     def to(self, device: torch.device, copy: bool = False) -> Moments:
-        """The same moments on another device, in a dtype that it has."""
+        """The same moments on another device, in the best dtype that it has.
+
+        float32 in the layout of ``torchrl.envs.VecNorm`` stays that.
+        """
         best = state_dtype(device)
+        is_ours = self.central is not None and torch.device(device) != self.sum.device
 
         def move(leaf: Tensor | None) -> Tensor | None:
             if leaf is None:
                 return None
-            dtype = best if leaf.dtype == torch.float64 else leaf.dtype
+            dtype = best if is_ours or leaf.dtype == torch.float64 else leaf.dtype
             return leaf.to(device, dtype, copy=copy)
 
         return Moments(*map(move, self))

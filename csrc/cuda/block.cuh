@@ -122,9 +122,9 @@ __device__ inline Place find_place(const Params& p, int block, bool slabs_first)
 
 // ------------------------------------------------------------------- shared memory
 
-// Everything in double. `mine` and `total` are n, d1, d2 of each feature of the slab, one
-// after the other, then the number of samples; `old` is sum, ssq, missing, var, then the
-// count.
+// Everything in double. `mine` and `total` are n, d1, d2 of each feature of the slab,
+// one after the other, then the number of samples; `old` is sum, ssq, missing, var,
+// then the count.
 struct Shared {
   const Params& p;
 

@@ -149,6 +149,14 @@ std::vector<std::vector<Case>> calls() {
   c.loc = 1e4;
   c.scale = 1;
   one(c);
+  c = make("too far for sums", 400, 12, Dtype::kFloat64);
+  c.loc = 3e6;
+  c.scale = 1;
+  one(c);
+  c = make("float state, counted", 300, 12);
+  c.float_state = true;
+  c.spoiled = 0.05;
+  one(c);
   std::vector<Case> many;
   for (int k = 0; k < 12; ++k) {
     many.push_back(make("one of many", 20 + 90 * k, 1 + k * 7 % 70,
