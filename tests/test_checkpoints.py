@@ -15,6 +15,7 @@ import math
 import pickle
 import random
 import struct
+import threading
 import warnings
 import zipfile
 from contextlib import suppress
@@ -40,8 +41,6 @@ from torchrl_vecnorm import VecNorm
 NESTED = ("agents", "observation")
 KEYS = ["observation", "reward", NESTED]
 SEP = VecNorm.SEP
-
-pytestmark = pytest.mark.filterwarnings("ignore:VecNorm wasn't initialized")
 
 
 def batch(n: int = 6) -> TensorDict:
@@ -102,7 +101,8 @@ def test_a_count_without_a_dimension():
 
 def test_nothing_to_load():
     t = VecNorm(KEYS)
-    t.set_extra_state({})
+    with pytest.warns(UserWarning, match="no statistics of"):
+        t.set_extra_state({})
     assert t._td is None and not t._others_update
 
 
@@ -132,7 +132,7 @@ def test_shared_tensors_that_no_call_could_update(case, how):
     state = shared_state(**{name: make()})
     with pytest.raises(ValueError, match=f"observation_{name}.*expected contiguous"):
         if how == "adopted":
-            VecNorm(["observation"]).set_extra_state(state)
+            VecNorm(["observation"], lock=mp.Lock()).set_extra_state(state)
         else:
             VecNorm(["observation"], shared_td=TensorDict(state))
 
@@ -141,19 +141,21 @@ def test_some_tensors_are_shared():
     """Nobody else has the others: all become our own."""
     state = shared_state()
     state["observation_ssq"] = state["observation_ssq"].clone()
-    t = VecNorm(["observation"], decay=1)
-    t.set_extra_state(state)
+    t = VecNorm(["observation"], decay=1, lock=mp.Lock())
+    with pytest.warns(UserWarning, match="are copied"):
+        t.set_extra_state(state)
     assert not t._others_update
     t(batch().select("observation"))
     assert state["observation_sum"].eq(0).all() and state["observation_count"] == 0
 
 
 def test_tensors_that_overlap():
-    memory = torch.zeros(7, dtype=torch.float64)
+    memory = torch.zeros(7, dtype=torch.float64).share_memory_()
     state = shared_state()
     state |= {"observation_sum": memory[:4], "observation_ssq": memory[3:]}
     with pytest.raises(ValueError, match="one piece of memory"):
-        VecNorm(["observation"]).set_extra_state(state)
+        VecNorm(["observation"], lock=mp.Lock()).set_extra_state(state)
+    VecNorm(["observation"]).set_extra_state(through_a_file(state))  # copied
 
 
 @pytest.mark.parametrize("decay", [0.9999, 0.9997])
@@ -224,19 +226,44 @@ def test_entries_that_are_no_statistics(value, match):
     assert_same_state(snapshot(t), before)
 
 
-@pytest.mark.parametrize("fresh", [False, True], ids=["initialised", "fresh"])
-def test_another_process_is_in_the_middle_of_an_update(fresh):
-    """Live statistics are taken as they are: their owner, or the journal, mends them."""
-    t = VecNorm(KEYS) if fresh else trained(5)
-    state = copied(trained().get_extra_state())
-    for leaf in state.values():
-        leaf.share_memory_()
+def half_updated() -> tuple[dict, dict]:
+    """Shared statistics in the middle of an update, and as they are after it."""
+    after = copied(trained().get_extra_state())
+    state = {name: leaf.clone().share_memory_() for name, leaf in after.items()}
     state["observation_sum"].mul_(100)
-    t.set_extra_state(state)
-    assert_same_state(
-        {k: v for k, v in snapshot(t).items() if isinstance(k, str) and "_" in k},
-        {k: v for k, v in state.items() if SEP not in k},
+    return state, after
+
+
+def test_adopted_in_the_middle_of_an_update():
+    """Taken as they are while somebody has the lock: who has it puts them right."""
+    state, _ = half_updated()
+    lock = mp.Lock()
+    t = VecNorm(KEYS, lock=lock)
+    with pytest.raises(ValueError, match=r"observation_ssq.*ssq · count ≥ sum²"):
+        t.set_extra_state(state)
+    assert t._td is None
+    with lock:
+        t.set_extra_state(state)
+    assert torch.equal(t._td["observation_sum"], state["observation_sum"])
+
+
+@pytest.mark.filterwarnings("ignore:VecNorm. the tensors of the state_dict are copied")
+@pytest.mark.parametrize("fresh", [False, True], ids=["initialised", "fresh"])
+def test_copied_in_the_middle_of_an_update(fresh):
+    """A copy is from before or after it."""
+    t = VecNorm(KEYS) if fresh else trained(5)
+    before = snapshot(t)
+    state, after = half_updated()
+    with pytest.raises(ValueError, match=r"observation_ssq.*ssq · count ≥ sum²"):
+        t.set_extra_state(state)
+    assert_same_state(snapshot(t), before)
+    finish = threading.Timer(
+        0.005, lambda: state["observation_sum"].copy_(after["observation_sum"])
     )
+    finish.start()
+    t.set_extra_state(state)
+    finish.join()
+    assert_same_state(snapshot(t), snapshot(trained()))
 
 
 def test_more_missing_than_left_out():
@@ -272,6 +299,7 @@ def test_entries_of_nobody_are_said():
         t.set_extra_state(source.get_extra_state())
 
 
+@pytest.mark.filterwarnings("ignore:VecNorm wasn't initialized")  # by torchrl's
 def test_all_missing_and_the_reference_goes_on():
     """Sums that are not zero beside counts that all seem missing: torchrl's updates."""
     t = VecNorm(["observation"], decay=0.9)
@@ -282,7 +310,7 @@ def test_all_missing_and_the_reference_goes_on():
     theirs.set_extra_state(bare)
     theirs._call(TensorDict(observation=torch.ones(1, 2), batch_size=[1]))
     state = {**theirs.get_extra_state(), "observation_nonfinite": missing}
-    VecNorm(["observation"]).set_extra_state(state)
+    VecNorm(["observation"]).set_extra_state(copied(state))
     t.set_extra_state(state)
     assert t.scale["observation"].isfinite().all()
 

@@ -557,7 +557,6 @@ def test_a_checkpoint_from_before_the_workers_started():
         env.close()
 
 
-@pytest.mark.filterwarnings("ignore:VecNorm wasn't initialized")
 def test_resuming_a_run_with_env_creator():
     source = integers()
     source.rollout(99)
