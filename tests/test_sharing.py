@@ -27,6 +27,7 @@ from common import (
     leaf_name,
     snapshot,
     started,
+    through_a_file,
 )
 from tensordict import TensorDict
 from torch import multiprocessing as mp
@@ -496,6 +497,41 @@ def test_a_transform_that_comes_through_a_queue(updates, method):
             process.join(PATIENCE)
     assert count(t) == count(t, "reward") == 2 * (3 * updates + 1)
     assert (t.nonfinite["observation"] == 0).all()
+
+
+def load_and_work(queue, state, worker, barrier, updates, counts):
+    state = queue.get(timeout=PATIENCE) if state is None else state
+    t = VecNorm(decay=1)
+    with pytest.warns(UserWarning, match="are copied.*lock"):
+        t.set_extra_state(state)
+    work_with(t, worker, barrier, updates)
+    barrier.wait(PATIENCE)
+    counts.put((worker, count(t), count(t, "reward")))
+
+
+@pytest.mark.parametrize("live", [False, True], ids=["file", "live"])
+@pytest.mark.parametrize("way", ["queue", "arguments"])
+def test_processes_that_load_one_state_dict(way, live, updates, method="fork"):
+    """Sent, its tensors are in shared memory, and each process has a lock of its own."""
+    context = mp.get_context(method)
+    source = VecNorm(decay=1)
+    source(values_of(0, 0))
+    state = source.get_extra_state()
+    state = state if live else through_a_file(state)
+    for value in state.values() if way == "arguments" else ():
+        value.share_memory_()  # what spawn does
+    queue, counts, barrier = context.Queue(), context.Queue(), context.Barrier(3)
+    given = None if way == "queue" else state
+    arguments = [(queue, given, i, barrier, updates, counts) for i in range(2)]
+    with started(context, load_and_work, arguments):
+        for _ in arguments if given is None else ():
+            queue.put(state)
+        work_with(source, 2, barrier, updates)
+        barrier.wait(PATIENCE)
+        counted = [counts.get(timeout=PATIENCE)[1:] for _ in arguments]
+    first = 2 + 2 * updates
+    assert counted == [(first, first)] * 2
+    assert count(source) == count(source, "reward") == first
 
 
 READS = 1000
