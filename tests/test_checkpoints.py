@@ -10,6 +10,7 @@ leaves the statistics as they were, or what it loads is something that data can 
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 import pickle
@@ -19,6 +20,7 @@ import threading
 import warnings
 import zipfile
 from contextlib import suppress
+from functools import partial
 
 import pytest
 import torch
@@ -36,7 +38,7 @@ from tensordict import TensorDict
 from torch import multiprocessing as mp
 from torchrl.envs import TransformedEnv, VecNormV2
 
-from torchrl_vecnorm import VecNorm
+from torchrl_vecnorm import VecNorm, sharing
 
 NESTED = ("agents", "observation")
 KEYS = ["observation", "reward", NESTED]
@@ -319,6 +321,87 @@ def test_the_representation_tells_what_was_left_out():
     assert "nonfinite" not in repr(VecNorm())
     assert "nonfinite" not in repr(trained())
     assert "nonfinite={'observation': 3, 'reward': 0, " in repr(trained(spoiled=True))
+
+
+# ------------------------------------------------------------------------- memory maps
+
+COPIES = {
+    "torch.save": through_a_file,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda x: pickle.loads(pickle.dumps(x)),
+}
+
+
+@pytest.fixture(params=[True, "folder"], ids=["no folder", "folder"])
+def mapped(request, tmp_path):
+    """An environment whose statistics are in a memory map."""
+    memmap = request.param if request.param is True else tmp_path / "statistics"
+    td = VecNorm.build_td_for_shared_vecnorm(IntegerEnv(), memmap=memmap)
+    env = TransformedEnv(IntegerEnv(), VecNorm(shared_td=td, decay=1))
+    env.rollout(9)
+    return env
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_a_state_dict_of_a_memory_map(mapped, how):
+    """Plain tensors of their own, which outlive the files; the live dict stays live."""
+    live = mapped.state_dict()
+    taken = COPIES[how](live)
+    before = snapshot(mapped.transform)
+    state = taken["_extra_state"]
+    assert all(type(leaf) is torch.Tensor for leaf in state.values())
+    assert all(torch.equal(leaf, before[name]) for name, leaf in state.items())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        other = TransformedEnv(IntegerEnv(), VecNorm(decay=1))
+        other.load_state_dict(taken)
+        other.rollout(3)
+    state["observation_count"].fill_(99)
+    assert_same_state(snapshot(mapped.transform), before)
+    mapped.rollout(4)
+    assert live["_extra_state"]["observation_count"].item() == 10 + 5
+    mapped.load_state_dict(COPIES[how](other.state_dict()))
+    assert live["_extra_state"]["observation_count"].item() == 10 + 4
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("of", ["transform", "environment"])
+def test_a_copy_of_a_memory_map(mapped, of, how):
+    before = snapshot(mapped.transform)
+    if how == "torch.save":
+        load = partial(through_a_file, weights_only=False)
+    else:
+        load = COPIES[how]
+    if of == "environment":
+        other = load(mapped)
+    else:
+        other = TransformedEnv(IntegerEnv(), load(mapped.transform))
+    other.rollout(3)
+    assert_same_state(snapshot(mapped.transform), before)
+    state = other.transform.get_extra_state()
+    assert state["observation_count"].item() == 14
+    assert all(type(leaf) is torch.Tensor for leaf in state.values())
+    # Shared next, it is shared under its own lock, not under a copy of the original's.
+    assert not other.transform._others_update
+    assert set(before) - set(other.transform._td.keys(True, True)) == {sharing.CONTROL}
+
+
+def count_a_rollout(queue, of_state, lock):
+    t = given = queue.get(timeout=PATIENCE)
+    if of_state:
+        t = VecNorm(decay=1, lock=lock)
+        t.set_extra_state(given)
+    TransformedEnv(IntegerEnv(), t).rollout(4)
+
+
+@pytest.mark.parametrize("of_state", [False, True], ids=["transform", "state_dict"])
+def test_a_memory_map_is_sent_as_such(mapped, of_state, method="fork"):
+    context = mp.get_context(method)
+    queue, lock = context.Queue(), context.Lock()
+    with started(context, count_a_rollout, [(queue, of_state, lock)]):
+        t = mapped.transform
+        queue.put(t.get_extra_state() if of_state else t)
+    assert t.get_extra_state()["observation_count"].item() == 10 + 5
 
 
 # ----------------------------------------------------------------------- other sources
