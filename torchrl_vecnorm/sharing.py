@@ -451,13 +451,15 @@ _ADVICE = "restore a copy of the folder that it is in, or build it anew"
 
 
 def advise(text: str, td: TensorDictBase) -> str:
-    """The message of an error with the file of the entry that it names, if it has one."""
+    """The message of an error with the files of the entries that it names."""
     found = []
     for name, leaf in td.items(True, True):
         at, file = text.find(repr(name)), _file_of(leaf)
         if at >= 0 and file is not None:
             found.append((at, file))
-    return f"{text}. Its file is {min(found)[1]!r}: {_ADVICE}" if found else text
+    if not found:
+        return text
+    return f"{text} (in {', '.join(file for _, file in sorted(found))}): {_ADVICE}"
 
 
 def check_file(name: NestedKey, leaf: Tensor) -> None:
@@ -506,13 +508,17 @@ def check_td(td: TensorDictBase, has_lock: bool) -> None:
             leaf = leaves.get(name)
             if leaf is None:
                 raise KeyError(
-                    f"shared_td: entry {name!r} is missing; it was built with "
-                    f"{list(built)}"
+                    advise(
+                        f"shared_td: entry {name!r} is missing; by {CONTROL!r} it was "
+                        f"built with {list(built)}",
+                        td,
+                    )
                 )
             if str(leaf.dtype) != dtype or list(leaf.shape) != shape:
                 raise RuntimeError(
-                    f"entry {name!r}: expected {dtype} of shape {shape}, as it was "
-                    f"built, got {leaf.dtype} of shape {list(leaf.shape)}"
+                    f"entry {name!r}: expected {dtype} of shape {shape}, as by "
+                    f"{CONTROL!r} it was built, got {leaf.dtype} of shape "
+                    f"{list(leaf.shape)}"
                 )
         _check_block(control, note, {name: leaves[name] for name in built})
         attached = Attached(control, td)
