@@ -11,6 +11,7 @@ processes come, and a single update that was lost shows.
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import threading
 
@@ -224,6 +225,82 @@ def test_statistics_on_anothers_gpu_are_refused(monkeypatch):
     assert t._td is None
     t.load_state_dict({"_extra_state": source.consistent_state_dict()})
     assert count(t) == 4
+
+
+BAD_VALUES = [
+    ("sum", math.nan, "finite sums, got nan"),
+    ("sum", math.inf, "finite sums, got inf"),
+    ("ssq", math.nan, "not negative, got nan"),
+    ("ssq", -1.0, "not negative, got -1"),
+    ("ssq", 1.0, "ssq · count ≥ sum²"),
+    ("count", math.nan, "not negative, got nan"),
+    ("count", -1.0, "not negative, got -1"),
+    ("nonfinite", math.nan, "not negative, got nan"),
+    ("nonfinite", 0.5, "whole numbers, got 0.5"),
+]
+
+
+def filled(td: TensorDict, key) -> TensorDict:
+    """With the statistics of two samples of 3."""
+    for field, value in (("sum", 6), ("ssq", 18), ("count", 2)):
+        td[leaf_name(key, field)].fill_(value)
+    return td
+
+
+@pytest.mark.parametrize("memmap", [False, True], ids=["shared", "memmap"])
+@pytest.mark.parametrize(("field", "value", "expected"), BAD_VALUES)
+@pytest.mark.parametrize("make", [built, by_hand])
+@pytest.mark.parametrize("key", ["observation", ("agents", "observation")], ids=str)
+def test_values_that_no_data_can_give(key, make, field, value, expected, memmap):
+    if make is built:
+        env = IntegerEnv() if isinstance(key, str) else AgentsEnv()
+        td = filled(built([key], memmap, env), key)
+    else:
+        td = filled(by_hand(key), key)
+        td[leaf_name(key, "nonfinite")] = torch.zeros(2, FEATURES).double()
+        td = td.memmap_() if memmap else td.share_memory_()
+    kwargs = {"lock": mp.Lock()} if make is by_hand else {}
+    VecNorm([key], shared_td=td, **kwargs)
+    entry = td[leaf_name(key, field)]
+    entry.view(-1)[-1] = value
+    with pytest.raises(ValueError, match=rf"observation_.*expected .*{expected}"):
+        VecNorm([key], shared_td=td, **kwargs)
+
+
+@pytest.mark.parametrize("field", [*FIELDS, "nonfinite"])
+@pytest.mark.parametrize("adopted", [False, True], ids=["shared_td", "adopted"])
+def test_shapes_that_do_not_fit(field, adopted):
+    td = by_hand("observation")
+    td["observation_nonfinite"] = torch.zeros(2, FEATURES).double()
+    td[f"observation_{field}"] = torch.zeros(7).double()
+    td = td.share_memory_()
+    with pytest.raises(ValueError, match=r"observation_(sum|ssq|count|nonf).*shape"):
+        if adopted:
+            VecNorm(["observation"], lock=mp.Lock()).set_extra_state(dict(td.items()))
+        else:
+            VecNorm(["observation"], shared_td=td, lock=mp.Lock())
+
+
+def test_features_of_another_shape_than_shapes():
+    td = built(["observation"])
+    with pytest.raises(ValueError, match=r"observation_sum.*shape \(3,\), got \(2,\)"):
+        VecNorm(["observation"], shared_td=td, shapes=[torch.Size([3])])
+
+
+@pytest.mark.parametrize("users_lock", [False, True])
+def test_given_in_the_middle_of_an_update(users_lock):
+    """Whoever has the lock puts it right; values that are wrong by themselves are not."""
+    td = filled(built(["observation"]), "observation")
+    lock = mp.Lock() if users_lock else None
+    t = VecNorm(["observation"], shared_td=td, lock=lock)
+    with t._session():
+        td["observation_ssq"].fill_(1)
+        other = VecNorm(["observation"], shared_td=td, lock=lock)
+        td["observation_ssq"].fill_(math.nan)
+        with pytest.raises(ValueError, match="observation_ssq"):
+            VecNorm(["observation"], shared_td=td, lock=lock)
+        td["observation_ssq"].fill_(18)
+    assert other.loc["observation"].tolist() == [3, 3]
 
 
 @pytest.mark.parametrize("key", ["reward", ("agents", "reward")], ids=str)

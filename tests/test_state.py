@@ -504,17 +504,45 @@ def test_loading_brings_a_key_that_was_not_seen_here():
     assert_same_state(snapshot(t), snapshot(source))
 
 
-def test_the_skipped_values_are_optional_on_load():
+@pytest.mark.parametrize("initialised", [False, True], ids=["fresh", "initialised"])
+@pytest.mark.parametrize("optional", [*Moments._fields[3:], "all"])
+def test_what_is_optional_on_load(optional, initialised):
     state = trained(5).get_extra_state()
-    bare = {k: v for k, v in state.items() if not k.endswith("_nonfinite")}
-    t = trained(3)
-    t(observations_with_nan())
+    endings = Moments._fields[3:] if optional == "all" else (optional,)
+    endings = tuple(f"_{field}" for field in endings)
+    bare = {k: v for k, v in state.items() if not k.endswith(endings)}
+    assert len(bare) < len(state)
+    t = VecNorm(KEYS)
+    if initialised:
+        t = trained(3)
+        t(observations_with_nan())
     t.set_extra_state(bare)
     for key in KEYS:
         for field in FIELDS:
             assert torch.equal(leaf(t, key, field), leaf(trained(5), key, field))
         torch.testing.assert_close(t.loc[key], trained(5).loc[key])
+        torch.testing.assert_close(t.scale[key], trained(5).scale[key])
         assert (t.nonfinite[key] == 0).all()
+
+
+def test_a_device_without_float64():
+    """Its statistics are float32, all of them, and travel in both directions."""
+    source = trained(3)
+    source(observations_with_nan())
+    state = source.get_extra_state()
+    rounded = {name: value.float() for name, value in state.items()}
+    fresh, there, back = VecNorm(KEYS), trained(2), trained(2)
+    there._td = there._td.float()
+    fresh.set_extra_state(rounded)
+    there.set_extra_state(state)
+    back.set_extra_state(there.get_extra_state())
+    for t, dtype in ((fresh, None), (there, torch.float32), (back, torch.float64)):
+        for name, value in t.get_extra_state().items():
+            assert value.dtype == (dtype or torch.float64)
+            assert torch.equal(value.float(), rounded[name])
+        for key in KEYS:
+            torch.testing.assert_close(t.loc[key], source.loc[key])
+            assert torch.equal(t.nonfinite[key], source.nonfinite[key])
 
 
 def observations_with_nan() -> TensorDict:
