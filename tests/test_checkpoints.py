@@ -19,8 +19,10 @@ import struct
 import threading
 import warnings
 import zipfile
+from collections import OrderedDict
 from contextlib import suppress
 from functools import partial
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -36,6 +38,8 @@ from common import (
 )
 from tensordict import TensorDict
 from torch import multiprocessing as mp
+from torch.distributed import checkpoint as distributed_checkpoint
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torchrl.envs import TransformedEnv, VecNormV2
 
 from torchrl_vecnorm import VecNorm, sharing
@@ -278,16 +282,66 @@ def test_more_missing_than_left_out():
             t.set_extra_state(state)
 
 
-def test_a_tensordict_is_a_dict():
-    t, source = trained(5), trained()
-    t.set_extra_state(TensorDict(source.get_extra_state()))
+@pytest.mark.parametrize("fresh", [False, True], ids=["initialised", "fresh"])
+@pytest.mark.parametrize(
+    "made",
+    [
+        dict,
+        OrderedDict,
+        MappingProxyType,
+        TensorDict,
+        pytest.param(lambda state: TensorDict(state).unflatten_keys(SEP), id="nested"),
+    ],
+)
+def test_a_dict_of_another_kind(made, fresh):
+    t, source = VecNorm(KEYS) if fresh else trained(5), trained()
+    t.set_extra_state(made(source.get_extra_state()))
     assert_same_state(snapshot(t), snapshot(source))
 
 
-@pytest.mark.parametrize("state", ["text", 3, [1, 2]])
-def test_no_dict(state):
-    with pytest.raises(ValueError, match=f"dict.*{type(state).__name__}"):
-        trained().set_extra_state(state)
+@pytest.mark.parametrize("fresh", [False, True], ids=["initialised", "fresh"])
+@pytest.mark.parametrize("state", ["text", 3, [1, 2], ("a", 1), torch.ones(2)], ids=str)
+def test_no_dict(state, fresh):
+    t = VecNorm(KEYS) if fresh else trained()
+    with pytest.raises(ValueError, match=f"dict of tensors.*{type(state).__name__}"):
+        t.set_extra_state(state)
+
+
+@pytest.mark.parametrize("fresh", [False, True], ids=["initialised", "fresh"])
+def test_a_file_that_is_mapped_when_it_is_loaded(fresh, tmp_path):
+    """It stays as it is, and is not needed any more."""
+    source = trained()
+    torch.save(source.state_dict(), tmp_path / "saved.pt")
+    t = VecNorm(KEYS) if fresh else trained(5)
+    t.load_state_dict(torch.load(tmp_path / "saved.pt", mmap=True))
+    data = (tmp_path / "saved.pt").read_bytes()
+    td = batch()
+    t(td.clone()), source(td.clone())
+    assert (tmp_path / "saved.pt").read_bytes() == data
+    (tmp_path / "saved.pt").write_bytes(bytes(len(data)))
+    assert_same_state(snapshot(t), snapshot(source))
+
+
+@pytest.mark.parametrize("fresh", [False, True], ids=["initialised", "fresh"])
+def test_distributed_checkpoints(fresh, tmp_path):
+    source = trained(3, spoiled=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="torch.distributed")
+        distributed_checkpoint.save({"t": source.state_dict()}, checkpoint_id=tmp_path)
+        t = VecNorm(KEYS)
+        if fresh:
+            # There is nothing to load into: as a file of torch.save.
+            dcp_to_torch_save(tmp_path, tmp_path / "saved.pt")
+            saved = torch.load(tmp_path / "saved.pt")
+        else:
+            t = trained(5)
+            saved = {"t": t.state_dict()}
+            distributed_checkpoint.load(saved, checkpoint_id=tmp_path)
+    t.load_state_dict(saved["t"])
+    assert_same_state(snapshot(t), snapshot(source))
+    torch.manual_seed(0)
+    td = batch()
+    assert all(torch.equal(t(td.clone())[k], source(td.clone())[k]) for k in KEYS)
 
 
 def test_entries_of_nobody_are_said():

@@ -15,6 +15,7 @@ from functools import partial
 import pytest
 import torch
 from common import (
+    PATIENCE,
     AgentsEnv,
     Expected,
     IntegerEnv,
@@ -23,6 +24,7 @@ from common import (
     leaf,
     reference,
     snapshot,
+    started,
     through_a_file,
 )
 from tensordict import TensorDict
@@ -591,6 +593,27 @@ def test_resuming_a_run_with_env_creator(method, tmp_path):
     assert count(t) == 102 + 4 * 11
     saved = torch.load(tmp_path / "saved.pt")["_extra_state"]
     assert saved["observation_count"].item() == 100
+
+
+def warnings_of(creator, results):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        t = creator().transform
+    t(IntegerEnv().reset().set("reward", torch.ones(1)))
+    results.put(([str(w.message) for w in said], count(t)))
+
+
+def test_env_creator_that_was_not_called_before_a_fork():
+    """Its tensors are private then: what cannot be shared is said."""
+    creator = EnvCreator(integers)
+    context = mp.get_context("fork")
+    results = context.Queue()
+    with started(context, warnings_of, [(creator, results)] * 2):
+        for _ in range(2):
+            said, counted = results.get(timeout=PATIENCE)
+            assert any("not shared" in text for text in said)
+            assert counted == 3
+    assert count(creator().transform) == 2
 
 
 def test_env_creator_with_a_lock_of_the_users():

@@ -764,7 +764,9 @@ class VecNorm(Transform):
             warnings.warn(
                 "Querying state_dict on an uninitialized VecNorm transform will return "
                 "a `None` value for the summary statistics. Loading such a state_dict "
-                "on an initialized VecNorm will result in an error.",
+                "on an initialized VecNorm will result in an error. What loads into the "
+                "tensors that are there, as torch.distributed.checkpoint does, needs "
+                "some: call the transform first.",
                 stacklevel=2,
             )
             return None
@@ -828,6 +830,7 @@ class VecNorm(Transform):
         if state is None:
             if self._td is not None:
                 raise KeyError("Could not find a tensordict in the state_dict.")
+            self._lock_was_set = False
             return
         _C.leave_the_pool_after_fork()
         # Nothing could update statistics from inside of inference_mode outside of it.
