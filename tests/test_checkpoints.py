@@ -253,7 +253,7 @@ def test_adopted_in_the_middle_of_an_update():
     assert torch.equal(t._td["observation_sum"], state["observation_sum"])
 
 
-@pytest.mark.filterwarnings("ignore:VecNorm. the tensors of the state_dict are copied")
+@pytest.mark.filterwarnings("ignore:VecNorm. the statistics are copied")
 @pytest.mark.parametrize("fresh", [False, True], ids=["initialised", "fresh"])
 def test_copied_in_the_middle_of_an_update(fresh):
     """A copy is from before or after it."""

@@ -567,7 +567,7 @@ def resumed(file) -> TransformedEnv:
     return env
 
 
-@pytest.mark.filterwarnings("error:VecNorm. the tensors of the state_dict are copied")
+@pytest.mark.filterwarnings("error:VecNorm. the statistics are copied")
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_resuming_a_run_with_env_creator(method, tmp_path):
     """Every environment loads the checkpoint by itself before it is made to share."""

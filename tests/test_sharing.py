@@ -14,6 +14,8 @@ import copy
 import math
 import pickle
 import threading
+import warnings
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
@@ -576,11 +578,13 @@ def test_a_transform_that_comes_through_a_queue(updates, method):
     assert (t.nonfinite["observation"] == 0).all()
 
 
-def load_and_work(queue, state, worker, barrier, updates, counts):
+def load_and_work(queue, state, worker, barrier, updates, counts, lock=None):
     state = queue.get(timeout=PATIENCE) if state is None else state
-    t = VecNorm(decay=1)
-    with pytest.warns(UserWarning, match="are copied.*lock"):
+    t = VecNorm(decay=1, lock=lock)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
         t.set_extra_state(state)
+    assert any("are copied" in str(w.message) for w in said) == (lock is None)
     work_with(t, worker, barrier, updates)
     barrier.wait(PATIENCE)
     counts.put((worker, count(t), count(t, "reward")))
@@ -609,6 +613,49 @@ def test_processes_that_load_one_state_dict(way, live, updates, method="fork"):
     first = 2 + 2 * updates
     assert counted == [(first, first)] * 2
     assert count(source) == count(source, "reward") == first
+
+
+def test_processes_that_load_one_state_dict_under_one_lock(updates, method="fork"):
+    context = mp.get_context(method)
+    lock = context.Lock()
+    source = VecNorm(decay=1, lock=lock)
+    source(values_of(0, 0))
+    queue, counts, barrier = context.Queue(), context.Queue(), context.Barrier(3)
+    arguments = [(queue, None, i, barrier, updates, counts, lock) for i in range(2)]
+    with started(context, load_and_work, arguments):
+        for _ in arguments:
+            queue.put(source.get_extra_state())
+        work_with(source, 2, barrier, updates)
+        barrier.wait(PATIENCE)
+        counted = [counts.get(timeout=PATIENCE)[1:] for _ in arguments]
+    total = 2 + 3 * 2 * updates
+    assert counted == [(total, total)] * 2
+    assert count(source) == count(source, "reward") == total
+
+
+@pytest.mark.filterwarnings("error:VecNorm. the statistics are copied")
+@pytest.mark.parametrize("memmap", [False, True], ids=["shared", "memmap"])
+def test_a_transform_whose_lock_cannot_be_sent(memmap):
+    """A lock of multiprocessing does not go through a queue: nor do the statistics."""
+    td = by_hand("observation", features=(WIDE,)).update(
+        by_hand("reward", features=(1,))
+    )
+    td = td.memmap_() if memmap else td.share_memory_()
+    t = VecNorm(shared_td=td, lock=mp.Lock(), decay=1)
+    t(values_of(0, 0))
+    data = bytes(ForkingPickler.dumps(t))  # what a queue does
+    with pytest.warns(UserWarning, match="are copied"):
+        other = pickle.loads(data)
+    assert not other._others_update
+    t(values_of(0, 0)), other(values_of(0, 0)), other(values_of(0, 0))
+    assert (count(t), count(other), count(other, "reward")) == (4, 6, 6)
+    # That of `build_td_for_shared_vecnorm` is in the tensordict.
+    td = built(["next"], memmap)
+    t = VecNorm(shared_td=td, lock=mp.Lock(), decay=1)
+    other = pickle.loads(bytes(ForkingPickler.dumps(t)))
+    for one in (t, other):
+        TransformedEnv(IntegerEnv(), one).rollout(3)
+    assert count(t) == count(other) == td["observation_count"].item() == 8
 
 
 READS = 1000

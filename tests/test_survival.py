@@ -525,8 +525,12 @@ def test_an_entry_of_another_shape(folder):
 def test_a_control_block_of_something_else(folder):
     td = TensorDict.load_memmap(folder)
     td[sharing.CONTROL].fill_(7)
-    with pytest.raises(RuntimeError, match="no lock of this version"):
+    with pytest.raises(RuntimeError, match=r"no lock of this version.*restore a copy"):
         VecNorm(shared_td=td)
+    for control in (torch.zeros(500), torch.zeros(3, dtype=torch.uint8)):
+        td = td.clone().set(sharing.CONTROL, control).share_memory_()
+        with pytest.raises(RuntimeError, match=f"entry '{sharing.CONTROL}'"):
+            VecNorm(shared_td=td)
 
 
 DAMAGES = ("bit", "bits", "word", "zeros", "ones", "cut", "swap")

@@ -172,11 +172,11 @@ def _read_note(control: Tensor) -> tuple[str, dict[str, list]]:
     try:
         note = state.note
         built = json.loads(note) if note else {}
-        good = all(
+        good = isinstance(built, dict) and all(
             isinstance(dtype, str) and isinstance(shape, list)
-            for dtype, shape in built.items() and built.values()
+            for dtype, shape in built.values()
         )
-    except (ValueError, TypeError, AttributeError):  # UnicodeDecodeError among them
+    except (ValueError, TypeError):  # also UnicodeDecodeError
         good = False
     if not good:
         raise RuntimeError("expected the names, dtypes and shapes of the entries in it")
@@ -225,7 +225,8 @@ def _check_block(control: Tensor, note: str, leaves: dict[str, Tensor]) -> None:
     for what, at in _CONSTANT.items():
         expect(words[at] == fresh[at], f"the {what} to be", fresh[at], words[at])
     length = int(words[_CONSTANT["length of the journal"]])
-    used, state = int(words[_USED]), int(words[_STATE])
+    # In this order: another process may be in its first update.
+    state, used = int(words[_STATE]), int(words[_USED])
     expect(used in (0, length), "a journal of length", f"0 or {length}", used)
     expect(state in ((0, 1) if used else (0,)), "a state of", "0 or 1", state)
     begin = int(words[_CONSTANT["begin of the journal"]]) // 8
@@ -539,7 +540,7 @@ def check_td(td: TensorDictBase, has_lock: bool) -> None:
                     f"entry {lost!r}: expected the values that were last written, got "
                     "zeros instead; was its file truncated?"
                 )
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         text = str(error)
         if not text.startswith("entry "):
             text = f"entry {CONTROL!r}: {text}"

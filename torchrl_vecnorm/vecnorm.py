@@ -930,16 +930,7 @@ class VecNorm(Transform):
         ):
             return True
         if self._lock_was_set or any(map(sharing.in_shared_memory, leaves)):
-            warnings.warn(
-                "VecNorm: the tensors of the state_dict are copied, so that updates of "
-                "whoever else has them are not seen here, and the other way round. They "
-                "are not shared: this transform was not given the lock that they are "
-                "updated under, or they were not in shared memory when this process was "
-                "started. Share them through EnvCreator (call it once before processes "
-                "are forked) or VecNorm.build_td_for_shared_vecnorm; where a copy is what "
-                "you want, load `consistent_state_dict()`.",
-                stacklevel=3,
-            )
+            warnings.warn(f"VecNorm: {_COPIED}", stacklevel=3)
         return False
 
     def _adopt(self, found: dict[NestedKey, tuple[Sequence[str], Moments]]) -> None:
@@ -1123,16 +1114,32 @@ class VecNorm(Transform):
         self._lock_is_own = False
         self._lock_was_set = False
         if "lock" not in state:
-            self._lock_is_own = (
-                not self._others_update or control is None or not control.is_shared()
-            )
-            self.__dict__["lock"] = (
-                sharing.Lock() if self._lock_is_own else sharing.Lock.of(control)
-            )
+            has_lock = self._others_update and control is not None
+            if has_lock and control.is_shared():
+                self.__dict__["lock"] = sharing.Lock.of(control)
+            else:
+                self.__dict__["lock"] = sharing.Lock()
+                self._lock_is_own = True
+                if self._others_update and sharing.CONTROL not in self._td.keys():
+                    self._leave_alone()
         if not self._others_update:
             if self._td is not None and sharing.CONTROL in self._td.keys():
                 self._td = self._td.exclude(sharing.CONTROL)  # of the original
             self._reserve()  # EnvCreator may share the copy next
+
+    def _leave_alone(self) -> None:
+        """Makes a copy of shared statistics, whose lock could not be sent here."""
+        warnings.warn(
+            f"VecNorm: {_COPIED} A lock of multiprocessing comes to a process only when "
+            "that is started.",
+            stacklevel=3,
+        )
+        td = TensorDict({}, batch_size=[])
+        for key, state in self._seen():
+            names = [str(name) for name in key.names]
+            write_moments(td, key.names, settled(names, state, state.sum.shape))
+        self._td = td
+        self._others_update = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> VecNorm:
         copied = type(self).__new__(type(self))
@@ -1221,6 +1228,16 @@ class VecNorm(Transform):
         if any(left_out.values()):
             text += f", nonfinite={left_out}"
         return text + ")"
+
+
+_COPIED = (
+    "the statistics are copied, so that updates of whoever else has them are not seen "
+    "here, and the other way round. They are not shared: this transform was not given the "
+    "lock that they are updated under, or they were not in shared memory when this process "
+    "was started. Share them through EnvCreator (call it once before processes are forked) "
+    "or VecNorm.build_td_for_shared_vecnorm; where a copy is what you want, load "
+    "`consistent_state_dict()`."
+)
 
 
 # ``isinstance(t, torchrl.envs.VecNorm)`` is how TorchRL finds the transforms that an
