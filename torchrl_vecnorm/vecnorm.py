@@ -112,7 +112,8 @@ class VecNorm(Transform):
             place and in its own dtype. One on a GPU is for several transforms of one
             process.
         lock (mp.Lock, optional): a lock to prevent race conditions between processes.
-            Defaults to a lock of its own.
+            Defaults to a lock of its own. A transform that is given one shares what it
+            loads from shared memory, see :meth:`set_extra_state`.
         decay (number, optional): decay rate of the moving average, in (0, 1], applied
             once a call. 1 never forgets. Default: 0.9999.
         eps (number, optional): lower bound of the running standard deviation, in the
@@ -129,9 +130,10 @@ class VecNorm(Transform):
     Raises:
         ValueError: ``decay`` is not in (0, 1], ``eps`` is not positive, ``shapes`` or
             ``out_keys`` do not match ``in_keys`` in length, a key is given twice or is
-            the name of another's statistics.
-        RuntimeError: ``shared_td`` is neither in shared memory nor a memmap, or it is on
-            a GPU and another process's.
+            the name of another's statistics; ``shared_td`` has entries of other shapes,
+            or values that no data can have given.
+        RuntimeError: ``shared_td`` is neither in shared memory nor a memmap, its files
+            are damaged, or it is on a GPU and another process's.
         KeyError: ``shared_td`` lacks the entries of a key.
 
     Placing a transform in an environment or a replay buffer, which TorchRL does with a
@@ -394,20 +396,12 @@ class VecNorm(Transform):
 
     # ------------------------------------------------------------------------- locking
 
-    @property
-    def lock(self) -> mp.Lock:
-        """The lock of the statistics.
-
-        To set it says that others update the statistics that are loaded next under that
-        lock: so does ``EnvCreator``.
-        """
-        return self.__dict__["lock"]
-
-    @lock.setter
-    def lock(self, lock: mp.Lock) -> None:
-        self.__dict__["lock"] = lock
-        self._lock_is_own = False
-        self._lock_was_set = True
+    def __setattr__(self, name: str, value: Any) -> None:
+        # To set the lock says that others update, under that lock, the statistics that
+        # are loaded next: so does EnvCreator. No property: every call reads it.
+        if name == "lock":
+            self.__dict__.update(_lock_is_own=False, _lock_was_set=True)
+        super().__setattr__(name, value)
 
     def _protection(self) -> tuple[Any, _C.SharedState | None]:
         """The user's lock and the statistics' own, None where there is none.
