@@ -10,14 +10,19 @@ leaves the statistics as they were, or what it loads is something that data can 
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 import pickle
 import random
 import struct
+import threading
 import warnings
 import zipfile
+from collections import OrderedDict
 from contextlib import suppress
+from functools import partial
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -33,15 +38,15 @@ from common import (
 )
 from tensordict import TensorDict
 from torch import multiprocessing as mp
+from torch.distributed import checkpoint as distributed_checkpoint
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torchrl.envs import TransformedEnv, VecNormV2
 
-from torchrl_vecnorm import VecNorm
+from torchrl_vecnorm import VecNorm, sharing
 
 NESTED = ("agents", "observation")
 KEYS = ["observation", "reward", NESTED]
 SEP = VecNorm.SEP
-
-pytestmark = pytest.mark.filterwarnings("ignore:VecNorm wasn't initialized")
 
 
 def batch(n: int = 6) -> TensorDict:
@@ -102,7 +107,8 @@ def test_a_count_without_a_dimension():
 
 def test_nothing_to_load():
     t = VecNorm(KEYS)
-    t.set_extra_state({})
+    with pytest.warns(UserWarning, match="no statistics of"):
+        t.set_extra_state({})
     assert t._td is None and not t._others_update
 
 
@@ -132,7 +138,7 @@ def test_shared_tensors_that_no_call_could_update(case, how):
     state = shared_state(**{name: make()})
     with pytest.raises(ValueError, match=f"observation_{name}.*expected contiguous"):
         if how == "adopted":
-            VecNorm(["observation"]).set_extra_state(state)
+            VecNorm(["observation"], lock=mp.Lock()).set_extra_state(state)
         else:
             VecNorm(["observation"], shared_td=TensorDict(state))
 
@@ -141,19 +147,21 @@ def test_some_tensors_are_shared():
     """Nobody else has the others: all become our own."""
     state = shared_state()
     state["observation_ssq"] = state["observation_ssq"].clone()
-    t = VecNorm(["observation"], decay=1)
-    t.set_extra_state(state)
+    t = VecNorm(["observation"], decay=1, lock=mp.Lock())
+    with pytest.warns(UserWarning, match="are copied"):
+        t.set_extra_state(state)
     assert not t._others_update
     t(batch().select("observation"))
     assert state["observation_sum"].eq(0).all() and state["observation_count"] == 0
 
 
 def test_tensors_that_overlap():
-    memory = torch.zeros(7, dtype=torch.float64)
+    memory = torch.zeros(7, dtype=torch.float64).share_memory_()
     state = shared_state()
     state |= {"observation_sum": memory[:4], "observation_ssq": memory[3:]}
     with pytest.raises(ValueError, match="one piece of memory"):
-        VecNorm(["observation"]).set_extra_state(state)
+        VecNorm(["observation"], lock=mp.Lock()).set_extra_state(state)
+    VecNorm(["observation"]).set_extra_state(through_a_file(state))  # copied
 
 
 @pytest.mark.parametrize("decay", [0.9999, 0.9997])
@@ -224,19 +232,44 @@ def test_entries_that_are_no_statistics(value, match):
     assert_same_state(snapshot(t), before)
 
 
-@pytest.mark.parametrize("fresh", [False, True], ids=["initialised", "fresh"])
-def test_another_process_is_in_the_middle_of_an_update(fresh):
-    """Live statistics are taken as they are: their owner, or the journal, mends them."""
-    t = VecNorm(KEYS) if fresh else trained(5)
-    state = copied(trained().get_extra_state())
-    for leaf in state.values():
-        leaf.share_memory_()
+def half_updated() -> tuple[dict, dict]:
+    """Shared statistics in the middle of an update, and as they are after it."""
+    after = copied(trained().get_extra_state())
+    state = {name: leaf.clone().share_memory_() for name, leaf in after.items()}
     state["observation_sum"].mul_(100)
-    t.set_extra_state(state)
-    assert_same_state(
-        {k: v for k, v in snapshot(t).items() if isinstance(k, str) and "_" in k},
-        {k: v for k, v in state.items() if SEP not in k},
+    return state, after
+
+
+def test_adopted_in_the_middle_of_an_update():
+    """Taken as they are while somebody has the lock: who has it puts them right."""
+    state, _ = half_updated()
+    lock = mp.Lock()
+    t = VecNorm(KEYS, lock=lock)
+    with pytest.raises(ValueError, match=r"observation_ssq.*ssq · count ≥ sum²"):
+        t.set_extra_state(state)
+    assert t._td is None
+    with lock:
+        t.set_extra_state(state)
+    assert torch.equal(t._td["observation_sum"], state["observation_sum"])
+
+
+@pytest.mark.filterwarnings("ignore:VecNorm. the statistics are copied")
+@pytest.mark.parametrize("fresh", [False, True], ids=["initialised", "fresh"])
+def test_copied_in_the_middle_of_an_update(fresh):
+    """A copy is from before or after it."""
+    t = VecNorm(KEYS) if fresh else trained(5)
+    before = snapshot(t)
+    state, after = half_updated()
+    with pytest.raises(ValueError, match=r"observation_ssq.*ssq · count ≥ sum²"):
+        t.set_extra_state(state)
+    assert_same_state(snapshot(t), before)
+    finish = threading.Timer(
+        0.005, lambda: state["observation_sum"].copy_(after["observation_sum"])
     )
+    finish.start()
+    t.set_extra_state(state)
+    finish.join()
+    assert_same_state(snapshot(t), snapshot(trained()))
 
 
 def test_more_missing_than_left_out():
@@ -249,16 +282,66 @@ def test_more_missing_than_left_out():
             t.set_extra_state(state)
 
 
-def test_a_tensordict_is_a_dict():
-    t, source = trained(5), trained()
-    t.set_extra_state(TensorDict(source.get_extra_state()))
+@pytest.mark.parametrize("fresh", [False, True], ids=["initialised", "fresh"])
+@pytest.mark.parametrize(
+    "made",
+    [
+        dict,
+        OrderedDict,
+        MappingProxyType,
+        TensorDict,
+        pytest.param(lambda state: TensorDict(state).unflatten_keys(SEP), id="nested"),
+    ],
+)
+def test_a_dict_of_another_kind(made, fresh):
+    t, source = VecNorm(KEYS) if fresh else trained(5), trained()
+    t.set_extra_state(made(source.get_extra_state()))
     assert_same_state(snapshot(t), snapshot(source))
 
 
-@pytest.mark.parametrize("state", ["text", 3, [1, 2]])
-def test_no_dict(state):
-    with pytest.raises(ValueError, match=f"dict.*{type(state).__name__}"):
-        trained().set_extra_state(state)
+@pytest.mark.parametrize("fresh", [False, True], ids=["initialised", "fresh"])
+@pytest.mark.parametrize("state", ["text", 3, [1, 2], ("a", 1), torch.ones(2)], ids=str)
+def test_no_dict(state, fresh):
+    t = VecNorm(KEYS) if fresh else trained()
+    with pytest.raises(ValueError, match=f"dict of tensors.*{type(state).__name__}"):
+        t.set_extra_state(state)
+
+
+@pytest.mark.parametrize("fresh", [False, True], ids=["initialised", "fresh"])
+def test_a_file_that_is_mapped_when_it_is_loaded(fresh, tmp_path):
+    """It stays as it is, and is not needed any more."""
+    source = trained()
+    torch.save(source.state_dict(), tmp_path / "saved.pt")
+    t = VecNorm(KEYS) if fresh else trained(5)
+    t.load_state_dict(torch.load(tmp_path / "saved.pt", mmap=True))
+    data = (tmp_path / "saved.pt").read_bytes()
+    td = batch()
+    t(td.clone()), source(td.clone())
+    assert (tmp_path / "saved.pt").read_bytes() == data
+    (tmp_path / "saved.pt").write_bytes(bytes(len(data)))
+    assert_same_state(snapshot(t), snapshot(source))
+
+
+@pytest.mark.parametrize("fresh", [False, True], ids=["initialised", "fresh"])
+def test_distributed_checkpoints(fresh, tmp_path):
+    source = trained(3, spoiled=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="torch.distributed")
+        distributed_checkpoint.save({"t": source.state_dict()}, checkpoint_id=tmp_path)
+        t = VecNorm(KEYS)
+        if fresh:
+            # There is nothing to load into: as a file of torch.save.
+            dcp_to_torch_save(tmp_path, tmp_path / "saved.pt")
+            saved = torch.load(tmp_path / "saved.pt")
+        else:
+            t = trained(5)
+            saved = {"t": t.state_dict()}
+            distributed_checkpoint.load(saved, checkpoint_id=tmp_path)
+    t.load_state_dict(saved["t"])
+    assert_same_state(snapshot(t), snapshot(source))
+    torch.manual_seed(0)
+    td = batch()
+    assert all(torch.equal(t(td.clone())[k], source(td.clone())[k]) for k in KEYS)
 
 
 def test_entries_of_nobody_are_said():
@@ -272,6 +355,7 @@ def test_entries_of_nobody_are_said():
         t.set_extra_state(source.get_extra_state())
 
 
+@pytest.mark.filterwarnings("ignore:VecNorm wasn't initialized")  # by torchrl's
 def test_all_missing_and_the_reference_goes_on():
     """Sums that are not zero beside counts that all seem missing: torchrl's updates."""
     t = VecNorm(["observation"], decay=0.9)
@@ -282,7 +366,7 @@ def test_all_missing_and_the_reference_goes_on():
     theirs.set_extra_state(bare)
     theirs._call(TensorDict(observation=torch.ones(1, 2), batch_size=[1]))
     state = {**theirs.get_extra_state(), "observation_nonfinite": missing}
-    VecNorm(["observation"]).set_extra_state(state)
+    VecNorm(["observation"]).set_extra_state(copied(state))
     t.set_extra_state(state)
     assert t.scale["observation"].isfinite().all()
 
@@ -291,6 +375,87 @@ def test_the_representation_tells_what_was_left_out():
     assert "nonfinite" not in repr(VecNorm())
     assert "nonfinite" not in repr(trained())
     assert "nonfinite={'observation': 3, 'reward': 0, " in repr(trained(spoiled=True))
+
+
+# ------------------------------------------------------------------------- memory maps
+
+COPIES = {
+    "torch.save": through_a_file,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda x: pickle.loads(pickle.dumps(x)),
+}
+
+
+@pytest.fixture(params=[True, "folder"], ids=["no folder", "folder"])
+def mapped(request, tmp_path):
+    """An environment whose statistics are in a memory map."""
+    memmap = request.param if request.param is True else tmp_path / "statistics"
+    td = VecNorm.build_td_for_shared_vecnorm(IntegerEnv(), memmap=memmap)
+    env = TransformedEnv(IntegerEnv(), VecNorm(shared_td=td, decay=1))
+    env.rollout(9)
+    return env
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_a_state_dict_of_a_memory_map(mapped, how):
+    """Plain tensors of their own, which outlive the files; the live dict stays live."""
+    live = mapped.state_dict()
+    taken = COPIES[how](live)
+    before = snapshot(mapped.transform)
+    state = taken["_extra_state"]
+    assert all(type(leaf) is torch.Tensor for leaf in state.values())
+    assert all(torch.equal(leaf, before[name]) for name, leaf in state.items())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        other = TransformedEnv(IntegerEnv(), VecNorm(decay=1))
+        other.load_state_dict(taken)
+        other.rollout(3)
+    state["observation_count"].fill_(99)
+    assert_same_state(snapshot(mapped.transform), before)
+    mapped.rollout(4)
+    assert live["_extra_state"]["observation_count"].item() == 10 + 5
+    mapped.load_state_dict(COPIES[how](other.state_dict()))
+    assert live["_extra_state"]["observation_count"].item() == 10 + 4
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("of", ["transform", "environment"])
+def test_a_copy_of_a_memory_map(mapped, of, how):
+    before = snapshot(mapped.transform)
+    if how == "torch.save":
+        load = partial(through_a_file, weights_only=False)
+    else:
+        load = COPIES[how]
+    if of == "environment":
+        other = load(mapped)
+    else:
+        other = TransformedEnv(IntegerEnv(), load(mapped.transform))
+    other.rollout(3)
+    assert_same_state(snapshot(mapped.transform), before)
+    state = other.transform.get_extra_state()
+    assert state["observation_count"].item() == 14
+    assert all(type(leaf) is torch.Tensor for leaf in state.values())
+    # Shared next, it is shared under its own lock, not under a copy of the original's.
+    assert not other.transform._others_update
+    assert set(before) - set(other.transform._td.keys(True, True)) == {sharing.CONTROL}
+
+
+def count_a_rollout(queue, of_state, lock):
+    t = given = queue.get(timeout=PATIENCE)
+    if of_state:
+        t = VecNorm(decay=1, lock=lock)
+        t.set_extra_state(given)
+    TransformedEnv(IntegerEnv(), t).rollout(4)
+
+
+@pytest.mark.parametrize("of_state", [False, True], ids=["transform", "state_dict"])
+def test_a_memory_map_is_sent_as_such(mapped, of_state, method="fork"):
+    context = mp.get_context(method)
+    queue, lock = context.Queue(), context.Lock()
+    with started(context, count_a_rollout, [(queue, of_state, lock)]):
+        t = mapped.transform
+        queue.put(t.get_extra_state() if of_state else t)
+    assert t.get_extra_state()["observation_count"].item() == 10 + 5
 
 
 # ----------------------------------------------------------------------- other sources

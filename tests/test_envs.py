@@ -9,11 +9,13 @@ Counts are exact, with decay 1: one for each reset and for each step.
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 
 import pytest
 import torch
 from common import (
+    PATIENCE,
     AgentsEnv,
     Expected,
     IntegerEnv,
@@ -22,6 +24,7 @@ from common import (
     leaf,
     reference,
     snapshot,
+    started,
     through_a_file,
 )
 from tensordict import TensorDict
@@ -176,7 +179,8 @@ def test_a_checkpoint_of_the_environment():
     env = pendulum(Compose(StepCounter(), VecNorm(decay=0.9)))
     env.rollout(20)
     other = pendulum(Compose(StepCounter(), VecNorm(decay=0.9)))
-    with pytest.warns(UserWarning, match="not shared"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # an ordinary resume says nothing
         other.load_state_dict(through_a_file(env.state_dict()))
     for e in (env, other):
         e.set_seed(1)
@@ -557,22 +561,89 @@ def test_a_checkpoint_from_before_the_workers_started():
         env.close()
 
 
-@pytest.mark.filterwarnings("ignore:VecNorm wasn't initialized")
-def test_resuming_a_run_with_env_creator():
+def resumed(file) -> TransformedEnv:
+    env = integers()
+    env.load_state_dict(torch.load(file))
+    return env
+
+
+@pytest.mark.filterwarnings("error:VecNorm. the statistics are copied")
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_resuming_a_run_with_env_creator(method, tmp_path):
+    """Every environment loads the checkpoint by itself before it is made to share."""
     source = integers()
     source.rollout(99)
-    saved = through_a_file(source.state_dict())
-
-    def resumed():
-        env = integers()
-        env.load_state_dict(saved)
-        return env
-
-    # Loaded before it was shared: what EnvCreator carries has to be in shared memory.
-    creator = EnvCreator(resumed)
+    torch.save(source.state_dict(), tmp_path / "saved.pt")
+    creator = EnvCreator(partial(resumed, tmp_path / "saved.pt"))
     state = creator.state_dict()["_extra_state"]
     assert all(value.is_shared() for value in state.values())
     assert state["observation_count"].item() == 102
+    t = creator().transform
+    env = ParallelEnv(2, creator, mp_start_method=method)
+    try:
+        env.rollout(10)
+    finally:
+        env.close()
+    assert count(t) == 102 + 2 * 11
+    assert count(t, "reward") == 100 + 2 * 10
+    # In this process too.
+    env = SerialEnv(2, creator)
+    env.rollout(10)
+    env.close()
+    assert count(t) == 102 + 4 * 11
+    saved = torch.load(tmp_path / "saved.pt")["_extra_state"]
+    assert saved["observation_count"].item() == 100
+
+
+def warnings_of(creator, results):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        t = creator().transform
+    t(IntegerEnv().reset().set("reward", torch.ones(1)))
+    results.put(([str(w.message) for w in said], count(t)))
+
+
+def test_env_creator_that_was_not_called_before_a_fork():
+    """Its tensors are private then: what cannot be shared is said."""
+    creator = EnvCreator(integers)
+    context = mp.get_context("fork")
+    results = context.Queue()
+    with started(context, warnings_of, [(creator, results)] * 2):
+        for _ in range(2):
+            said, counted = results.get(timeout=PATIENCE)
+            assert any("not shared" in text for text in said)
+            assert counted == 3
+    assert count(creator().transform) == 2
+
+
+def test_env_creator_with_a_lock_of_the_users():
+    lock = mp.Lock()
+    creator = EnvCreator(partial(integers, lock=lock))
+    t = creator().transform
+    env = SerialEnv(2, creator)
+    env.rollout(10)
+    env.close()
+    assert count(t) == 2 + 2 * 11 and t.lock is lock
+
+
+def test_an_evaluation_that_loads_leaves_the_training_alone():
+    """Also where the training has its statistics in shared memory."""
+    train, other = integers(), integers()
+    train.rollout(5)
+    other.load_state_dict(through_a_file(train.state_dict()))
+    creator = EnvCreator(integers)
+    for env in (train, other, creator(), creator()):
+        t = env.transform
+        before = count(t)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            evaluation = integers()
+            evaluation.load_state_dict(env.state_dict())
+        evaluation.rollout(7)
+        assert count(t) == before
+        assert count(evaluation.transform) == before + 8
+        env.rollout(3)
+        assert count(t) == before + 4
 
 
 # -------------------------------------------------------------------------- collectors

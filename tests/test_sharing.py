@@ -11,8 +11,11 @@ processes come, and a single update that was lost shows.
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import threading
+import warnings
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
@@ -27,6 +30,7 @@ from common import (
     leaf_name,
     snapshot,
     started,
+    through_a_file,
 )
 from tensordict import TensorDict
 from torch import multiprocessing as mp
@@ -223,6 +227,82 @@ def test_statistics_on_anothers_gpu_are_refused(monkeypatch):
     assert t._td is None
     t.load_state_dict({"_extra_state": source.consistent_state_dict()})
     assert count(t) == 4
+
+
+BAD_VALUES = [
+    ("sum", math.nan, "finite sums, got nan"),
+    ("sum", math.inf, "finite sums, got inf"),
+    ("ssq", math.nan, "not negative, got nan"),
+    ("ssq", -1.0, "not negative, got -1"),
+    ("ssq", 1.0, "ssq · count ≥ sum²"),
+    ("count", math.nan, "not negative, got nan"),
+    ("count", -1.0, "not negative, got -1"),
+    ("nonfinite", math.nan, "not negative, got nan"),
+    ("nonfinite", 0.5, "whole numbers, got 0.5"),
+]
+
+
+def filled(td: TensorDict, key) -> TensorDict:
+    """With the statistics of two samples of 3."""
+    for field, value in (("sum", 6), ("ssq", 18), ("count", 2)):
+        td[leaf_name(key, field)].fill_(value)
+    return td
+
+
+@pytest.mark.parametrize("memmap", [False, True], ids=["shared", "memmap"])
+@pytest.mark.parametrize(("field", "value", "expected"), BAD_VALUES)
+@pytest.mark.parametrize("make", [built, by_hand])
+@pytest.mark.parametrize("key", ["observation", ("agents", "observation")], ids=str)
+def test_values_that_no_data_can_give(key, make, field, value, expected, memmap):
+    if make is built:
+        env = IntegerEnv() if isinstance(key, str) else AgentsEnv()
+        td = filled(built([key], memmap, env), key)
+    else:
+        td = filled(by_hand(key), key)
+        td[leaf_name(key, "nonfinite")] = torch.zeros(2, FEATURES).double()
+        td = td.memmap_() if memmap else td.share_memory_()
+    kwargs = {"lock": mp.Lock()} if make is by_hand else {}
+    VecNorm([key], shared_td=td, **kwargs)
+    entry = td[leaf_name(key, field)]
+    entry.view(-1)[-1] = value
+    with pytest.raises(ValueError, match=rf"observation_.*expected .*{expected}"):
+        VecNorm([key], shared_td=td, **kwargs)
+
+
+@pytest.mark.parametrize("field", [*FIELDS, "nonfinite"])
+@pytest.mark.parametrize("adopted", [False, True], ids=["shared_td", "adopted"])
+def test_shapes_that_do_not_fit(field, adopted):
+    td = by_hand("observation")
+    td["observation_nonfinite"] = torch.zeros(2, FEATURES).double()
+    td[f"observation_{field}"] = torch.zeros(7).double()
+    td = td.share_memory_()
+    with pytest.raises(ValueError, match=r"observation_(sum|ssq|count|nonf).*shape"):
+        if adopted:
+            VecNorm(["observation"], lock=mp.Lock()).set_extra_state(dict(td.items()))
+        else:
+            VecNorm(["observation"], shared_td=td, lock=mp.Lock())
+
+
+def test_features_of_another_shape_than_shapes():
+    td = built(["observation"])
+    with pytest.raises(ValueError, match=r"observation_sum.*shape \(3,\), got \(2,\)"):
+        VecNorm(["observation"], shared_td=td, shapes=[torch.Size([3])])
+
+
+@pytest.mark.parametrize("users_lock", [False, True])
+def test_given_in_the_middle_of_an_update(users_lock):
+    """Whoever has the lock puts it right; values that are wrong by themselves are not."""
+    td = filled(built(["observation"]), "observation")
+    lock = mp.Lock() if users_lock else None
+    t = VecNorm(["observation"], shared_td=td, lock=lock)
+    with t._session():
+        td["observation_ssq"].fill_(1)
+        other = VecNorm(["observation"], shared_td=td, lock=lock)
+        td["observation_ssq"].fill_(math.nan)
+        with pytest.raises(ValueError, match="observation_ssq"):
+            VecNorm(["observation"], shared_td=td, lock=lock)
+        td["observation_ssq"].fill_(18)
+    assert other.loc["observation"].tolist() == [3, 3]
 
 
 @pytest.mark.parametrize("key", ["reward", ("agents", "reward")], ids=str)
@@ -496,6 +576,86 @@ def test_a_transform_that_comes_through_a_queue(updates, method):
             process.join(PATIENCE)
     assert count(t) == count(t, "reward") == 2 * (3 * updates + 1)
     assert (t.nonfinite["observation"] == 0).all()
+
+
+def load_and_work(queue, state, worker, barrier, updates, counts, lock=None):
+    state = queue.get(timeout=PATIENCE) if state is None else state
+    t = VecNorm(decay=1, lock=lock)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        t.set_extra_state(state)
+    assert any("are copied" in str(w.message) for w in said) == (lock is None)
+    work_with(t, worker, barrier, updates)
+    barrier.wait(PATIENCE)
+    counts.put((worker, count(t), count(t, "reward")))
+
+
+@pytest.mark.parametrize("live", [False, True], ids=["file", "live"])
+@pytest.mark.parametrize("way", ["queue", "arguments"])
+def test_processes_that_load_one_state_dict(way, live, updates, method="fork"):
+    """Sent, its tensors are in shared memory, and each process has a lock of its own."""
+    context = mp.get_context(method)
+    source = VecNorm(decay=1)
+    source(values_of(0, 0))
+    state = source.get_extra_state()
+    state = state if live else through_a_file(state)
+    for value in state.values() if way == "arguments" else ():
+        value.share_memory_()  # what spawn does
+    queue, counts, barrier = context.Queue(), context.Queue(), context.Barrier(3)
+    given = None if way == "queue" else state
+    arguments = [(queue, given, i, barrier, updates, counts) for i in range(2)]
+    with started(context, load_and_work, arguments):
+        for _ in arguments if given is None else ():
+            queue.put(state)
+        work_with(source, 2, barrier, updates)
+        barrier.wait(PATIENCE)
+        counted = [counts.get(timeout=PATIENCE)[1:] for _ in arguments]
+    first = 2 + 2 * updates
+    assert counted == [(first, first)] * 2
+    assert count(source) == count(source, "reward") == first
+
+
+def test_processes_that_load_one_state_dict_under_one_lock(updates, method="fork"):
+    context = mp.get_context(method)
+    lock = context.Lock()
+    source = VecNorm(decay=1, lock=lock)
+    source(values_of(0, 0))
+    queue, counts, barrier = context.Queue(), context.Queue(), context.Barrier(3)
+    arguments = [(queue, None, i, barrier, updates, counts, lock) for i in range(2)]
+    with started(context, load_and_work, arguments):
+        for _ in arguments:
+            queue.put(source.get_extra_state())
+        work_with(source, 2, barrier, updates)
+        barrier.wait(PATIENCE)
+        counted = [counts.get(timeout=PATIENCE)[1:] for _ in arguments]
+    total = 2 + 3 * 2 * updates
+    assert counted == [(total, total)] * 2
+    assert count(source) == count(source, "reward") == total
+
+
+@pytest.mark.filterwarnings("error:VecNorm. the statistics are copied")
+@pytest.mark.parametrize("memmap", [False, True], ids=["shared", "memmap"])
+def test_a_transform_whose_lock_cannot_be_sent(memmap):
+    """A lock of multiprocessing does not go through a queue: nor do the statistics."""
+    td = by_hand("observation", features=(WIDE,)).update(
+        by_hand("reward", features=(1,))
+    )
+    td = td.memmap_() if memmap else td.share_memory_()
+    t = VecNorm(shared_td=td, lock=mp.Lock(), decay=1)
+    t(values_of(0, 0))
+    data = bytes(ForkingPickler.dumps(t))  # what a queue does
+    with pytest.warns(UserWarning, match="are copied"):
+        other = pickle.loads(data)
+    assert not other._others_update
+    t(values_of(0, 0)), other(values_of(0, 0)), other(values_of(0, 0))
+    assert (count(t), count(other), count(other, "reward")) == (4, 6, 6)
+    # That of `build_td_for_shared_vecnorm` is in the tensordict.
+    td = built(["next"], memmap)
+    t = VecNorm(shared_td=td, lock=mp.Lock(), decay=1)
+    other = pickle.loads(bytes(ForkingPickler.dumps(t)))
+    for one in (t, other):
+        TransformedEnv(IntegerEnv(), one).rollout(3)
+    assert count(t) == count(other) == td["observation_count"].item() == 8
 
 
 READS = 1000

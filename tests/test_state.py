@@ -10,6 +10,7 @@ Sections 2 and 5 of the contract.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import multiprocessing.synchronize
 import pickle
@@ -45,8 +46,6 @@ from torchrl.testing.mocking_classes import CountingEnv
 from torchrl_vecnorm import VecNorm
 from torchrl_vecnorm.moments import Moments
 from torchrl_vecnorm.state import write_moments
-
-FRESH = pytest.mark.filterwarnings("ignore:VecNorm wasn't initialized")
 
 NESTED = ("agents", "observation")
 KEYS = ["observation", NESTED, "reward"]
@@ -174,8 +173,7 @@ def test_keys_may_have_points():
     state = t.get_extra_state()
     assert {"a.b_count", f"c.d{SEP}e_count"} < set(state)
     other = VecNorm(["a.b", ("c.d", "e")], decay=1)
-    with pytest.warns(UserWarning):
-        other.load_state_dict(through_a_file(t.state_dict()))
+    other.load_state_dict(through_a_file(t.state_dict()))
     assert_same_state(snapshot(other), snapshot(t))
 
 
@@ -191,48 +189,142 @@ def test_saving_does_not_move_the_state():
         assert shared == {k: v.is_shared() for k, v in t._td.items(True, True)}
 
 
-def test_shared_tensors_are_adopted():
-    source = trained()
-    state = shared_copy(source)
-    t = VecNorm(KEYS)
+def quietly(load, state) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        t.set_extra_state(state)
-    for name, value in t.get_extra_state().items():
-        assert value.data_ptr() == state[name].data_ptr()
+        load(state)
+
+
+def test_shared_tensors_are_adopted_under_one_lock():
+    source, lock = trained(), mp.Lock()
+    state = shared_copy(source)
     # Both transforms, as two workers would, update the same statistics.
-    other = VecNorm(KEYS)
-    other.set_extra_state(state)
+    t, other = VecNorm(KEYS, lock=lock), VecNorm(KEYS)
+    other.lock = lock
+    for one in (t, other):
+        quietly(one.set_extra_state, state)
+        for name, value in one.get_extra_state().items():
+            assert value.data_ptr() == state[name].data_ptr()
     t(batch()), other(batch())
     assert_same_state(snapshot(t), snapshot(other))
     assert count(t) > count(source) + 7
 
 
-@FRESH
-def test_private_tensors_are_adopted_and_put_into_shared_memory():
-    # EnvCreator carries the tensors of its shadow environment: the first environment
-    # that it makes shares them in place, and the workers find them shared.
-    state = trained().get_extra_state()
-    before = {name: value.clone() for name, value in state.items()}
-    first, second = VecNorm(KEYS, decay=1), VecNorm(KEYS, decay=1)
-    first.set_extra_state(state)
-    assert all(value.is_shared() for value in state.values())
-    second.set_extra_state(state)
-    first(batch()), second(batch())
-    for t in (first, second):
-        assert count(t) == before["observation_count"].item() + 8
-        for name, value in t.get_extra_state().items():
-            assert value.data_ptr() == state[name].data_ptr()
+def test_shared_tensors_without_their_lock_are_copied():
+    """By transforms with a lock each, or with another one than theirs."""
+    live = VecNorm(KEYS, lock=mp.Lock(), decay=1)
+    live.set_extra_state(shared_copy(trained()))
+    states = [shared_copy(trained()), live.get_extra_state()]
+    for state, kwargs in itertools.product(states, ({}, {"lock": mp.Lock()})):
+        if state is states[0] and kwargs:
+            continue  # whoever gives a lock says that it is theirs
+        before = {name: value.clone() for name, value in state.items()}
+        t, other = (VecNorm(KEYS, decay=1, **kwargs) for _ in range(2))
+        for one in (t, other):
+            with pytest.warns(UserWarning, match="are copied.*lock"):
+                one.set_extra_state(state)
+            one(batch())
+        assert count(t) == count(other) == before["observation_count"].item() + 4
+        assert all(torch.equal(state[name], before[name]) for name in state)
 
 
-def test_a_fresh_transform_warns_about_private_tensors():
-    with pytest.warns(UserWarning, match="not shared"):
-        VecNorm(KEYS).set_extra_state(trained().get_extra_state())
+@pytest.mark.parametrize("lock", [None, mp.Lock()], ids=["own", "users"])
+@pytest.mark.parametrize("live", [False, True], ids=["file", "live"])
+def test_private_tensors_are_copied(live, lock):
+    """What the user keeps is not changed, nor moved; two that load it do not share."""
+    source = trained(lock=lock, decay=1)
+    state = source.state_dict()
+    state = state if live else through_a_file(state)
+    kept = state["_extra_state"]
+    before = {name: value.clone() for name, value in kept.items()}
+    t, other = (VecNorm(KEYS, lock=lock, decay=1) for _ in range(2))
+    for one in (t, other):
+        quietly(one.load_state_dict, state)
+        assert_same_state(snapshot(one), snapshot(source))
+        # So that workers that EnvCreator starts see them.
+        assert all(value.is_shared() for value in one._td.values(True, True))
+    t(batch()), other(batch()), other(batch())
+    assert count(t) + 4 == count(other) == count(source) + 8
+    for name, value in kept.items():
+        assert torch.equal(value, before[name])
+        assert not value.is_shared()
+
+
+@pytest.mark.parametrize("users_lock", [False, True])
+def test_what_env_creator_does(users_lock):
+    """The lock of one is set in others, then they load its live tensors."""
+    source = trained(decay=1, lock=mp.Lock() if users_lock else None)
+    state = source.state_dict()
+    # The same lock in the constructor says nothing: an evaluation may have it too.
+    kwargs = {"lock": source.lock} if users_lock else {}
+    first, second = VecNorm(KEYS, decay=1, **kwargs), trained(2, decay=1, **kwargs)
+    for t in (first, second):  # the second has loaded, or seen, something before
+        t.lock = source.lock
+        quietly(t.load_state_dict, state)
+    before = count(source)
+    source(batch()), first(batch()), second(batch())
+    assert count(source) == count(first) == count(second) == before + 12
+    assert all(value.is_shared() for value in state["_extra_state"].values())
+    # Later checkpoints are written in place.
+    saved = through_a_file(trained(3, decay=1).state_dict())
+    quietly(first.load_state_dict, saved)
+    assert count(second) == count(source) == 12
+    first(batch())
+    assert count(second) == 16
+
+
+def test_a_lock_that_is_set_makes_no_file_live():
+    t, state = VecNorm(KEYS, decay=1), through_a_file(trained().get_extra_state())
+    t.lock = mp.Lock()
+    before = state["observation_count"].item()
+    with pytest.warns(UserWarning, match="are copied"):
+        t.set_extra_state(state)
+    t(batch())
+    assert state["observation_count"].item() == before
+    assert not state["observation_count"].is_shared()
+
+
+def test_keys_that_the_checkpoint_lacks_are_said():
+    state = through_a_file(trained(keys=["observation"]).state_dict())
+    t = VecNorm(KEYS)
+    with pytest.warns(UserWarning, match=r"no statistics of.*agents.*reward.*first"):
+        t.load_state_dict(state)
+    assert "observation" in t.loc.keys()
+    fresh = VecNorm(KEYS)
+    with pytest.warns(UserWarning, match=r"no statistics of.*observation.*reward"):
+        fresh.set_extra_state({})
+    assert fresh._td is None
+    with pytest.raises(KeyError, match="observation"):
+        t.set_extra_state({})
+
+
+@pytest.mark.parametrize("case", ["fresh", "initialised", "new key", "copy", "to"])
+def test_loading_in_inference_mode(case):
+    """Nothing could update inference tensors outside of it."""
+    t = {
+        "fresh": lambda: VecNorm(KEYS),
+        "new key": lambda: trained(keys=["observation"], out_keys=None),
+    }.get(case, trained)()
+    if case == "new key":
+        t = VecNorm(KEYS)
+        t._reset(TensorDict(batch_size=[4]), batch().select("observation"))
+    with torch.inference_mode():
+        if case == "copy":
+            t = copy.deepcopy(t)
+        elif case == "to":
+            t.to("meta")
+        else:
+            t.load_state_dict(trained(3).state_dict())
+        saved = t.consistent_state_dict()
+    assert not any(value.is_inference() for value in t._td.values(True, True))
+    assert not any(value.is_inference() for value in saved.values())
+    if case != "to":
+        t(batch())
 
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_an_initialised_transform_is_written_in_place(shared):
-    t = VecNorm(KEYS)
+    t = VecNorm(KEYS, lock=mp.Lock() if shared else None)
     if shared:
         t.set_extra_state(shared_copy(trained(2)))
     else:
@@ -252,7 +344,7 @@ def test_a_float32_state_keeps_its_dtype():
         for k, v in trained(2).get_extra_state().items()
         if not k.endswith("_nonfinite")
     }
-    t = VecNorm(KEYS)
+    t = VecNorm(KEYS, lock=mp.Lock())
     t.set_extra_state(state)
     t.load_state_dict(through_a_file(trained(5).state_dict()))
     for key in KEYS:
@@ -338,7 +430,6 @@ def test_a_broken_checkpoint_is_refused(name, how, initialised):
 
 
 @pytest.mark.parametrize("initialised", [False, True], ids=["fresh", "initialised"])
-@FRESH
 def test_a_checkpoint_of_other_keys_is_refused(initialised):
     t = trained(3, ["observation"]) if initialised else VecNorm(["observation"])
     before = snapshot(t)
@@ -362,7 +453,6 @@ def test_a_checkpoint_of_other_shapes_is_refused(key):
     assert_same_state(snapshot(t), before)
 
 
-@FRESH
 def test_a_checkpoint_that_contradicts_shapes_is_refused():
     t = VecNorm(["observation"], shapes=[torch.Size([4])])
     with pytest.raises(ValueError, match="observation"):
@@ -371,7 +461,6 @@ def test_a_checkpoint_that_contradicts_shapes_is_refused():
 
 
 @pytest.mark.parametrize("initialised", [False, True], ids=["fresh", "initialised"])
-@FRESH
 def test_save_load_continue_is_bitwise_the_same(initialised):
     t = trained(20, decay=0.99)
     resumed = trained(3, decay=0.99) if initialised else VecNorm(KEYS, decay=0.99)
@@ -388,14 +477,14 @@ def test_save_load_continue_is_bitwise_the_same(initialised):
         assert_same_state(snapshot(resumed), snapshot(t))
 
 
+@pytest.mark.filterwarnings("ignore:VecNorm. the state_dict has no statistics of")
 @pytest.mark.parametrize("shared", [False, True])
-@FRESH
 def test_a_checkpoint_of_the_keys_seen_so_far(shared):
     # Saved after a reset, before the first reward.
     t = VecNorm(decay=1)
     env = TransformedEnv(IntegerEnv(), t)
     env.reset()
-    resumed = VecNorm(decay=1)
+    resumed = VecNorm(decay=1, lock=mp.Lock() if shared else None)
     if shared:
         resumed.set_extra_state(shared_copy(t))
     else:
@@ -415,17 +504,45 @@ def test_loading_brings_a_key_that_was_not_seen_here():
     assert_same_state(snapshot(t), snapshot(source))
 
 
-def test_the_skipped_values_are_optional_on_load():
+@pytest.mark.parametrize("initialised", [False, True], ids=["fresh", "initialised"])
+@pytest.mark.parametrize("optional", [*Moments._fields[3:], "all"])
+def test_what_is_optional_on_load(optional, initialised):
     state = trained(5).get_extra_state()
-    bare = {k: v for k, v in state.items() if not k.endswith("_nonfinite")}
-    t = trained(3)
-    t(observations_with_nan())
+    endings = Moments._fields[3:] if optional == "all" else (optional,)
+    endings = tuple(f"_{field}" for field in endings)
+    bare = {k: v for k, v in state.items() if not k.endswith(endings)}
+    assert len(bare) < len(state)
+    t = VecNorm(KEYS)
+    if initialised:
+        t = trained(3)
+        t(observations_with_nan())
     t.set_extra_state(bare)
     for key in KEYS:
         for field in FIELDS:
             assert torch.equal(leaf(t, key, field), leaf(trained(5), key, field))
         torch.testing.assert_close(t.loc[key], trained(5).loc[key])
+        torch.testing.assert_close(t.scale[key], trained(5).scale[key])
         assert (t.nonfinite[key] == 0).all()
+
+
+def test_a_device_without_float64():
+    """Its statistics are float32, all of them, and travel in both directions."""
+    source = trained(3)
+    source(observations_with_nan())
+    state = source.get_extra_state()
+    rounded = {name: value.float() for name, value in state.items()}
+    fresh, there, back = VecNorm(KEYS), trained(2), trained(2)
+    there._td = there._td.float()
+    fresh.set_extra_state(rounded)
+    there.set_extra_state(state)
+    back.set_extra_state(there.get_extra_state())
+    for t, dtype in ((fresh, None), (there, torch.float32), (back, torch.float64)):
+        for name, value in t.get_extra_state().items():
+            assert value.dtype == (dtype or torch.float64)
+            assert torch.equal(value.float(), rounded[name])
+        for key in KEYS:
+            torch.testing.assert_close(t.loc[key], source.loc[key])
+            assert torch.equal(t.nonfinite[key], source.nonfinite[key])
 
 
 def observations_with_nan() -> TensorDict:
@@ -515,6 +632,26 @@ def test_a_clone_shares_the_statistics():
     assert clone.lock is t.lock
     before = count(t)
     clone(batch())
+    assert count(t) == before + 4
+
+
+@pytest.mark.parametrize("lock", [None, mp.Lock()], ids=["own", "users"])
+@pytest.mark.parametrize(
+    "copied", [copy.copy, VecNorm.clone, VecNorm.frozen_copy], ids=lambda f: f.__name__
+)
+def test_what_shares_the_statistics_shares_the_lock(copied, lock):
+    t = trained(decay=1, lock=lock)
+    other = copied(t)
+    assert other.lock is t.lock
+    assert leaf(other).data_ptr() == leaf(t).data_ptr()
+    before = count(t)
+    other.unfreeze()
+    with t.lock:
+        thread = threading.Thread(target=other, args=(batch(),), daemon=True)
+        thread.start()
+        thread.join(0.2)
+        assert thread.is_alive() and count(t) == before
+    thread.join(PATIENCE)
     assert count(t) == before + 4
 
 
@@ -735,7 +872,6 @@ def test_integers_come_out_in_the_default_dtype(dtype, default):
         torch.set_default_dtype(old)
 
 
-@FRESH
 def test_loc_and_scale_before_any_value_was_seen():
     t = VecNorm(["observation"])
     t.set_extra_state(trained(3, ["observation"]).get_extra_state())
@@ -1311,7 +1447,6 @@ def other_device(monkeypatch):
     monkeypatch.setattr(VecNorm, "_move", move)
 
 
-@FRESH
 @pytest.mark.usefixtures("other_device")
 def test_the_first_update_after_a_move_is_not_lost():
     # A checkpoint that was adopted is in shared memory, where updates are committed.

@@ -10,6 +10,7 @@ point and faster.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import pickle
@@ -524,8 +525,71 @@ def test_an_entry_of_another_shape(folder):
 def test_a_control_block_of_something_else(folder):
     td = TensorDict.load_memmap(folder)
     td[sharing.CONTROL].fill_(7)
-    with pytest.raises(RuntimeError, match="no lock of this version"):
+    with pytest.raises(RuntimeError, match=r"no lock of this version.*restore a copy"):
         VecNorm(shared_td=td)
+    for control in (torch.zeros(500), torch.zeros(3, dtype=torch.uint8)):
+        td = td.clone().set(sharing.CONTROL, control).share_memory_()
+        with pytest.raises(RuntimeError, match=f"entry '{sharing.CONTROL}'"):
+            VecNorm(shared_td=td)
+
+
+DAMAGES = ("bit", "bits", "word", "zeros", "ones", "cut", "swap")
+
+
+def damage(r: random.Random, files: dict) -> None:
+    """Changes one of the files, where it is: a copy would have its lock made anew."""
+    [control] = [file for file in files if file.name.startswith(sharing.CONTROL)]
+    file = control if r.random() < 0.7 else r.choice(sorted(files))
+    data = bytearray(files[file])
+    # Of the control block, in the lock, in front of the journal, or anywhere.
+    begin, end = r.choice(((80, 120), (0, 800), (0, len(data))))
+    if len(data) < end:
+        begin, end = 0, len(data)
+    at = r.randrange(begin, end)
+    n = r.choice((1, 8, 64, len(data)))
+    how = r.choice(DAMAGES)
+    if how in ("bit", "bits"):
+        for _ in range(1 if how == "bit" else 5):
+            data[r.randrange(begin, end)] ^= 1 << r.randrange(8)
+    elif how == "word":
+        at -= at % 8
+        data[at : at + 8] = r.randbytes(8)
+    elif how in ("zeros", "ones"):
+        n = min(n, len(data) - at)
+        data[at : at + n] = (b"\0" if how == "zeros" else b"\xff") * n
+    elif how == "cut":
+        del data[at:]
+    else:
+        other = r.choice(sorted(files))
+        other.write_bytes(data)
+        data = files[other]
+    file.write_bytes(data)
+
+
+def test_damaged_files(folder):
+    """Whatever happened to them: an error that says what to do, or plausible statistics."""
+    files = {file: file.read_bytes() for file in folder.glob("*.memmap")}
+    r = random.Random(0)
+    refused = 0
+    for _ in range(300):
+        damage(r, files)
+        try:
+            t = attached(folder, lock_timeout=0.05)
+        except (KeyError, RuntimeError, ValueError) as error:
+            assert type(error) in (KeyError, RuntimeError, ValueError), repr(error)
+            assert str(folder) in str(error) and "restore a copy" in str(error)
+            refused += 1
+        else:
+            # Nobody can say of a lock that is held that its owner is none.
+            with contextlib.suppress(TimeoutError):
+                t(values())
+                state = t.consistent_state_dict()
+                assert all(leaf.isfinite().all() for leaf in state.values())
+            del t  # or nothing could be cut
+        for file, data in files.items():
+            file.write_bytes(data)
+    assert 100 < refused < 290
+    assert assert_whole(attached(folder)) == 2
 
 
 # ---------------------------------------------------------------- how tensors are sent

@@ -17,12 +17,14 @@ import os
 import warnings
 from collections.abc import Iterable, Sequence
 from multiprocessing import synchronize
+from multiprocessing.reduction import ForkingPickler
 from typing import TYPE_CHECKING, Any
 
 import torch
 from tensordict import MemoryMappedTensor, TensorDict, TensorDictBase, unravel_key
 from tensordict.utils import NestedKey
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 from torchrl.data.tensor_specs import Composite, TensorSpec
 
 from torchrl_vecnorm._load import _C
@@ -61,6 +63,69 @@ def in_shared_memory(leaf: Any) -> bool:
     )
 
 
+def is_mapped(leaf: Tensor) -> bool:
+    """Whether it is a memory map."""
+    return isinstance(leaf, MemoryMappedTensor)
+
+
+class _Portable(MemoryMappedTensor):
+    """A memory map that is sent to processes as such, and saved and copied by value.
+
+    Others are saved as the name of their file, or not at all.
+    """
+
+    def _copy(self) -> Tensor:
+        return self.as_subclass(Tensor).clone()
+
+    def __reduce_ex__(self, protocol: int):
+        return self._copy().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return memo.setdefault(id(self), self._copy())
+
+
+def _send(leaf: _Portable):
+    rebuild, arguments = leaf.__reduce__()
+    return getattr(MemoryMappedTensor, rebuild.__name__), arguments
+
+
+# What multiprocessing sends is pickled by this, before `__reduce_ex__` is asked.
+ForkingPickler.register(_Portable, _send)
+
+
+def portable(leaf: Tensor) -> Tensor:
+    """The same memory, as something that can be saved: see :class:`_Portable`."""
+    if not is_mapped(leaf):
+        return leaf
+    alias = leaf.as_subclass(_Portable)
+    alias.__dict__.update(leaf.__dict__)
+    return alias
+
+
+#: Which lock the statistics of a state_dict are updated under, and in which process.
+_locks = WeakTensorKeyDictionary()
+
+
+def note_lock(leaves: Iterable[Tensor], lock: Any) -> None:
+    """Remembers the lock of statistics that are given away."""
+    for leaf in leaves:
+        _locks[leaf] = lock, os.getpid()
+
+
+def is_under(leaf: Any, lock: Any, private_too: bool) -> bool:
+    """Whether a tensor may be updated by all that have this lock.
+
+    In shared memory, and if known here then with this lock; ``private_too``: or the
+    statistics of another transform of this process with this lock.
+    """
+    if not isinstance(leaf, Tensor):
+        return False
+    its_lock, process = _locks.get(leaf, (lock, None))
+    if its_lock is not lock:
+        return False
+    return in_shared_memory(leaf) or (private_too and process == os.getpid())
+
+
 def leaves_of(td: TensorDictBase) -> dict[str, Tensor]:
     """The entries that belong to the statistics, in an order that all agree on."""
     found = {
@@ -95,6 +160,93 @@ def _note(leaves: dict[str, Tensor]) -> str:
 def _control(leaves: dict[str, Tensor], note: str = "") -> Tensor:
     size = _C.SharedState.size_for(list(leaves), list(leaves.values()), note)
     return torch.zeros(size, dtype=torch.uint8, device="cpu")
+
+
+def _read_note(control: Tensor) -> tuple[str, dict[str, list]]:
+    """The note, and what it says.
+
+    Raises:
+        RuntimeError: there is no control block, or its note makes no sense.
+    """
+    state = _C.SharedState(control, [], [])
+    try:
+        note = state.note
+        built = json.loads(note) if note else {}
+        good = isinstance(built, dict) and all(
+            isinstance(dtype, str) and isinstance(shape, list)
+            for dtype, shape in built.values()
+        )
+    except (ValueError, TypeError):  # also UnicodeDecodeError
+        good = False
+    if not good:
+        raise RuntimeError("expected the names, dtypes and shapes of the entries in it")
+    return note, built
+
+
+#: Of ``Control::Header`` (csrc/shared/control.cpp): words of 8 bytes, then the lock.
+_CONSTANT = {
+    "magic": 0,
+    "byte order": 1,
+    "kind of lock": 2,
+    "length of the note": 4,
+    "begin of the journal": 5,
+    "length of the journal": 6,
+}
+_USED, _STATE, _LOCK = 7, 8, 10
+
+
+def _hash(name: str) -> int:
+    """FNV-1a, as the names of entries are in the journal."""
+    value = 14695981039346656037
+    for byte in name.encode():
+        value = (value ^ byte) * 1099511628211 % 2**64
+    return value - 2**64 if value >= 2**63 else value
+
+
+def _check_block(control: Tensor, note: str, leaves: dict[str, Tensor]) -> None:
+    """Refuses a control block that is not as this package leaves it.
+
+    What is in it is used to find places in memory.
+
+    Raises:
+        RuntimeError: what was expected, and what is there.
+    """
+
+    def expect(good: bool, what: str, expected: Any, got: Any) -> None:
+        if not good:
+            raise RuntimeError(f"expected {what} {expected}, got {got}")
+
+    fresh, another = (_control(leaves, note) for _ in range(2))
+    expect(len(control) == len(fresh), "a size of", len(fresh), len(control))
+    words = control.view(torch.int64)
+    for new in (fresh, another):
+        _C.SharedState.init(new, note)
+    fresh, another = fresh.view(torch.int64), another.view(torch.int64)
+    for what, at in _CONSTANT.items():
+        expect(words[at] == fresh[at], f"the {what} to be", fresh[at], words[at])
+    length = int(words[_CONSTANT["length of the journal"]])
+    # In this order: another process may be in its first update.
+    state, used = int(words[_STATE]), int(words[_USED])
+    expect(used in (0, length), "a journal of length", f"0 or {length}", used)
+    expect(state in ((0, 1) if used else (0,)), "a state of", "0 or 1", state)
+    begin = int(words[_CONSTANT["begin of the journal"]]) // 8
+    # Of the lock, what no owner changes: its kind.
+    lock, kind, same = (
+        block[_LOCK : begin - (len(note.encode()) + 7) // 8].view(torch.int32)
+        for block in (words, fresh, another)
+    )
+    is_kind = (kind == same) & (kind != 0)
+    got, kind = lock[is_kind].tolist(), kind[is_kind].tolist()
+    expect(got == kind, "a lock of kind", kind, got)
+    for name, leaf in leaves.items() if used else ():
+        record = [_hash(name), leaf.nbytes]
+        expect(
+            words[begin : begin + 2].tolist() == record,
+            f"the journal's record of {name!r} to be",
+            record,
+            words[begin : begin + 2].tolist(),
+        )
+        begin += 2 + (leaf.nbytes + 7) // 8
 
 
 class Lock(synchronize.Lock):
@@ -218,6 +370,21 @@ class Session:
         if self.lock is not None:
             self.lock.release()
 
+    def try_enter(self) -> bool:
+        """Without waiting: False where somebody has one of them."""
+        try:
+            if self.lock is not None and self.lock.acquire(False) is False:
+                return False
+        except TypeError:  # of a kind that waits for ever
+            return False
+        taken = False
+        try:
+            taken = self.shared is None or self.shared.try_acquire()
+        finally:
+            if self.lock is not None and not taken:
+                self.lock.release()
+        return taken
+
 
 class Attached:
     """The statistics of a tensordict behind a control block.
@@ -236,9 +403,8 @@ class Attached:
         self, control: Tensor, td: TensorDictBase, names: Iterable[NestedKey] = ()
     ) -> None:
         self.control = control
-        note = _C.SharedState(control, [], []).note
         #: The entries that the tensordict was built with: dtype and shape of each.
-        self.built = json.loads(note) if note else {}
+        self.built = _read_note(control)[1]
         wanted = self.built or {"/".join(as_path(name)) for name in names}
         self.leaves = {
             name: leaf
@@ -279,23 +445,43 @@ class Attached:
         return Moments(*found)
 
 
+def _file_of(leaf: Any) -> str | None:
+    """The file of a memory map that has one."""
+    try:
+        return str(leaf.filename)
+    except (AttributeError, RuntimeError):
+        return None
+
+
+_ADVICE = "restore a copy of the folder that it is in, or build it anew"
+
+
+def advise(text: str, td: TensorDictBase) -> str:
+    """The message of an error with the files of the entries that it names."""
+    found = []
+    for name, leaf in td.items(True, True):
+        at, file = text.find(repr(name)), _file_of(leaf)
+        if at >= 0 and file is not None:
+            found.append((at, file))
+    if not found:
+        return text
+    return f"{text} (in {', '.join(file for _, file in sorted(found))}): {_ADVICE}"
+
+
 def check_file(name: NestedKey, leaf: Tensor) -> None:
     """Refuses an entry whose file has become shorter: reading it would kill the process.
 
     Raises:
         RuntimeError: naming the entry and the file.
     """
-    try:
-        path = leaf.filename
-    except (AttributeError, RuntimeError):  # no memory map, or one without a file
-        return
-    if not os.path.exists(path):
+    path = _file_of(leaf)
+    if path is None or not os.path.exists(path):
         return
     size, expected = os.path.getsize(path), leaf.untyped_storage().nbytes()
     if size < expected:
         raise RuntimeError(
             f"shared_td: entry {name!r}: expected a file of {expected} bytes, got {size}: "
-            f"was {str(path)!r} truncated?"
+            f"was {path!r} truncated? Then {_ADVICE}"
         )
 
 
@@ -315,42 +501,50 @@ def check_td(td: TensorDictBase, has_lock: bool) -> None:
         # torchrl's layout has no such entry; what was built here, and mapped, has.
         leaves = leaves_of(td)
         is_ours = any(name.endswith("_nonfinite") for name in leaves)
-        is_mapped = any(
-            isinstance(leaf, MemoryMappedTensor) for leaf in leaves.values()
-        )
-        if is_ours and is_mapped and not has_lock:
+        if is_ours and any(map(is_mapped, leaves.values())) and not has_lock:
             raise KeyError(
                 f"shared_td: entry {CONTROL!r} is missing, which has the lock: was its file "
                 "removed? Statistics that were mapped by hand need the argument `lock`"
             )
         return
-    try:
-        attached = Attached(control, td)
-    except RuntimeError as error:
-        raise RuntimeError(f"shared_td: entry {CONTROL!r}: {error}") from None
     leaves = leaves_of(td)
-    for name, (dtype, shape) in attached.built.items():
-        leaf = leaves.get(name)
-        if leaf is None:
-            raise KeyError(
-                f"shared_td: entry {name!r} is missing; it was built with "
-                f"{list(attached.built)}"
-            )
-        if str(leaf.dtype) != dtype or list(leaf.shape) != shape:
-            raise RuntimeError(
-                f"shared_td: entry {name!r}: expected {dtype} of shape {shape}, as it "
-                f"was built, got {leaf.dtype} of shape {list(leaf.shape)}"
-            )
-    # Whoever has the lock has seen for itself. All zeros is a reset.
-    if isinstance(control, MemoryMappedTensor) and attached.state.try_acquire():
-        lost = attached.state.lost()
-        is_reset = not any(leaf.any() for leaf in attached.leaves.values())
-        attached.state.release()
-        if lost and not is_reset:
-            raise RuntimeError(
-                f"shared_td: entry {lost!r}: expected the values that were last written, "
-                "got zeros instead; was its file truncated?"
-            )
+    try:
+        note, built = _read_note(control)
+        for name, (dtype, shape) in built.items():
+            leaf = leaves.get(name)
+            if leaf is None:
+                raise KeyError(
+                    advise(
+                        f"shared_td: entry {name!r} is missing; by {CONTROL!r} it was "
+                        f"built with {list(built)}",
+                        td,
+                    )
+                )
+            if str(leaf.dtype) != dtype or list(leaf.shape) != shape:
+                raise RuntimeError(
+                    f"entry {name!r}: expected {dtype} of shape {shape}, as by "
+                    f"{CONTROL!r} it was built, got {leaf.dtype} of shape "
+                    f"{list(leaf.shape)}"
+                )
+        _check_block(control, note, {name: leaves[name] for name in built})
+        attached = Attached(control, td)
+        # Whoever has the lock has seen for itself. All zeros is a reset.
+        if is_mapped(control) and attached.state.try_acquire():
+            try:
+                lost = attached.state.lost()
+                is_reset = not any(leaf.any() for leaf in attached.leaves.values())
+            finally:
+                attached.state.release()
+            if lost and not is_reset:
+                raise RuntimeError(
+                    f"entry {lost!r}: expected the values that were last written, got "
+                    "zeros instead; was its file truncated?"
+                )
+    except (RuntimeError, TypeError, ValueError) as error:
+        text = str(error)
+        if not text.startswith("entry "):
+            text = f"entry {CONTROL!r}: {text}"
+        raise RuntimeError(advise(f"shared_td: {text}", td)) from None
 
 
 # --------------------------------------------------------------------------- building

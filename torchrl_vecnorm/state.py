@@ -7,9 +7,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -20,6 +22,9 @@ from torchrl_vecnorm import functional
 from torchrl_vecnorm._load import _C
 from torchrl_vecnorm.moments import Moments
 from torchrl_vecnorm.names import StateNames, as_path
+from torchrl_vecnorm.sharing import in_shared_memory
+
+T = TypeVar("T")
 
 
 def get_entry(td: TensorDictBase, key: NestedKey) -> Any:
@@ -64,15 +69,19 @@ def write_moments(td: TensorDictBase, names: StateNames, moments: Moments) -> No
 
 
 def copy_moments(target: Moments, source: Moments) -> None:
-    """Writes moments in place, with or without the counter of missing values."""
-    for old, new in zip(target[:3], source[:3], strict=True):
-        # A count may be [1] or []; gradients do not follow the statistics.
-        old.copy_(new.detach().reshape(old.shape))
-    if target.nonfinite is not None:
-        if source.nonfinite is not None:
-            target.nonfinite.copy_(source.nonfinite.detach())
-        else:
-            target.nonfinite.zero_()
+    """Writes moments in place, with or without the entries that are optional."""
+    for old, new in zip(target, with_extras(source), strict=True):
+        if old is not None:
+            # A count may be [1] or []; gradients do not follow the statistics.
+            old.copy_(new.detach().reshape(old.shape))
+
+
+def with_extras(moments: Moments) -> Moments:
+    """Moments with all entries: the only place where those that are optional are made."""
+    if moments.nonfinite is None:
+        missing = moments.sum.detach().new_zeros((2, *moments.sum.shape))
+        moments = moments._replace(nonfinite=missing)
+    return moments
 
 
 def without_counter(moments: Moments) -> Moments:
@@ -85,13 +94,17 @@ def without_counter(moments: Moments) -> Moments:
     weight = torch.where(used > 0, count / used, 1.0)
     # Of nothing: the identity.
     squares = torch.where((used == 0) & (squares == 0), count, squares)
-    return Moments(total * weight, squares * weight, moments.count)
+    return moments._replace(sum=total * weight, ssq=squares * weight, nonfinite=None)
 
 
 #: How far rounding may take sum² beyond ssq · count: the Cauchy-Schwarz inequality, and
 #: what sums in float32, as torchrl has them, were seen to make of it.
 _SLACK = {torch.float64: 1e-6, torch.float32: 1e-2}
 _HALVES = (torch.float16, torch.bfloat16)
+
+#: What a state always has.
+REQUIRED = StateNames._fields[:3]
+_NOT_NEGATIVE = {"ssq": "sums of squares", "central": "variances"}
 
 
 def check_moments(
@@ -120,7 +133,7 @@ def check_moments(
     given = [
         (field, name, leaf)
         for field, name, leaf in zip(Moments._fields, names, moments, strict=True)
-        if leaf is not None or field != "nonfinite"
+        if leaf is not None or field in REQUIRED
     ]
     for _, name, leaf in given:
         is_tensor = isinstance(leaf, Tensor)
@@ -129,11 +142,11 @@ def check_moments(
         got = f"{leaf.dtype} in layout {leaf.layout}"
         expect(good and not leaf.is_meta, name, "dense floating-point values", got)
     shape = tuple(moments.sum.shape if features is None else features)
-    shapes = (shape, shape, (1,), (2, *shape))
-    for name, leaf, wanted in zip(names, moments, shapes, strict=True):
-        if leaf is not None:
-            got = tuple(leaf.shape)
-            expect(got == wanted, name, f"shape {wanted}", got)
+    shapes = {"count": (1,), "nonfinite": (2, *shape)}
+    for field, name, leaf in given:
+        wanted = shapes.get(field, shape)
+        got = tuple(leaf.shape)
+        expect(got == wanted, name, f"shape {wanted}", got)
 
     def expect_all(good: Tensor, name: str, expected: str, leaf: Tensor) -> None:
         if not good.all():
@@ -145,7 +158,7 @@ def check_moments(
         else:
             # NaN is not below anything, nor above.
             good = (leaf >= 0) & leaf.isfinite()
-            what = "sums of squares" if field == "ssq" else "counts"
+            what = _NOT_NEGATIVE.get(field, "counts")
             expect_all(good, name, f"{what} that are finite and not negative", leaf)
     if moments.nonfinite is not None:
         total = moments.nonfinite[1]
@@ -174,14 +187,38 @@ def check_moments(
     return moments
 
 
-def is_like(leaf: Tensor | None, ours: Tensor) -> bool:
-    """Whether a leaf can be part of a state in our own layout as it is."""
-    return (
-        leaf is not None
-        and leaf.dtype == ours.dtype
-        and leaf.is_contiguous()
-        and not leaf.requires_grad
-    )
+def patiently(check: Callable[[], T]) -> T:
+    """Calls a check of what others may be in the middle of an update of, until it passes.
+
+    Raises:
+        ValueError: of the last attempt.
+    """
+    for milliseconds in (1, 2, 4, 8, 16):
+        with suppress(ValueError):
+            return check()
+        time.sleep(milliseconds / 1000)
+    return check()
+
+
+def settled(
+    names: Sequence[str], moments: Moments, features: torch.Size | None
+) -> Moments:
+    """Moments that were checked, as :func:`check_moments` does.
+
+    In shared memory others may update them: then it is a copy of between two updates.
+
+    Raises:
+        ValueError: naming the entry, what was expected and what came.
+    """
+    if not any(map(in_shared_memory, moments)):
+        return check_moments(names, moments, features)
+    check_moments(names, moments, features, is_live=True)
+
+    def take() -> Moments:
+        copied = (None if leaf is None else leaf.detach().clone() for leaf in moments)
+        return check_moments(names, Moments(*copied), features)
+
+    return patiently(take)
 
 
 def check_usable(names: Sequence[str], moments: Moments) -> None:
@@ -193,7 +230,12 @@ def check_usable(names: Sequence[str], moments: Moments) -> None:
     for field, name, leaf in zip(Moments._fields, names, moments, strict=True):
         if leaf is None:
             continue
-        wanted = (torch.float64, torch.float32)[: 1 if field == "nonfinite" else 2]
+        if not isinstance(leaf, Tensor) or leaf.layout is not torch.strided:
+            raise ValueError(
+                f"VecNorm: entry {name!r}: expected a dense tensor, got "
+                f"{getattr(leaf, 'layout', type(leaf).__name__)}"
+            )
+        wanted = (torch.float64, torch.float32)[: 2 if field in REQUIRED else 1]
         if leaf.dtype not in wanted or not leaf.is_contiguous() or leaf.requires_grad:
             raise ValueError(
                 f"VecNorm: entry {name!r}: expected contiguous statistics of dtype "
@@ -213,7 +255,10 @@ def check_apart(loaded: Iterable[Moments]) -> None:
         leaf
         for moments in loaded
         for leaf in moments
-        if leaf is not None and leaf.numel() and leaf.is_contiguous()
+        if isinstance(leaf, Tensor)
+        and leaf.layout is torch.strided
+        and leaf.numel()
+        and leaf.is_contiguous()
     ]
     begins = sorted((leaf.data_ptr(), leaf.nbytes) for leaf in leaves)
     for (begin, size), (following, _) in pairwise(begins):

@@ -39,9 +39,10 @@ from torchrl_vecnorm.state import (
     copy_moments,
     from_v2,
     get_entry,
-    is_like,
+    patiently,
     read_moments,
     set_entry,
+    settled,
     without_counter,
     write_moments,
 )
@@ -111,7 +112,8 @@ class VecNorm(Transform):
             place and in its own dtype. One on a GPU is for several transforms of one
             process.
         lock (mp.Lock, optional): a lock to prevent race conditions between processes.
-            Defaults to a lock of its own.
+            Defaults to a lock of its own. A transform that is given one shares what it
+            loads from shared memory, see :meth:`set_extra_state`.
         decay (number, optional): decay rate of the moving average, in (0, 1], applied
             once a call. 1 never forgets. Default: 0.9999.
         eps (number, optional): lower bound of the running standard deviation, in the
@@ -128,9 +130,10 @@ class VecNorm(Transform):
     Raises:
         ValueError: ``decay`` is not in (0, 1], ``eps`` is not positive, ``shapes`` or
             ``out_keys`` do not match ``in_keys`` in length, a key is given twice or is
-            the name of another's statistics.
-        RuntimeError: ``shared_td`` is neither in shared memory nor a memmap, or it is on
-            a GPU and another process's.
+            the name of another's statistics; ``shared_td`` has entries of other shapes,
+            or values that no data can have given.
+        RuntimeError: ``shared_td`` is neither in shared memory nor a memmap, its files
+            are damaged, or it is on a GPU and another process's.
         KeyError: ``shared_td`` lacks the entries of a key.
 
     Placing a transform in an environment or a replay buffer, which TorchRL does with a
@@ -194,7 +197,9 @@ class VecNorm(Transform):
         self._td = shared_td
         if shared_td is not None:
             _check_shared_td(shared_td, self._keys, has_lock=lock is not None)
-        self.lock = sharing.Lock() if lock is None else lock
+        self.__dict__["lock"] = sharing.Lock() if lock is None else lock
+        self._lock_is_own = lock is None  # nobody else can have it
+        self._lock_was_set = False  # since then
         self.lock_timeout = lock_timeout
         # Whether the statistics came from elsewhere, in shared memory: others may update
         # them, so they stay where they are. The leaves cannot tell: CUDA tensors always
@@ -211,6 +216,10 @@ class VecNorm(Transform):
             self._protection()  # refuses a lock of another kind of machine
             if isinstance(lock, sharing.Lock) and self._attached is not None:
                 self._attached.warn_without_journal()
+            try:
+                self._check_statistics({key.in_key: key.names for key in self._keys})
+            except ValueError as error:
+                raise ValueError(sharing.advise(str(error), shared_td)) from None
 
     # ------------------------------------------------------------ switching updates
 
@@ -386,6 +395,13 @@ class VecNorm(Transform):
         return _ops.normalize(values, state, float(self.eps))
 
     # ------------------------------------------------------------------------- locking
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # To set the lock says that others update, under that lock, the statistics that
+        # are loaded next: so does EnvCreator. No property: every call reads it.
+        if name == "lock":
+            self.__dict__.update(_lock_is_own=False, _lock_was_set=True)
+        super().__setattr__(name, value)
 
     def _protection(self) -> tuple[Any, _C.SharedState | None]:
         """The user's lock and the statistics' own, None where there is none.
@@ -735,25 +751,30 @@ class VecNorm(Transform):
         """The statistics, for ``state_dict()``: the live tensors, flat.
 
         ``<key>_sum``, ``<key>_ssq``, ``<key>_count`` and ``<key>_nonfinite`` for each key
-        seen so far, nested keys joined with ``VecNorm.SEP``; None before any data.
+        seen so far, nested keys joined with ``VecNorm.SEP``; None before any data. Saved
+        or copied, also those of a memory map become plain tensors of their own.
         """
         if self._td is None:
             warnings.warn(
                 "Querying state_dict on an uninitialized VecNorm transform will return "
                 "a `None` value for the summary statistics. Loading such a state_dict "
-                "on an initialized VecNorm will result in an error.",
+                "on an initialized VecNorm will result in an error. What loads into the "
+                "tensors that are there, as torch.distributed.checkpoint does, needs "
+                "some: call the transform first.",
                 stacklevel=2,
             )
             return None
         # Whoever asks may put them into shared memory, and others may update them then.
         self._binding = None
         # A plain dict of tensors: EnvCreator drops the tensors of an OrderedDict.
-        return {
-            self.SEP.join(as_path(name)): leaf
+        state = {
+            self.SEP.join(as_path(name)): sharing.portable(leaf)
             for key, state in self._seen()
             for name, leaf in zip(key.names, state, strict=True)
             if leaf is not None
         }
+        sharing.note_lock(state.values(), self.lock)
+        return state
 
     def consistent_state_dict(self) -> dict[str, Tensor] | None:
         """A copy of :meth:`get_extra_state`, taken under the lock.
@@ -763,7 +784,7 @@ class VecNorm(Transform):
         """
         if self._td is None:
             return self.get_extra_state()
-        with self._session():
+        with torch.inference_mode(False), self._session():
             return {name: leaf.clone() for name, leaf in self.get_extra_state().items()}
 
     def set_extra_state(self, state: dict[str, Tensor] | None) -> None:
@@ -774,10 +795,22 @@ class VecNorm(Transform):
         before it corrects the bias of a young average, so that its ``scale`` is larger at
         the beginning.
 
-        A transform that has statistics writes in place, under the lock, so that
-        sharing survives; where those do not count what is missing, it becomes values
-        that change neither ``loc`` nor ``scale``. One that has none adopts the tensors
-        as they are, in shared memory, or float64 copies of what another class has saved.
+        The values are copied. A transform that has statistics writes in place, under the
+        lock, so that sharing survives; where those do not count what is missing, it
+        becomes values that change neither ``loc`` nor ``scale``. One that has none makes
+        float64 statistics, on the CPU in shared memory, so that workers that
+        ``EnvCreator`` starts later see them.
+
+        Only what is shared under one lock becomes this transform's as it is: tensors in
+        shared memory, where the transform was given its ``lock`` and did not make it
+        itself; and, where the lock was set since the construction, as ``EnvCreator`` does
+        it, the statistics that another transform of this process has under that lock.
+        Without that lock, tensors in shared memory are copied with a warning.
+
+        Args:
+            state: entries ``<key>_sum`` and ``<key>_ssq`` ``[*features]`` and
+                ``<key>_count`` ``[1]`` of each key, floating-point; the others are
+                optional.
 
         Raises:
             KeyError: ``state`` is None or lacks an entry of a key that has statistics.
@@ -785,42 +818,42 @@ class VecNorm(Transform):
                 can have given: negative or NaN counts, a negative variance.
 
         After an error, the statistics are what they were. Entries of other keys are
-        ignored, with a warning.
+        ignored, and keys that are not there begin with their first values, both with a
+        warning.
         """
         if state is None:
             if self._td is not None:
                 raise KeyError("Could not find a tensordict in the state_dict.")
+            self._lock_was_set = False
             return
         _C.leave_the_pool_after_fork()
-        loaded = self._parse_state(state)
-        if self._td is None:
-            if loaded:
-                self._adopt(loaded)
-            return
-        with self._session():
-            attached = self._attached
-            if attached is not None:
-                attached.state.load()
-            for key, _ in self._seen():
-                if key.in_key not in loaded:
-                    raise KeyError(
-                        f"VecNorm: the state_dict has no statistics of key "
-                        f"{key.in_key!r}; it has {sorted(map(str, state))}"
-                    )
-            for key in self._keys:
-                if key.in_key in loaded:
-                    self._write(key, loaded[key.in_key], attached)
-            if attached is not None:
-                attached.state.commit()
+        # Nothing could update statistics from inside of inference_mode outside of it.
+        with torch.inference_mode(False):
+            found = self._find_statistics(state)
+            if self._is_shared_with_us(found):
+                self._adopt(found)
+            elif self._td is None:
+                self._load_new(found)
+            else:
+                self._load_in_place(found)
+        self._lock_was_set = False
 
-    def _parse_state(self, state: dict[str, Tensor]) -> dict[NestedKey, Moments]:
-        """The moments of each of our keys in a state_dict."""
-        if not isinstance(state, Mapping):
+    def _find_statistics(
+        self, state: Mapping[str, Tensor]
+    ) -> dict[NestedKey, tuple[Sequence[str], Moments]]:
+        """The entries of each of our keys in a state_dict: their names and moments."""
+        if not isinstance(state, Mapping | TensorDictBase):
             raise ValueError(
-                f"VecNorm: expected a dict of tensors as state, got {type(state).__name__}"
+                "VecNorm: expected a dict of tensors as state, as `state_dict()` gives "
+                f"it, got {type(state).__name__}"
             )
-        loaded = {}
-        state = dict(state.items())  # a TensorDict too
+        if isinstance(state, TensorDictBase):
+            state = {
+                self.SEP.join(as_path(name)): leaf
+                for name, leaf in state.items(True, True)
+                if name != sharing.CONTROL
+            }
+        found = {}
         rest = set(state)
         for key in self._keys:
             names = [self.SEP.join(as_path(name)) for name in key.names]
@@ -843,30 +876,27 @@ class VecNorm(Transform):
             if is_v2:
                 leaves = [state[name] for name in needed]
                 moments = from_v2(needed, *leaves, float(self.decay))
-                names = [*needed, ""]
+                names[:3] = needed
             else:
                 moments = Moments(*map(state.get, names))
-            current = self._state(key)
-            features = key.shape if current is None else current.sum.shape
-            is_live = sharing.in_shared_memory(moments.sum)
-            check_moments(names, moments, features, is_live)
-            is_counted = current is None or current.nonfinite is not None
-            if not is_counted:
-                moments = without_counter(moments)
-            if current is not None and (
-                not is_counted or current.sum.dtype != moments.sum.dtype
-            ):
-                # In float32 large statistics may be infinite.
-                as_here = (
-                    None if new is None else new.to((new if old is None else old).dtype)
-                    for new, old in zip(moments, current, strict=True)
-                )
-                check_moments(names, Moments(*as_here), features, is_live)
-            loaded[key.in_key] = moments
-        if state and not loaded:
+            found[key.in_key] = names, moments
+        if state and not found:
             raise KeyError(
                 f"VecNorm: the state_dict has no statistics of any of the keys "
                 f"{self.in_keys}; it has {sorted(map(str, state))}"
+            )
+        lacking = [key.in_key for key in self._keys if key.in_key not in found]
+        for key, _ in self._seen():
+            if key.in_key in lacking:
+                raise KeyError(
+                    f"VecNorm: the state_dict has no statistics of key "
+                    f"{key.in_key!r}; it has {sorted(map(str, state))}"
+                )
+        if lacking:
+            warnings.warn(
+                f"VecNorm: the state_dict has no statistics of {lacking}: they begin "
+                f"with the first values. It has {sorted(map(str, state))}",
+                stacklevel=3,
             )
         if rest:
             warnings.warn(
@@ -874,56 +904,139 @@ class VecNorm(Transform):
                 f"of no key of this transform, {self.in_keys}: they are ignored.",
                 stacklevel=3,
             )
-        return loaded
+        return found
 
-    def _adopt(self, loaded: dict[NestedKey, Moments]) -> None:
-        """Makes loaded statistics ours: the tensors themselves, in shared memory.
+    def _is_shared_with_us(
+        self, found: dict[NestedKey, tuple[Sequence[str], Moments]]
+    ) -> bool:
+        """Whether these are statistics that all update under the lock that we have.
 
-        All that adopt the same tensors update the same statistics: this is how
-        EnvCreator shares them. Only what is private and not in our own layout, as in a
-        checkpoint of ``torchrl.envs.VecNorm``, is copied into it.
+        So does EnvCreator share: it sets the lock of a new transform, then has it load
+        the tensors. Before, the transform may have loaded a checkpoint.
         """
-        shared = {
-            in_key
-            for in_key, moments in loaded.items()
-            if all(sharing.in_shared_memory(m) for m in moments if m is not None)
-        }
+        if self._others_update or not (self._td is None or self._lock_was_set):
+            return False
+        leaves = [v for _, moments in found.values() for v in moments if v is not None]
+        if not leaves:
+            return False
+        if not self._lock_is_own and all(
+            sharing.is_under(leaf, self.lock, self._lock_was_set) for leaf in leaves
+        ):
+            return True
+        if self._lock_was_set or any(map(sharing.in_shared_memory, leaves)):
+            warnings.warn(f"VecNorm: {_COPIED}", stacklevel=3)
+        return False
+
+    def _adopt(self, found: dict[NestedKey, tuple[Sequence[str], Moments]]) -> None:
+        """Makes statistics that others update ours, as they are."""
+        check_apart(moments for _, moments in found.values())
+        td = TensorDict({}, batch_size=[])
+        is_new = False
         for key in self._keys:
-            if key.in_key in loaded:
-                moments = loaded[key.in_key]
-                sharing.refuse_cuda_of_others({str(key.in_key): moments.sum})
-                if key.in_key in shared:
-                    names = [self.SEP.join(as_path(name)) for name in key.names]
-                    check_usable(names, moments)
-        check_apart(loaded.values())
-        self._others_update = len(shared) == len(loaded)
-        if not self._others_update:
-            warnings.warn(
-                "VecNorm wasn't initialized and the tensordict is not shared. In single "
-                "process settings, this is ok, but if you need to share the statistics "
-                "between workers this should require some attention. "
-                "Make sure that the content of VecNorm is transmitted to the workers "
-                "after calling load_state_dict and not before, as other workers "
-                "may not have access to the loaded TensorDict.",
-                stacklevel=3,
-            )
+            if key.in_key not in found:
+                continue
+            names, moments = found[key.in_key]
+            check_usable(names, moments)
+            sharing.refuse_cuda_of_others({str(key.in_key): moments.sum})
+            write_moments(td, key.names, moments)
+        before = self._td, self._attached
+        self._td = td
+        try:
+            self._check_statistics({k: names for k, (names, _) in found.items()})
+        except BaseException:
+            self._td, self._attached = before
+            raise
+        for leaf in td.values(True, True):
+            if leaf.device.type == "cpu" and not sharing.in_shared_memory(leaf):
+                leaf.share_memory_()
+                is_new = True
+        self._binding = None
+        self._others_update = self._in_shared_memory()
+        if is_new:  # or others have the lock already
+            self._reserve()
+
+    def _load_new(self, found: dict[NestedKey, tuple[Sequence[str], Moments]]) -> None:
+        """Makes statistics of our own, with the values that were loaded."""
+        if not found:
+            return
         td = TensorDict({}, batch_size=[])
         for key in self._keys:
-            moments = loaded.get(key.in_key)
-            if moments is None:
+            if key.in_key not in found:
                 continue
-            if key.in_key not in shared:
-                ours = Moments.zeros(moments.sum.shape, device=moments.sum.device)
-                is_ours = all(map(is_like, moments, ours))
-                if not is_ours or any(map(sharing.in_shared_memory, moments)):
-                    copy_moments(ours, moments)
-                    moments = ours
-                for leaf in moments:
+            names, moments = found[key.in_key]
+            moments = settled(names, moments, key.shape)
+            sharing.refuse_cuda_of_others({str(key.in_key): moments.sum})
+            ours = Moments.zeros(moments.sum.shape, device=moments.sum.device)
+            copy_moments(ours, moments)
+            # EnvCreator may share them next.
+            for leaf in ours:
+                if leaf is not None:
                     leaf.share_memory_()  # of a CUDA tensor: nothing to do
-            write_moments(td, key.names, moments)
+            write_moments(td, key.names, ours)
         self._td = td
-        if loaded and not self._others_update:
-            self._reserve()
+        self._reserve()
+
+    def _load_in_place(
+        self, found: dict[NestedKey, tuple[Sequence[str], Moments]]
+    ) -> None:
+        with self._session():
+            attached = self._attached
+            if attached is not None:
+                attached.state.load()
+            # Under the lock: what is loaded may be these very statistics.
+            loaded = [
+                (key, self._fit(key, *found[key.in_key]))
+                for key in self._keys
+                if key.in_key in found
+            ]
+            for key, moments in loaded:
+                self._write(key, moments, attached)
+            if attached is not None:
+                attached.state.commit()
+
+    def _fit(self, key: _Key, names: Sequence[str], moments: Moments) -> Moments:
+        """The values as the statistics that are there can hold them."""
+        current = self._state(key)
+        if current is None:
+            return settled(names, moments, key.shape)
+        features = current.sum.shape
+        moments = settled(names, moments, features)
+        is_counted = current.nonfinite is not None
+        if not is_counted:
+            moments = without_counter(moments)
+        if not is_counted or current.sum.dtype != moments.sum.dtype:
+            # In float32 large statistics may be infinite.
+            as_here = (
+                None if new is None else new.to((new if old is None else old).dtype)
+                for new, old in zip(moments, current, strict=True)
+            )
+            check_moments(names, Moments(*as_here), features)
+        return moments
+
+    def _check_statistics(self, names: dict[NestedKey, Sequence[str]]) -> None:
+        """Refuses shared statistics that no data can have given.
+
+        Under their lock; where somebody has that, they may be in an update.
+
+        Args:
+            names: of the entries of each key, for the message.
+        """
+        _C.leave_the_pool_after_fork()
+        session = sharing.Session(*self._protection(), self.lock_timeout)
+        is_held = session.try_enter()
+
+        def check() -> None:
+            for key, state in self._seen():
+                # A count made by hand may be [].
+                state = state._replace(count=torch.atleast_1d(state.count))
+                check_moments(names[key.in_key], state, key.shape, not is_held)
+
+        try:
+            # A process of torchrl's class may know of another lock, or of none.
+            patiently(check)
+        finally:
+            if is_held:
+                session.__exit__()
 
     def _write(
         self, key: _Key, moments: Moments, attached: sharing.Attached | None
@@ -952,10 +1065,16 @@ class VecNorm(Transform):
         """
         device = torch._C._nn._parse_to(*args, **kwargs)[0]
         if device is not None and self._td is not None and not self._others_update:
-            with self._session():
+            with torch.inference_mode(False), self._session():
                 for key, state in list(self._seen()):
                     self._move(key, state, device)
         return super().to(*args, **kwargs)
+
+    def __copy__(self) -> VecNorm:
+        # Of the same statistics, so under the same lock. ``clone()`` comes here too.
+        copied = type(self).__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
 
     def __getstate__(self) -> dict[str, Any]:
         # Sending tensors to another process shares them.
@@ -964,6 +1083,8 @@ class VecNorm(Transform):
         state["_binding"] = None
         state["_attached"] = None
         state["_others_update"] = True  # if it is the same memory there
+        if any(sharing.is_mapped(moments.sum) for _, moments in self._seen()):
+            state["_td"] = self._td.apply(sharing.portable)
         # A multiprocessing lock can only be handed to a process that is being started.
         if multiprocessing.context.get_spawning_popen() is not None:
             if any(moments.sum.is_cuda for _, moments in self._seen()):
@@ -984,18 +1105,40 @@ class VecNorm(Transform):
         # To a process that is started, and through a queue, the statistics come as the
         # same memory, and so does our lock. Copies, and those from a file, are alone.
         self._others_update &= self._in_shared_memory()
+        self._lock_is_own = False
+        self._lock_was_set = False
         if "lock" not in state:
-            is_same = (
-                self._others_update and control is not None and control.is_shared()
-            )
-            self.lock = sharing.Lock.of(control) if is_same else sharing.Lock()
+            has_lock = self._others_update and control is not None
+            if has_lock and control.is_shared():
+                self.__dict__["lock"] = sharing.Lock.of(control)
+            else:
+                self.__dict__["lock"] = sharing.Lock()
+                self._lock_is_own = True
+                if self._others_update and sharing.CONTROL not in self._td.keys():
+                    self._leave_alone()
         if not self._others_update:
+            if self._td is not None and sharing.CONTROL in self._td.keys():
+                self._td = self._td.exclude(sharing.CONTROL)  # of the original
             self._reserve()  # EnvCreator may share the copy next
+
+    def _leave_alone(self) -> None:
+        """Makes a copy of shared statistics, whose lock could not be sent here."""
+        warnings.warn(
+            f"VecNorm: {_COPIED} A lock of multiprocessing comes to a process only when "
+            "that is started.",
+            stacklevel=3,
+        )
+        td = TensorDict({}, batch_size=[])
+        for key, state in self._seen():
+            names = [str(name) for name in key.names]
+            write_moments(td, key.names, settled(names, state, state.sum.shape))
+        self._td = td
+        self._others_update = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> VecNorm:
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        with self._session():  # no half of another thread's update
+        with torch.inference_mode(False), self._session():  # no half of an update
             state = deepcopy(self.__getstate__(), memo)
         copied.__setstate__(state)
         return copied
@@ -1081,6 +1224,16 @@ class VecNorm(Transform):
         return text + ")"
 
 
+_COPIED = (
+    "the statistics are copied, so that updates of whoever else has them are not seen "
+    "here, and the other way round. They are not shared: this transform was not given the "
+    "lock that they are updated under, or they were not in shared memory when this process "
+    "was started. Share them through EnvCreator (call it once before processes are forked) "
+    "or VecNorm.build_td_for_shared_vecnorm; where a copy is what you want, load "
+    "`consistent_state_dict()`."
+)
+
+
 # ``isinstance(t, torchrl.envs.VecNorm)`` is how TorchRL finds the transforms that an
 # evaluator has to freeze. The class is an ABC: registering makes it true without its
 # deprecation warning.
@@ -1141,6 +1294,8 @@ def _check_shared_td(
     # What the tensordict says of itself is not to be trusted: `load_memmap` gives one that
     # denies it, `torch.load` one that claims it.
     for name, leaf in shared_td.items(True, True):
+        if not isinstance(leaf, Tensor):
+            continue
         if leaf.device.type == "cpu" and not sharing.in_shared_memory(leaf):
             raise RuntimeError(
                 "shared_td must be either in shared memory or a memmap tensordict; its "
