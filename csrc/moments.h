@@ -44,6 +44,16 @@ struct Partial {
   double d2 = 0;  // Σ (x - shift)²
 };
 
+// a / n; 0 where there is nothing to divide by. Without a branch, so that compilers
+// take several features at once; and so are the functions below.
+VECNORM_HD double ratio(double a, double n) {
+  const double q = a / (n > 0 ? n : 1.);
+  return n > 0 ? q : 0.;
+}
+
+// Written so that a NaN stays one: fmax would hide it.
+VECNORM_HD double not_negative(double x) { return x < 0 ? 0. : x; }
+
 // The running moments of one feature. `count` is the number of samples (shared by
 // the features of a key), `missing` the number of values among them that were left out.
 // `var` is the variance of the others: where a state keeps it beside the sums it has
@@ -60,20 +70,16 @@ struct Moments {
   VECNORM_HD double used() const {
     const double n = count - missing;
     const double rounding = 1e-9 * count;
-    return n < -rounding ? count : n <= rounding ? 0. : n;
+    const double known = n <= rounding ? 0. : n;
+    return n < -rounding ? count : known;
   }
 
-  VECNORM_HD double loc() const {
-    const double n = used();
-    return n > 0 ? sum / n : 0.;
-  }
+  VECNORM_HD double loc() const { return ratio(sum, used()); }
 
-  // The variance as the sums have it. Written so that a NaN stays one.
+  // The variance as the sums have it.
   VECNORM_HD double var_of_sums() const {
-    const double n = used();
     const double mean = loc();
-    const double v = n > 0 ? ssq / n - mean * mean : 0.;
-    return v < 0 ? 0. : v;
+    return not_negative(ratio(ssq, used()) - mean * mean);
   }
 };
 
@@ -159,27 +165,20 @@ VECNORM_HD Moments unshift(Partial p, double shift, double samples) {
   m.ssq = p.d2 + shift * (2 * p.d1 + p.n * shift);
   m.count = samples;
   m.missing = samples - p.n;
-  if (p.n > 0) {
-    const double mean = p.d1 / p.n;
-    const double var = p.d2 / p.n - mean * mean;
-    m.var = var < 0 ? 0. : var;
-  }
+  const double mean = ratio(p.d1, p.n);
+  m.var = not_negative(ratio(p.d2, p.n) - mean * mean);
   return m;
 }
 
-// An empty batch changes nothing: it does not even decay.
-VECNORM_HD Moments fold(Moments state, Moments batch, Weights w) {
-  if (!(batch.count > 0)) {
-    return state;
-  }
+// The moments of the state and of a batch that has samples.
+VECNORM_HD Moments fold_some(Moments state, const Moments& batch, Weights w) {
   // The variance within both, and that between their means (Chan, Golub & LeVeque).
   const double a = w.keep * state.used();
   const double b = w.weight * batch.used();
-  if (a + b > 0) {
-    const double apart = a > 0 && b > 0 ? batch.loc() - state.loc() : 0.;
-    const double share = b / (a + b);
-    state.var += share * (batch.var - state.var + (1. - share) * apart * apart);
-  }
+  const double share = ratio(b, a + b);
+  const double between = batch.loc() - state.loc();
+  const double apart = a > 0 && b > 0 ? between : 0.;
+  state.var += share * (batch.var - state.var + (1. - share) * apart * apart);
   state.sum = w.keep * state.sum + w.weight * batch.sum;
   state.ssq = w.keep * state.ssq + w.weight * batch.ssq;
   state.count = w.keep * state.count + w.weight * batch.count;
@@ -187,30 +186,35 @@ VECNORM_HD Moments fold(Moments state, Moments batch, Weights w) {
   return state;
 }
 
-// A state without a counter of missing values cannot leave a value out: it is taken to
-// have been at the running mean, or at the batch's mean when there is none yet.
-VECNORM_HD Moments impute(Moments batch, Moments state) {
-  if (batch.missing > 0) {
-    const double n = batch.missing;
-    const double at = state.count > 0 ? state.sum / state.count : batch.loc();
-    batch.count -= n;
-    batch.missing = 0;
-    batch = fold(batch, {n * at, n * at * at, n, 0, 0}, {1, 1});
-  }
-  return batch;
+// An empty batch changes nothing: it does not even decay.
+VECNORM_HD Moments fold(const Moments& state, const Moments& batch, Weights w) {
+  return batch.count > 0 ? fold_some(state, batch, w) : state;
 }
 
-// loc and scale of a feature; identity while nothing was seen.
-VECNORM_HD Statistic statistic(Moments m, double eps, Rounding rounding) {
-  if (!(m.used() > 0)) {
-    return {0., 1.};
-  }
+// A state without a counter of missing values cannot leave a value out: it is taken to
+// have been at the running mean, or at the batch's mean when there is none yet.
+VECNORM_HD Moments impute(Moments batch, const Moments& state) {
+  const double n = batch.missing;
+  const double mean = ratio(state.sum, state.count);
+  const double at = state.count > 0 ? mean : batch.loc();
+  batch.count -= n;
+  batch.missing = 0;
+  return fold_some(batch, {n * at, n * at * at, n, 0, 0}, {1, 1});
+}
+
+// loc and scale of a feature, whose deviation is `std`; identity while nothing was
+// seen.
+VECNORM_HD Statistic statistic(const Moments& m, double std, double eps,
+                               Rounding rounding) {
   const double loc = m.loc();
-  // Written so that a NaN stays one: fmax would hide it.
-  const double std = std::sqrt(m.var);
   const double least = std::fabs(loc) * rounding.scale;
   const double bound = least > eps ? least : eps;
-  return {loc, std < bound ? bound : std};
+  const double scale = std < bound ? bound : std;  // a NaN stays one
+  return {loc, m.used() > 0 ? scale : 1.};
+}
+
+VECNORM_HD Statistic statistic(const Moments& m, double eps, Rounding rounding) {
+  return statistic(m, std::sqrt(m.var), eps, rounding);
 }
 
 // y = (x - loc) / scale in the arithmetic of T. loc is split into a part that T can
@@ -224,15 +228,14 @@ struct Affine {
   VECNORM_HD static Affine of(Statistic s) {
     constexpr double largest = kLargest<T>;
     const double reciprocal = 1. / s.scale;
-    const T hi = static_cast<T>(s.loc);
     // Clamped, so that a constant feature under a tiny eps gives 0 and not 0 * inf.
-    const T inv = static_cast<T>(reciprocal > largest ? largest : reciprocal);
+    const T inverse = static_cast<T>(reciprocal);
+    const T inv = inverse > kLargest<T> ? kLargest<T> : inverse;
     // Deviations this large are near the end of T's range: x - hi may overflow where y
     // is an ordinary number. The mean is taken away last, which costs no digits that
     // matter, since it is less than 4096 deviations.
-    if (s.scale > largest / 4096) {
-      return {T(0), inv, static_cast<T>(-s.loc * reciprocal)};
-    }
+    const T mean = static_cast<T>(s.loc);
+    const T hi = s.scale > largest / 4096 ? T(0) : mean;
     const double rest = (static_cast<double>(hi) - s.loc) * reciprocal;
     return {hi, inv, static_cast<T>(rest)};
   }

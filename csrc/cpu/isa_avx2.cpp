@@ -38,6 +38,10 @@ inline void stream(float* to, __m256 y) { _mm256_stream_ps(to, y); }
 inline void stream(double* to, __m256d y) { _mm256_stream_pd(to, y); }
 inline void flush_stream() { _mm_sfence(); }
 
+inline void square_root(const double* from, double* to) {
+  _mm256_storeu_pd(to, _mm256_sqrt_pd(_mm256_loadu_pd(from)));
+}
+
 inline void from_halves(const uint16_t* from, float* to) {
   const auto* halves = reinterpret_cast<const __m128i*>(from);
   _mm256_storeu_ps(to, _mm256_cvtph_ps(_mm_loadu_si128(halves)));

@@ -41,6 +41,10 @@ inline void stream(float* to, __m512 y) { _mm512_stream_ps(to, y); }
 inline void stream(double* to, __m512d y) { _mm512_stream_pd(to, y); }
 inline void flush_stream() { _mm_sfence(); }
 
+inline void square_root(const double* from, double* to) {
+  _mm512_storeu_pd(to, _mm512_sqrt_pd(_mm512_loadu_pd(from)));
+}
+
 inline void from_halves(const uint16_t* from, float* to) {
   const auto* halves = reinterpret_cast<const __m256i*>(from);
   _mm512_storeu_ps(to, _mm512_cvtph_ps(_mm256_loadu_si256(halves)));

@@ -29,12 +29,20 @@ namespace {
 inline void stream(float* to, __m128 y) { _mm_stream_ps(to, y); }
 inline void stream(double* to, __m128d y) { _mm_stream_pd(to, y); }
 inline void flush_stream() { _mm_sfence(); }
+inline void square_root(const double* from, double* to) {
+  _mm_storeu_pd(to, _mm_sqrt_pd(_mm_loadu_pd(from)));
+}
 #else
 template <typename C, typename Pack>
 inline void stream(C* to, Pack y) {
   std::memcpy(to, &y, sizeof(y));
 }
 inline void flush_stream() {}
+inline void square_root(const double* from, double* to) {
+  for (int64_t j = 0; j < kPackBytes / 8; ++j) {
+    to[j] = std::sqrt(from[j]);
+  }
+}
 #endif
 
 inline void from_halves(const uint16_t* from, float* to) {

@@ -39,6 +39,111 @@ constexpr int64_t kSomeFeatures = 64;
 // So many of these are done before the threads start.
 constexpr int64_t kSerialParts = 64;
 
+// ---------------------------------------------------------------------- the state
+
+// The moments of some features, as arrays: loops over them become packs of features,
+// where one feature after the other would wait for each division.
+struct Some {
+  int64_t size;
+  double count;
+  double sum[kSomeFeatures];
+  double ssq[kSomeFeatures];
+  double missing[kSomeFeatures];
+  double var[kSomeFeatures];
+
+  inline Moments operator[](int64_t i) const {
+    return {sum[i], ssq[i], count, missing[i], var[i]};
+  }
+
+  inline void set(int64_t i, const Moments& m) {
+    sum[i] = m.sum;
+    ssq[i] = m.ssq;
+    missing[i] = m.missing;
+    var[i] = m.var;
+  }
+
+  // The variance that is there, or that of the sums.
+  void settle(const State& s) {
+    if (s.central.data == nullptr) {
+      for (int64_t i = 0; i < size; ++i) {
+        var[i] = (*this)[i].var_of_sums();
+      }
+      return;
+    }
+    const Rounding rounding = s.rounding();
+    for (int64_t i = 0; i < size; ++i) {
+      var[i] = kept_var(var[i], (*this)[i], rounding);
+    }
+  }
+};
+
+void read_leaf(const Leaf& leaf, Range range, double* to) {
+  if (leaf.data == nullptr) {
+    std::fill_n(to, range.size(), 0.);
+  } else if (leaf.dtype == Dtype::kFloat64) {
+    std::copy_n(static_cast<const double*>(leaf.data) + range.begin, range.size(), to);
+  } else {
+    std::copy_n(static_cast<const float*>(leaf.data) + range.begin, range.size(), to);
+  }
+}
+
+// Leaves in `values` what can be read there from now on.
+void write_leaf(const Leaf& leaf, Range range, double* values) {
+  if (leaf.data == nullptr) {
+    return;
+  }
+  if (leaf.dtype == Dtype::kFloat64) {
+    std::copy_n(values, range.size(), static_cast<double*>(leaf.data) + range.begin);
+    return;
+  }
+  float* to = static_cast<float*>(leaf.data) + range.begin;
+  for (int64_t i = 0; i < range.size(); ++i) {
+    to[i] = static_cast<float>(values[i]);
+    values[i] = to[i];
+  }
+}
+
+void read_some(const State& s, Range features, Some& m) {
+  m.size = features.size();
+  m.count = s.count.read(0);
+  read_leaf(s.sum, features, m.sum);
+  read_leaf(s.ssq, features, m.ssq);
+  read_leaf(s.nonfinite, features, m.missing);
+  read_leaf(s.central, features, m.var);
+  m.settle(s);
+}
+
+bool any(const double* values, int64_t n) {
+  int64_t found = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    found += values[i] != 0 ? 1 : 0;
+  }
+  return found > 0;
+}
+
+// Writes all but `count`, which the features of a key share; `m` is then what can be
+// read. Counters of missing values are left alone while nothing is missing.
+void write_some(const State& s, Range features, int64_t all, Some& m, bool was_missing,
+                double* left_out) {
+  m.count = s.count.rounded(m.count);
+  write_leaf(s.sum, features, m.sum);
+  write_leaf(s.ssq, features, m.ssq);
+  if (was_missing || any(left_out, m.size)) {
+    write_leaf(s.nonfinite, features, m.missing);
+    if (s.nonfinite.data != nullptr) {
+      const Range total{all + features.begin, all + features.end};
+      double before[kSomeFeatures];
+      read_leaf(s.nonfinite, total, before);
+      for (int64_t i = 0; i < m.size; ++i) {
+        before[i] += left_out[i];
+      }
+      write_leaf(s.nonfinite, total, before);
+    }
+  }
+  write_leaf(s.central, features, m.var);
+  m.settle(s);
+}
+
 // ----------------------------------------------------------------- the workspace
 
 // What one key needs between the phases. The arrays live in one block that the calling
@@ -253,26 +358,48 @@ class Call {
     if (key.samples == 0) {
       return;
     }
+    Some state;
+    read_some(key.state, features, state);
+    double* shift = work.shift + features.begin;
+    double used[kSomeFeatures];
+    int64_t unknown = 0;
+    int64_t adrift = 0;
+    for (int64_t i = 0; i < state.size; ++i) {
+      used[i] = state[i].used();
+      shift[i] = state[i].loc();
+      unknown += used[i] > 0 ? 0 : 1;
+      const bool holds = anchored(used[i], static_cast<double>(key.samples), weights_);
+      adrift += holds ? 0 : 1;
+    }
     dispatch_any(key.x.dtype, [&](auto type) {
       using T = typename decltype(type)::type;
-      bool is_anchored = true;
-      // Of the samples that count: others may be anything.
-      const bool* end = key.mask + key.samples;
-      const int64_t first =
-          key.mask != nullptr ? std::find(key.mask, end, true) - key.mask : 0;
-      const T* row = static_cast<const T*>(key.x.data) +
-                     (first < key.samples ? first : 0) * key.x.row_stride;
-      for (int64_t f = features.begin; f < features.end; ++f) {
-        const Moments state = read_state(key.state, f);
-        const double used = state.used();
-        double shift =
-            used > 0 ? state.sum / used : load<double>(row[f * key.x.feature_stride]);
-        shift = static_cast<double>(static_cast<typename Compute<T>::type>(shift));
-        work.shift[f] = usable(shift) ? shift : 0.;
-        is_anchored &= anchored(used, static_cast<double>(key.samples), weights_);
+      if (unknown > 0) {
+        double first[kSomeFeatures];
+        read_first<T>(key, features, first);
+        for (int64_t i = 0; i < state.size; ++i) {
+          shift[i] = used[i] > 0 ? shift[i] : first[i];
+        }
       }
-      work.anchors[features.begin / kSomeFeatures] = is_anchored ? 1. : 0.;
+      for (int64_t i = 0; i < state.size; ++i) {
+        shift[i] =
+            static_cast<double>(static_cast<typename Compute<T>::type>(shift[i]));
+        shift[i] = usable(shift[i]) ? shift[i] : 0.;
+      }
     });
+    work.anchors[features.begin / kSomeFeatures] = adrift == 0 ? 1. : 0.;
+  }
+
+  // The first sample that counts: others may be anything.
+  template <typename T>
+  void read_first(const Key& key, Range features, double* to) const {
+    const bool* end = key.mask + key.samples;
+    const int64_t found =
+        key.mask != nullptr ? std::find(key.mask, end, true) - key.mask : 0;
+    const int64_t first = found < key.samples ? found : 0;
+    const T* row = static_cast<const T*>(key.x.data) + first * key.x.row_stride;
+    for (int64_t f = features.begin; f < features.end; ++f) {
+      to[f - features.begin] = load<double>(row[f * key.x.feature_stride]);
+    }
   }
 
   void accumulate(const Piece& piece) const {
@@ -309,20 +436,30 @@ class Call {
       }
       samples += work.counted[c];
     }
-    for (int64_t i = 0; i < features.size(); ++i) {
-      const int64_t f = features.begin + i;
-      Moments state = read_state(key.state, f);
-      if (samples > 0) {
-        Moments batch = unshift({n[i], d1[i], d2[i]}, work.shift[f], samples);
-        const double left_out = batch.missing;
-        if (key.state.nonfinite.data == nullptr) {
-          batch = impute(batch, state);
+    Some state;
+    read_some(key.state, features, state);
+    if (samples > 0) {
+      const double* shift = work.shift + features.begin;
+      const bool was_missing = any(state.missing, state.size);
+      const bool counts = key.state.nonfinite.data != nullptr;
+      double left_out[kSomeFeatures];
+      const auto fold_all = [&](auto batch_of) {
+        for (int64_t i = 0; i < state.size; ++i) {
+          const Moments batch = unshift({n[i], d1[i], d2[i]}, shift[i], samples);
+          left_out[i] = batch.missing;
+          state.set(i, fold_some(state[i], batch_of(batch, i), weights_));
         }
-        state = rounded(key.state, fold(state, batch, weights_));
-        write_state(key.state, f, key.features, state, left_out);
+      };
+      if (counts) {
+        fold_all([](const Moments& batch, int64_t) { return batch; });
+      } else {
+        fold_all(
+            [&](const Moments& batch, int64_t i) { return impute(batch, state[i]); });
       }
-      project(key, work, f, statistic(state, eps_, key.state.rounding()));
+      state.count = weights_.keep * state.count + weights_.weight * samples;
+      write_some(key.state, features, key.features, state, was_missing, left_out);
     }
+    project(key, work, features.begin, state);
   }
 
   void finish_count(const Key& key, const Work& work) const {
@@ -336,31 +473,43 @@ class Call {
   }
 
   void project_state(const Key& key, const Work& work, Range features) {
-    for (int64_t f = features.begin; f < features.end; ++f) {
-      const Moments state = read_state(key.state, f);
-      project(key, work, f, statistic(state, eps_, key.state.rounding()));
-    }
+    Some state;
+    read_some(key.state, features, state);
+    project(key, work, features.begin, state);
   }
 
-  void project(const Key& key, const Work& work, int64_t f, Statistic s) const {
+  // From the moments to the coefficients of the map.
+  void project(const Key& key, const Work& work, int64_t begin,
+               const Some& state) const {
     if (work.in_double) {
-      inverse_ ? set<InverseAffine<double>>(key, work, f, s)
-               : set<Affine<double>>(key, work, f, s);
+      inverse_ ? project_to<InverseAffine<double>>(key, work, begin, state)
+               : project_to<Affine<double>>(key, work, begin, state);
     } else {
-      inverse_ ? set<InverseAffine<float>>(key, work, f, s)
-               : set<Affine<float>>(key, work, f, s);
+      inverse_ ? project_to<InverseAffine<float>>(key, work, begin, state)
+               : project_to<Affine<float>>(key, work, begin, state);
     }
   }
 
   template <typename Map>
-  void set(const Key& key, const Work& work, int64_t f, Statistic s) const {
-    const auto [a, b, c] = Map::of(s);
+  void project_to(const Key& key, const Work& work, int64_t begin,
+                  const Some& state) const {
+    using C = decltype(std::declval<Map>()(0));
     const int64_t width = work.group * key.features;
-    const Coefficients<std::remove_const_t<decltype(a)>> k(work.coefficients, width);
-    for (int64_t j = f; j < width; j += key.features) {
-      k.a[j] = a;
-      k.b[j] = b;
-      k.c[j] = c;
+    const Coefficients<C> k = Coefficients<C>(work.coefficients, width) + begin;
+    const Rounding rounding = key.state.rounding();
+    double std[kSomeFeatures];
+    roots(state.var, state.size, std);
+    for (int64_t i = 0; i < state.size; ++i) {
+      const auto [a, b, c] = Map::of(statistic(state[i], std[i], eps_, rounding));
+      k.a[i] = a;
+      k.b[i] = b;
+      k.c[i] = c;
+    }
+    for (int64_t row = 1; row < work.group; ++row) {
+      const int64_t at = row * key.features;
+      std::copy_n(k.a, state.size, k.a + at);
+      std::copy_n(k.b, state.size, k.b + at);
+      std::copy_n(k.c, state.size, k.c + at);
     }
   }
 
