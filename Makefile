@@ -11,7 +11,7 @@
 #   make soak     kill workers that share statistics, KILLS of them (100,000: twenty minutes),
 #                 then ten million updates by 16 of them
 #   make build    compile what has changed
-#   make lint     check style; make format mends it
+#   make lint     check style, and types as users see them; make format mends the style
 #   make clean    remove what was built, and the virtual environment
 #
 # and one thing happens outside of it, with the interpreter PYTHON and no network:
@@ -98,6 +98,7 @@ lint: $(VENV)/installed
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
 	$(bin)/clang-format --dry-run --Werror $(cxx) $(checks)
+	$(bin)/basedpyright --pythonpath $(bin)/python
 
 format: $(VENV)/installed
 	$(bin)/ruff check --fix .
