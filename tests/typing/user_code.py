@@ -15,7 +15,8 @@ from torch import Tensor
 from torchrl.envs import Compose, GymEnv, ObservationNorm, TransformedEnv, VecNormV2
 from typing_extensions import assert_type
 
-from torchrl_vecnorm import VecNorm
+from torchrl_vecnorm import Moments, VecNorm
+from torchrl_vecnorm import functional as F
 
 # ------------------------------------------------------------------------ construction
 
@@ -68,3 +69,30 @@ transform.set_extra_state(transform.get_extra_state())
 shared = VecNorm.build_td_for_shared_vecnorm(env, ["next"], memmap="statistics")
 assert_type(VecNorm(shared_td=shared), VecNorm)
 VecNorm.build_td_for_shared_vecnorm(env, memmap=3)  # pyright: ignore[reportArgumentType]
+
+# -------------------------------------------------------------------------- the tensors
+
+x = torch.randn(8, 3)
+state = F.Moments.zeros([3])
+assert_type(state, Moments)
+assert_type(state.sum, Tensor)
+assert_type(state.nonfinite, Tensor | None)
+
+assert_type(F.update_(x, state, decay=0.99, mask=torch.ones(8) > 0, out=x), Tensor)
+assert_type(F.normalize(x, state, eps=1e-3, out=x), Tensor)
+assert_type(F.denormalize(x, state), Tensor)
+assert_type(F.moments(x, mask=torch.ones(8) > 0), Moments)
+assert_type(F.loc_scale(state), tuple[Tensor, Tensor])
+F.merge_(state, F.moments(x), decay=0.99)
+
+assert_type(F.update_([x, x], [state, state], mask=[None, x > 0]), list[Tensor])
+assert_type(F.update_((x,), (state,), out=(x,)), list[Tensor])
+assert_type(F.normalize([x], [state], out=[x]), list[Tensor])
+assert_type(F.denormalize([x], [state]), list[Tensor])
+assert_type(F.moments([x], mask=[None]), list[Moments])
+F.merge_([state], F.moments([x]))
+
+F.update_(x, state, decay="0.99")  # pyright: ignore[reportArgumentType, reportCallIssue]
+F.update_(3.0, state)  # pyright: ignore[reportArgumentType, reportCallIssue]
+F.update_([x], state)  # pyright: ignore[reportArgumentType, reportCallIssue]
+F.merge_([state], F.moments(x))  # pyright: ignore[reportArgumentType, reportCallIssue]
