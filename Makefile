@@ -1,7 +1,9 @@
 # Everything happens in a virtual environment in .venv; a second call is quick.
 #
 #   make demo     normalise Pendulum-v1, side by side with torchrl's VecNorm
-#   make test     run the tests (make test TESTS="tests/test_ops.py -k opcheck")
+#   make test     run the quick tests, minutes (make test TESTS="tests/test_ops.py -k opcheck"
+#                 runs what it names, quick or slow)
+#   make test-all run all tests, with all that they can be told to try
 #   make bench    measure it against copy_ and other normalisers, into bench/results/
 #                 (make bench BENCH="--quick" for a couple of minutes)
 #   make sanitize run tests of the compiled code under AddressSanitizer and UBSan
@@ -9,7 +11,7 @@
 #   make soak     kill workers that share statistics, KILLS of them (100,000: twenty minutes),
 #                 then ten million updates by 16 of them
 #   make build    compile what has changed
-#   make lint     check style; make format mends it
+#   make lint     check style, and types as users see them; make format mends the style
 #   make clean    remove what was built, and the virtual environment
 #
 # and one thing happens outside of it, with the interpreter PYTHON and no network:
@@ -18,7 +20,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-TESTS ?= tests
+TESTS ?= tests -m "not slow"
 BENCH ?=
 KILLS ?= 100000
 SANITIZED ?= $(addprefix tests/test_,ops.py state.py checkpoints.py machine.py sharing.py \
@@ -31,13 +33,16 @@ cxx := $(shell find csrc -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name 
 	-o -name '*.cuh')
 checks := tests/cases.h $(wildcard tests/*_host/*)
 
-.PHONY: demo test bench soak sanitize coverage gpu-check build lint format clean
+.PHONY: demo test test-all bench soak sanitize coverage gpu-check build lint format clean
 
 demo: build
 	$(bin)/python examples/pendulum.py
 
 test: build
 	$(bin)/python -m pytest $(TESTS)
+
+test-all: build
+	$(bin)/python -m pytest tests --all-architectures --mutations 100000
 
 bench: build $(VENV)/peers
 	$(bin)/python -m bench.run $(BENCH)
@@ -93,6 +98,7 @@ lint: $(VENV)/installed
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
 	$(bin)/clang-format --dry-run --Werror $(cxx) $(checks)
+	$(bin)/basedpyright --pythonpath $(bin)/python
 
 format: $(VENV)/installed
 	$(bin)/ruff check --fix .

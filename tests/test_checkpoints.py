@@ -42,7 +42,8 @@ from torch.distributed import checkpoint as distributed_checkpoint
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torchrl.envs import TransformedEnv, VecNormV2
 
-from torchrl_vecnorm import VecNorm, sharing
+from torchrl_vecnorm import Moments, VecNorm, sharing
+from torchrl_vecnorm import functional as F
 
 NESTED = ("agents", "observation")
 KEYS = ["observation", "reward", NESTED]
@@ -481,6 +482,18 @@ def load_and_go_on(file, results):
     torch.manual_seed(9)
     t(batch())
     results.put({k: v.tolist() for k, v in t.get_extra_state().items()})
+
+
+@pytest.mark.parametrize("state", [Moments.zeros([2, 3]), F.moments(torch.ones(4, 2))])
+@pytest.mark.parametrize("nonfinite", [True, False], ids=["counted", "uncounted"])
+def test_moments_in_a_file_without_code(state, nonfinite):
+    """The package is imported, and that is all that torch needs to know."""
+    if not nonfinite:
+        state = state._replace(nonfinite=None)
+    loaded = through_a_file({"state": [state]}, weights_only=True)["state"][0]
+    assert type(loaded) is Moments
+    for leaf, expected in zip(loaded, state, strict=True):
+        assert leaf is None if expected is None else torch.equal(leaf, expected)
 
 
 def test_another_process_goes_on():

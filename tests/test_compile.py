@@ -12,6 +12,12 @@ from torch._dynamo.exc import Unsupported
 from torchrl_vecnorm import VecNorm
 from torchrl_vecnorm import functional as F
 
+#: Where there is much C++ to compile.
+SLOW_INDUCTOR = pytest.mark.parametrize(
+    "backend",
+    ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)],
+    indirect=True,
+)
 KEYS = ["observation", "reward", ("agents", "observation")]
 
 
@@ -46,6 +52,7 @@ def assert_same_state(a: VecNorm, b: VecNorm):
         torch.testing.assert_close(a._td[key], b._td[key], rtol=1e-12, atol=1e-12)
 
 
+@SLOW_INDUCTOR
 def test_call(backend):
     eager, other = VecNorm(KEYS, decay=0.9), VecNorm(KEYS, decay=0.9)
     compiled = torch.compile(other, fullgraph=True, backend=backend)
@@ -80,6 +87,7 @@ def test_reset(backend):
     assert eager._td["observation_count"] == 1.9998 + 2
 
 
+@SLOW_INDUCTOR
 def test_gradients(backend):
     eager, other = VecNorm(KEYS), VecNorm(KEYS)
     compiled = torch.compile(other, fullgraph=True, backend=backend)
@@ -125,6 +133,7 @@ def spoil(td, how):
     return RuntimeError, "locked"
 
 
+@SLOW_INDUCTOR
 @pytest.mark.parametrize("how", ["shape", "missing", "complex", "locked"])
 @pytest.mark.parametrize("is_shared", [False, True], ids=["private", "shared"])
 def test_bad_input(backend, is_shared, how):

@@ -24,6 +24,7 @@ pytestmark = [
         not (ROOT / "csrc").exists(), reason="away from the source tree"
     ),
     pytest.mark.skipif(sys.platform != "linux", reason="needs ThreadSanitizer"),
+    pytest.mark.slow,
 ]
 
 #: One instruction set: they differ in the width of a register only.

@@ -92,8 +92,10 @@ RACE_FLAGS = (
     "-DVECNORM_FUSED_THREADS=64",
 )
 MEMORY_FLAGS = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-#: How the check is compiled, and what of it is run.
+#: How the check is compiled, and what of it is run. Compiling is most of what the first
+#: one takes.
 RUNS = {
+    "paths": (("-O0", *SMALL_BLOCKS), ("small",)),
     "kernels": (("-O1", *SMALL_BLOCKS), ("few", None)),
     "memory": ((*MEMORY_FLAGS, *SMALL_BLOCKS), ("small",)),
     "races": (RACE_FLAGS, ("few",)),
@@ -101,15 +103,20 @@ RUNS = {
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> dict[str, Future]:
-    """The results. Each takes half a minute or more of one core: two at a time."""
+def runs(request, tmp_path_factory) -> dict[str, Future]:
+    """The results that tests will ask for. Each takes a core for long: two at a time."""
+    wanted = {item.name for item in request.session.items}
 
     def build_and_run(flags, extents) -> list[subprocess.CompletedProcess]:
         program = build(tmp_path_factory.mktemp("cuda_host"), *flags)
         return [run(program, *filter(None, [extent])) for extent in extents]
 
     with ThreadPoolExecutor(2) as pool:
-        yield {name: pool.submit(build_and_run, *how) for name, how in RUNS.items()}
+        yield {
+            name: pool.submit(build_and_run, *how)
+            for name, how in RUNS.items()
+            if f"test_{name}" in wanted
+        }
 
 
 def output_of(runs, name: str) -> str:
@@ -119,18 +126,31 @@ def output_of(runs, name: str) -> str:
     return results[-1].stdout
 
 
-def test_kernels(runs):
-    output = output_of(runs, "kernels")
+def paths_taken(output: str) -> list[int]:
+    """How many calls took each of the paths, all of them with the right results."""
     assert "\n0 differences" in output
     taken = re.search(r"(\d+) clusters, (\d+) resident, (\d+) two kernels", output)
-    assert all(int(n) > 100 for n in taken.groups()), output
+    return [int(n) for n in taken.groups()]
 
 
+def test_paths(runs):
+    output = output_of(runs, "paths")
+    assert min(paths_taken(output)) > 50, output
+
+
+@pytest.mark.slow
+def test_kernels(runs):
+    output = output_of(runs, "kernels")
+    assert min(paths_taken(output)) > 100, output
+
+
+@pytest.mark.slow
 def test_memory(runs):
     """Under AddressSanitizer and UndefinedBehaviorSanitizer."""
     output_of(runs, "memory")
 
 
+@pytest.mark.slow
 def test_races(runs):
     """Under ThreadSanitizer, with a host thread for each thread of a block."""
     output_of(runs, "races")
@@ -139,6 +159,7 @@ def test_races(runs):
 BARRIER = "__syncthreads();"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mutation",
     [
@@ -170,6 +191,7 @@ def test_harness_catches(tmp_path, mutation):
     )
 
 
+@pytest.mark.slow
 def test_harness_catches_a_race(tmp_path):
     mutation = ("block.cuh", BARRIER, "", 2)
     program = build(tmp_path, *RACE_FLAGS, mutate=mutation)
@@ -199,6 +221,7 @@ def compile_with_nvcc(source: str, arch: int, tmp_path: Path) -> list[tuple]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 def test_compiles_without_spills(tmp_path, request):
     """With a CUDA compiler alone; the table of registers goes to build/."""

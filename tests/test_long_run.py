@@ -75,7 +75,11 @@ def exact_sums(power: int, decay: float) -> list[Fraction]:
 @needs_proc
 @pytest.mark.parametrize(
     "decay,requires_grad",
-    [(1.0, False), (0.9999, False), (0.9999, True)],  # half a minute with gradients
+    [
+        (1.0, False),
+        (0.9999, False),
+        pytest.param(0.9999, True, marks=pytest.mark.slow),
+    ],
 )
 def test_a_million_calls(decay, requires_grad):
     transform = VecNorm(["observation"], ["normalized"], decay=decay)

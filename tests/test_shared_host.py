@@ -69,27 +69,38 @@ def link(folder: Path, *flags: str) -> Path:
     return program
 
 
-@pytest.fixture(scope="module", params=LOCKS)
-def programs(request, tmp_path_factory) -> dict[str, Path]:
-    """The check in all variants."""
-    folder = tmp_path_factory.mktemp("shared_host")
-    with ThreadPoolExecutor(2) as pool:
-        jobs = []
-        for variant, flags in VARIANTS.items():
-            (folder / variant).mkdir()
-            jobs += [
+class Programs(dict):
+    """The check in all variants with one kind of lock, compiled when they are wanted."""
+
+    def __init__(self, folder: Path, lock: str) -> None:
+        self.folder, self.lock = folder, lock
+
+    def __missing__(self, variant: str) -> Path:
+        folder, flags = self.folder / variant, VARIANTS[variant]
+        folder.mkdir()
+        with ThreadPoolExecutor(2) as pool:
+            jobs = [
                 pool.submit(
                     compile_one,
                     ROOT / source,
-                    folder / variant / f"{Path(source).stem}.o",
+                    folder / f"{Path(source).stem}.o",
                     *flags,
-                    *LOCKS[request.param],
+                    *LOCKS[self.lock],
                 )
                 for source in (CHECK, *SOURCES)
             ]
-        for job in jobs:
-            job.result()
-    return {name: link(folder / name, *flags) for name, flags in VARIANTS.items()}
+            for job in jobs:
+                job.result()
+        self[variant] = link(folder, *flags)
+        return self[variant]
+
+
+@pytest.fixture(
+    scope="module",
+    params=["robust mutex", pytest.param("record lock", marks=pytest.mark.slow)],
+)
+def programs(request, tmp_path_factory) -> Programs:
+    return Programs(tmp_path_factory.mktemp("shared_host"), request.param)
 
 
 @pytest.fixture
@@ -132,6 +143,7 @@ def test_kills(programs, run):
     assert int(locked) + int(commit) > 0
 
 
+@pytest.mark.slow
 def test_kills_without_a_journal(programs, run):
     """What the kills do to statistics that are written in place."""
     result = run(programs["plain"], "soak", 10000, "--no-journal")
@@ -146,12 +158,14 @@ def test_copies_and_damage(programs, run):
     passes(run(programs["crash points"], "identity"))
 
 
+@pytest.mark.slow
 def test_memory(programs, run):
     """Under AddressSanitizer and UndefinedBehaviorSanitizer."""
     for args in (("crash", "few"), ("identity",), ("contend", 4, 5000)):
         passes(run(programs["memory"], *args))
 
 
+@pytest.mark.slow
 def test_races(programs, run):
     """Under ThreadSanitizer."""
     passes(run(programs["races"], "threads"))
@@ -180,6 +194,7 @@ LOCK_MADE_ANEW = """\
 of_the_mutex = pytest.mark.parametrize("programs", ["robust mutex"], indirect=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("programs", ["record lock"], indirect=True)
 @pytest.mark.parametrize(
     ("old", "new"),
@@ -201,6 +216,7 @@ def test_harness_catches_record_locks(programs, run, tmp_path, old, new):
     )
 
 
+@pytest.mark.slow
 @of_the_mutex
 @pytest.mark.parametrize(
     ("what", "name", "old", "new"),
@@ -282,6 +298,7 @@ def test_harness_catches(programs, run, tmp_path, what, name, old, new):
     check_is_caught(programs, run, tmp_path, (), what, name, old, new)
 
 
+@pytest.mark.slow
 @of_the_mutex
 def test_races_without_the_lock(programs, run, tmp_path, monkeypatch):
     """That ThreadSanitizer sees the memory at all."""

@@ -502,8 +502,15 @@ def updates(request):
     return request.config.getoption("--updates")
 
 
-@pytest.mark.parametrize("memmap", [False, True], ids=["shared", "memmap"])
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize(
+    ("method", "memmap"),
+    [
+        pytest.param("fork", False, id="fork-shared"),
+        pytest.param("fork", True, id="fork-memmap"),
+        pytest.param("spawn", False, id="spawn-shared"),
+        pytest.param("spawn", True, id="spawn-memmap", marks=pytest.mark.slow),
+    ],
+)
 def test_no_update_is_lost(method, memmap, workers, updates):
     context = mp.get_context(method)
     queue, barrier = context.Queue(), context.Barrier(workers[method])
@@ -559,7 +566,9 @@ def work_with_one_from_a_queue(queue, barrier, updates):
     work_with(t, 1, barrier, updates)
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize(
+    "method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)]
+)
 def test_a_transform_that_comes_through_a_queue(updates, method):
     # Its statistics are in shared memory then: its lock has to come too.
     context = mp.get_context(method)

@@ -10,16 +10,20 @@ Sections 2 and 5 of the contract.
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import math
 import multiprocessing.synchronize
 import pickle
+import pydoc
+import re
 import sys
 import threading
 import warnings
 
 import pytest
 import torch
+import torchrl.envs
 from common import (
     FIELDS,
     PATIENCE,
@@ -1051,7 +1055,42 @@ def test_the_defaults_of_the_documentation():
     t = VecNorm()
     assert t.in_keys == t.out_keys == ["observation", "reward"]
     assert (t.decay, t.eps, t.shapes) == (0.9999, 1e-4, None)
-    assert "decay=0.9999" in repr(t) and "eps=0.0001" in repr(t)
+    assert "decay=0.9999," in repr(t) and "eps=0.0001," in repr(t)
+
+
+@pytest.mark.parametrize("decay", [0.99999, 1 - 2**-53, 0.1, 1])
+@pytest.mark.parametrize("eps", [1e-5, 1e-300, 2.0])
+def test_the_representation_has_the_numbers_as_they_are(decay, eps):
+    text = repr(VecNorm(decay=decay, eps=eps))
+    shown = re.fullmatch(r"VecNorm\(decay=(\S+), eps=(\S+), in_keys=.*\)", text)
+    assert [float(number) for number in shown.groups()] == [decay, eps]
+
+
+def test_the_parameters_are_shown():
+    """To inspect, help() and editors: torchrl's, and one more."""
+    ours = inspect.signature(VecNorm).parameters
+    theirs = inspect.signature(torchrl.envs.VecNorm.__init__).parameters
+    assert list(ours) == [*list(theirs)[1:], "lock_timeout"]
+    for name, parameter in ours.items():
+        if name != "lock_timeout":
+            assert parameter.kind is theirs[name].kind
+            assert parameter.default == theirs[name].default
+    assert "VecNorm(in_keys: " in pydoc.render_doc(VecNorm, renderer=pydoc.plaintext)
+
+
+def test_a_subclass_shows_parameters_of_its_own():
+    class Clipped(VecNorm):
+        def __init__(self, limit, *, in_keys=None):
+            super().__init__(in_keys)
+
+    class Same(Clipped):
+        pass
+
+    for cls in (Clipped, Same):
+        assert str(inspect.signature(cls)) == "(limit, *, in_keys=None)"
+    # What calling a transform takes is not what making one takes.
+    call = inspect.signature(torch.nn.Identity())
+    assert inspect.signature(Clipped(3)) == call
 
 
 def test_keys_of_one_name_in_a_state_dict():

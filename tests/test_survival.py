@@ -601,8 +601,22 @@ def count_up(queue, updates):
         t(values())
 
 
-@pytest.mark.parametrize("strategy", ["file_descriptor", "file_system"])
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize(
+    ("method", "strategy"),
+    [
+        ("fork", "file_descriptor"),
+        ("fork", "file_system"),
+        ("spawn", "file_descriptor"),
+        *(
+            pytest.param(*how, marks=pytest.mark.slow)
+            for how in [
+                ("spawn", "file_system"),
+                ("forkserver", "file_descriptor"),
+                ("forkserver", "file_system"),
+            ]
+        ),
+    ],
+)
 def test_sharing_strategies(strategy, method):
     before = mp.get_sharing_strategy()
     mp.set_sharing_strategy(strategy)

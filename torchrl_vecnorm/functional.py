@@ -21,6 +21,7 @@ import math
 import numbers
 from collections.abc import Sequence
 from types import NoneType
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -101,6 +102,32 @@ def _like(first, values: list[Tensor]):
     return values[0] if isinstance(first, Tensor) else values
 
 
+@overload
+def update_(
+    x: Tensor,
+    state: Moments,
+    *,
+    decay: float = ...,
+    weight: float = ...,
+    eps: float = ...,
+    mask: Tensor | None = ...,
+    out: Tensor | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def update_(
+    x: Sequence[Tensor],
+    state: Sequence[Moments],
+    *,
+    decay: float = ...,
+    weight: float = ...,
+    eps: float = ...,
+    mask: Sequence[Tensor | None] | None = ...,
+    out: Sequence[Tensor] | None = ...,
+) -> list[Tensor]: ...
+
+
 def update_(
     x: Tensor | Sequence[Tensor],
     state: Moments | Sequence[Moments],
@@ -159,6 +186,21 @@ def update_(
     return _like(x, y)
 
 
+@overload
+def moments(
+    x: Tensor, feature_ndim: int = ..., *, mask: Tensor | None = ...
+) -> Moments: ...
+
+
+@overload
+def moments(
+    x: Sequence[Tensor],
+    feature_ndim: int = ...,
+    *,
+    mask: Sequence[Tensor | None] | None = ...,
+) -> list[Moments]: ...
+
+
 def moments(
     x: Tensor | Sequence[Tensor],
     feature_ndim: int = 1,
@@ -179,6 +221,22 @@ def moments(
     xs = _listed("x", x, Tensor)
     batch = _ops.moments(xs, feature_ndim, _masks(mask, xs))
     return batch[0] if isinstance(x, Tensor) else batch
+
+
+@overload
+def merge_(
+    state: Moments, other: Moments, *, decay: float = ..., weight: float = ...
+) -> None: ...
+
+
+@overload
+def merge_(
+    state: Sequence[Moments],
+    other: Sequence[Moments],
+    *,
+    decay: float = ...,
+    weight: float = ...,
+) -> None: ...
 
 
 def merge_(
@@ -207,6 +265,22 @@ def merge_(
     )
 
 
+@overload
+def normalize(
+    x: Tensor, state: Moments, *, eps: float = ..., out: Tensor | None = ...
+) -> Tensor: ...
+
+
+@overload
+def normalize(
+    x: Sequence[Tensor],
+    state: Sequence[Moments],
+    *,
+    eps: float = ...,
+    out: Sequence[Tensor] | None = ...,
+) -> list[Tensor]: ...
+
+
 def normalize(
     x: Tensor | Sequence[Tensor],
     state: Moments | Sequence[Moments],
@@ -230,6 +304,16 @@ def normalize(
         None if out is None else _listed("out", out, Tensor),
     )
     return _like(x, y)
+
+
+@overload
+def denormalize(y: Tensor, state: Moments, *, eps: float = ...) -> Tensor: ...
+
+
+@overload
+def denormalize(
+    y: Sequence[Tensor], state: Sequence[Moments], *, eps: float = ...
+) -> list[Tensor]: ...
 
 
 def denormalize(

@@ -70,18 +70,10 @@ def write_moments(td: TensorDictBase, names: StateNames, moments: Moments) -> No
 
 def copy_moments(target: Moments, source: Moments) -> None:
     """Writes moments in place, with or without the entries that are optional."""
-    for old, new in zip(target, with_extras(source), strict=True):
+    for old, new in zip(target, source.with_extras(), strict=True):
         if old is not None:
             # A count may be [1] or []; gradients do not follow the statistics.
             old.copy_(new.detach().reshape(old.shape))
-
-
-def with_extras(moments: Moments) -> Moments:
-    """Moments with all entries: the only place where those that are optional are made."""
-    if moments.nonfinite is None:
-        missing = moments.sum.detach().new_zeros((2, *moments.sum.shape))
-        moments = moments._replace(nonfinite=missing)
-    return moments
 
 
 def without_counter(moments: Moments) -> Moments:
@@ -227,7 +219,7 @@ def check_usable(names: Sequence[str], moments: Moments) -> None:
     Raises:
         ValueError: naming the entry, what was expected and what came.
     """
-    for field, name, leaf in zip(Moments._fields, names, moments, strict=True):
+    for name, leaf in zip(names, moments, strict=True):
         if leaf is None:
             continue
         if not isinstance(leaf, Tensor) or leaf.layout is not torch.strided:
@@ -235,7 +227,7 @@ def check_usable(names: Sequence[str], moments: Moments) -> None:
                 f"VecNorm: entry {name!r}: expected a dense tensor, got "
                 f"{getattr(leaf, 'layout', type(leaf).__name__)}"
             )
-        wanted = (torch.float64, torch.float32)[: 2 if field in REQUIRED else 1]
+        wanted = (torch.float64, torch.float32)
         if leaf.dtype not in wanted or not leaf.is_contiguous() or leaf.requires_grad:
             raise ValueError(
                 f"VecNorm: entry {name!r}: expected contiguous statistics of dtype "

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import multiprocessing.context
 import os
@@ -15,7 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy, deepcopy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from types import MethodType
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -49,6 +51,7 @@ from torchrl_vecnorm.state import (
 
 if TYPE_CHECKING:
     from torchrl.envs import EnvBase
+    from typing_extensions import Self
 
 
 @dataclass
@@ -70,6 +73,15 @@ class _Entry:
     state: Moments | None  # None: nothing was seen, and nothing is learned now
     mask: Tensor | None  # bool [samples]: which samples count
     is_new: bool = False  # the state is not in the tensordict of the statistics yet
+
+
+class _SignatureOfInit:
+    """The signature of a class, or of a subclass: ``inspect`` would take __new__'s."""
+
+    def __get__(self, instance: Any, owner: type) -> inspect.Signature:
+        if instance is not None:  # calling it is not constructing it
+            raise AttributeError("__signature__")
+        return inspect.signature(MethodType(owner.__init__, owner))
 
 
 class VecNorm(Transform):
@@ -162,6 +174,29 @@ class VecNorm(Transform):
 
     # The separator of flattened nested keys in a state_dict: keys may contain points.
     SEP = _TorchRLVecNorm.SEP
+
+    __signature__ = _SignatureOfInit()
+
+    # The parameters of a VecNorm, or of a subclass, are those of its __init__.
+    @overload
+    def __new__(
+        cls, *args: Any, new_api: Literal[False] | None = None, **kwargs: Any
+    ) -> Self: ...
+
+    @overload
+    def __new__(
+        cls,
+        in_keys: Sequence[NestedKey],
+        out_keys: Sequence[NestedKey] | None = None,
+        *,
+        new_api: Literal[True],
+        lock: Any = None,
+        stateful: bool = True,
+        decay: float = 0.9999,
+        eps: float = 1e-4,
+        shared_data: TensorDictBase | None = None,
+        reduce_batch_dims: bool = False,
+    ) -> VecNormV2: ...
 
     def __new__(cls, *args, new_api: bool | None = None, **kwargs):
         """A VecNorm, or torchrl's VecNormV2 where ``new_api`` asks for that."""
@@ -1210,8 +1245,8 @@ class VecNorm(Transform):
 
     def __repr__(self) -> str:
         text = (
-            f"{self.__class__.__name__}(decay={self.decay:4.4f},"
-            f"eps={self.eps:4.4f}, in_keys={self.in_keys}, out_keys={self.out_keys}"
+            f"{self.__class__.__name__}(decay={float(self.decay)!r}, "
+            f"eps={float(self.eps)!r}, in_keys={self.in_keys}, out_keys={self.out_keys}"
         )
         # Without the lock: whoever prints does not want to wait, and counters only grow.
         left_out = {
