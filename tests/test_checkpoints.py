@@ -126,7 +126,7 @@ def shared_state(**changes) -> dict:
 
 UNUSABLE = {
     "float16": ("sum", lambda: torch.zeros(4, dtype=torch.float16)),
-    "float32 counter": ("nonfinite", lambda: torch.zeros(2, 4)),
+    "float16 counter": ("nonfinite", lambda: torch.zeros(2, 4, dtype=torch.float16)),
     "strided": ("ssq", lambda: torch.zeros(4, 2, dtype=torch.float64)[:, 0]),
 }
 
