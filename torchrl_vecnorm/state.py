@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDict, TensorDictBase, is_tensor_collection
 from tensordict.utils import NestedKey
 from torch import Tensor
 
@@ -23,14 +23,24 @@ from torchrl_vecnorm.names import StateNames, as_path
 
 
 def get_entry(td: TensorDictBase, key: NestedKey) -> Any:
-    """An entry of a tensordict, or None."""
+    """An entry of a tensordict or a tensorclass, or None."""
+    if type(key) is str:
+        return _get(td, key)
+    node = td
+    for part in key:
+        # Of what is no tensordict, nothing is an entry.
+        node = _get(node, part) if is_tensor_collection(node) else None
+        if node is None:
+            return None
+    return node
+
+
+def _get(td: TensorDictBase, name: str) -> Any:
     # The public `get` spends a microsecond on what is already known here: that the key
     # is in its canonical form.
     if type(td) is TensorDict and not torch.compiler.is_compiling():
-        if type(key) is str:
-            return td._get_str(key, None)
-        return td._get_tuple(key, None)
-    return td.get(key, None)
+        return td._get_str(name, None)
+    return td.get(name, None)
 
 
 def set_entry(td: TensorDictBase, key: NestedKey, value: Tensor) -> None:
@@ -61,6 +71,17 @@ def write_moments(td: TensorDictBase, names: StateNames, moments: Moments) -> No
     for name, leaf in zip(names, moments, strict=True):
         if leaf is not None:
             td.set(name, leaf)
+
+
+def restore_moments(
+    td: TensorDictBase, names: StateNames, moments: Moments | None
+) -> None:
+    """Makes the entries what they were: these moments, or none."""
+    for name, leaf in zip(names, moments or [None] * len(names), strict=True):
+        if leaf is not None:
+            td.set(name, leaf)
+        elif get_entry(td, name) is not None:
+            del td[name]
 
 
 def copy_moments(target: Moments, source: Moments) -> None:
