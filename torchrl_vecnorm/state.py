@@ -315,7 +315,8 @@ def bind(
         shared: statistics in shared memory, or a lock alone, or None.
 
     Returns:
-        None where the entries are not plain, or lie on several devices.
+        None where the entries are not plain, or lie on several devices, or an output goes
+        to a tensordict that the value is not in.
     """
     if type(td) is not TensorDict or len({m.sum.device for m in moments}) != 1:
         return None
@@ -331,6 +332,12 @@ def bind(
                 parts.append((node._tensordict, part, child))
                 node = child
     in_keys, out_keys, _, ndims, dtypes = zip(*keys, strict=True)
+    for source, target in zip(
+        map(as_path, in_keys), map(as_path, out_keys), strict=True
+    ):
+        # Other tensordicts may have more batch dimensions than the value, and refuse it.
+        if target[:-1] != source[:-1][: len(target) - 1]:
+            return None
     return _C.Binding(
         td,
         parts,

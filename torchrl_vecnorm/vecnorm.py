@@ -28,6 +28,7 @@ from torch import multiprocessing as mp
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._subclasses.fake_tensor import is_fake
 from torch.compiler import is_compiling
+from torch.utils._python_dispatch import _disable_current_modes
 from torchrl.data.tensor_specs import TensorSpec
 from torchrl.envs import VecNorm as _TorchRLVecNorm
 from torchrl.envs import VecNormV2
@@ -499,11 +500,14 @@ class VecNorm(Transform):
             or (is_extended and _partial_call_of(self) is not None)
         ):
             return False
-        timeout = self._lock_timeout
-        if users_lock is None:
-            return binding.call(self._td, td, updating, self._decay, self._eps, timeout)
-        with sharing.Session(users_lock, None, timeout):
-            return binding.call(self._td, td, updating, self._decay, self._eps, timeout)
+        call = self._td, td, updating, self._decay, self._eps, self._lock_timeout
+        try:
+            if users_lock is None:
+                return binding.call(*call)
+            with sharing.Session(users_lock, None, self._lock_timeout):
+                return binding.call(*call)
+        except NotImplementedError:  # of a kind of tensor that no operator takes
+            return False
 
     def _write_outputs(
         self, td: TensorDictBase, keys: list[_Key], normalized: list[Tensor]
@@ -664,6 +668,8 @@ class VecNorm(Transform):
         ]
         users_lock, shared = self._protection()
         states = [self._state(e.key) for e in known]
+        if None in states:  # of a trace with fake tensors
+            return
         if self._attached is not None:
             states = [
                 self._attached.copy_of(state, e.key.names)
@@ -761,7 +767,11 @@ class VecNorm(Transform):
     def _keep_new(self, known: list[_Entry]) -> None:
         """Makes new and moved states those of the tensordict of the statistics."""
         new = {e.key.names: e.state for e in known if e.is_new}
-        if not new:
+        # Who traces with fake tensors gets a graph, and no statistics.
+        is_export = not torch.compiler.is_dynamo_compiling() and any(
+            is_fake(state.sum) for state in new.values()
+        )
+        if not new or is_export:
             return
         # What was there before may be others' already, with the lock as it is.
         was_shared = not is_compiling() and self._in_shared_memory()
@@ -779,7 +789,8 @@ class VecNorm(Transform):
         if isinstance(self.lock, sharing.Lock) and self._td is not None:
             leaves = sharing.leaves_of(self._td)
             if all(leaf.device.type == "cpu" for leaf in leaves.values()):
-                self.lock.reserve(leaves)
+                with _outside():
+                    self.lock.reserve(leaves)
 
     def _warn_identity(self, count: Tensor | None = None) -> None:
         if is_compiling() or (count is not None and count.item() > 0):
@@ -1473,12 +1484,23 @@ def _without_functorch() -> AbstractContextManager:
     return temporarily_clear_interpreter_stack()
 
 
+def _is_active(mode: torch._C._TorchDispatchModeKey) -> bool:
+    return torch._C._get_dispatch_mode(mode) is not None
+
+
 def _are_fake(values: Iterable[Tensor]) -> bool:
-    """Whether this is about shapes and dtypes only. Dynamo shows us real values."""
-    if torch.compiler.is_dynamo_compiling():
+    """Whether a call is about shapes and dtypes only: no graph is made of it either."""
+    modes = torch._C._TorchDispatchModeKey
+    if is_compiling() or _is_active(modes.PROXY):
         return False
-    fake = torch._C._TorchDispatchModeKey.FAKE
-    return torch._C._get_dispatch_mode(fake) is not None or any(map(is_fake, values))
+    return _is_active(modes.FAKE) or any(map(is_fake, values))
+
+
+@contextmanager
+def _outside() -> Iterator[None]:
+    """Statistics outlive the block, the transform and the trace that they are made in."""
+    with _without_functorch(), _disable_current_modes(), torch.inference_mode(False):
+        yield
 
 
 @torch.compiler.assume_constant_result
@@ -1572,8 +1594,8 @@ def _features(
 def _find_mask(partial: _Partial, key: NestedKey, samples: torch.Size) -> Tensor | None:
     """The mask that speaks of a key, for each sample.
 
-    That is the outermost one on its path, as in torchrl's ``_update_during_reset``, or,
-    where all are further down, any of those.
+    That is the outermost one on its path, as in torchrl's ``_update_during_reset``. Where
+    all are further down, torchrl leaves the entry as it was: nothing of it was reset.
     """
     td, name = partial.masks_td, partial.mask_name
     parents = as_path(key)[:-1]
@@ -1581,12 +1603,10 @@ def _find_mask(partial: _Partial, key: NestedKey, samples: torch.Size) -> Tensor
         mask = get_entry(td, (*parents[:depth], name))
         if mask is not None:
             return _for_samples(mask, key, name, samples)
-    further_down = [
-        _for_samples(td.get(other), key, name, samples)
-        for other in td.keys(True, True)
-        if as_path(other)[-1] == name and as_path(other)[: len(parents)] == parents
-    ]
-    return torch.stack(further_down).any(0) if further_down else None
+    for path in map(as_path, td.keys(True, True)):
+        if path[-1] == name and path[: len(parents)] == parents:
+            return torch.zeros(samples, dtype=torch.bool, device=td.get(path).device)
+    return None
 
 
 def _for_samples(
@@ -1606,10 +1626,9 @@ def _for_samples(
 
 
 def _new_moments(features: torch.Size, device: torch.device) -> Moments:
-    if is_compiling():
+    if is_compiling() or _is_active(torch._C._TorchDispatchModeKey.FAKE):
         return Moments.zeros(features, device=device)
-    # Statistics outlive the block and the transform that they are made in.
-    with _without_functorch(), torch.inference_mode(False):
+    with _outside():
         return Moments.zeros(features, device=device)
 
 
