@@ -15,6 +15,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase, is_tensor_collection
 from tensordict.utils import NestedKey
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from torchrl_vecnorm import functional
 from torchrl_vecnorm._load import _C
@@ -24,23 +25,16 @@ from torchrl_vecnorm.names import StateNames, as_path
 
 def get_entry(td: TensorDictBase, key: NestedKey) -> Any:
     """An entry of a tensordict or a tensorclass, or None."""
-    if type(key) is str:
-        return _get(td, key)
-    node = td
-    for part in key:
-        # Of what is no tensordict, nothing is an entry.
-        node = _get(node, part) if is_tensor_collection(node) else None
-        if node is None:
-            return None
-    return node
-
-
-def _get(td: TensorDictBase, name: str) -> Any:
+    if type(key) is not str:
+        for name in key:
+            # Nothing is an entry of what is no tensordict.
+            td = get_entry(td, name) if is_tensor_collection(td) else None
+        return td
     # The public `get` spends a microsecond on what is already known here: that the key
     # is in its canonical form.
-    if type(td) is TensorDict and not torch.compiler.is_compiling():
-        return td._get_str(name, None)
-    return td.get(name, None)
+    if type(td) is TensorDict and not is_compiling():
+        return td._get_str(key, None)
+    return td.get(key, None)
 
 
 def set_entry(td: TensorDictBase, key: NestedKey, value: Tensor) -> None:
@@ -49,7 +43,7 @@ def set_entry(td: TensorDictBase, key: NestedKey, value: Tensor) -> None:
         type(td) is TensorDict
         and type(key) is str
         and not td.is_locked
-        and not torch.compiler.is_compiling()
+        and not is_compiling()
     ):
         td._set_str(key, value, inplace=False, validated=True, non_blocking=False)
     else:

@@ -78,7 +78,7 @@ class _Keys:
     sets: list[
         _Key
     ]  # one for each set of statistics, with the key that it is kept under
-    parents: list[tuple[str, ...]]  # where nested in_keys are
+    mask_names: list[tuple[str, ...]]  # where `_step` may be for nested in_keys
 
 
 @dataclass
@@ -276,7 +276,7 @@ class VecNorm(Transform):
 
     def _look_up(self) -> _Keys:
         """The keys as they are now; the lists may have been changed in place."""
-        given = self.in_keys, self.out_keys, self.shapes, self.names
+        given = self._in_keys, self._out_keys, self.shapes, self.names
         if self._found.given != given:
             self._found = _find_keys(*given)
             self._binding = self._attached = None
@@ -360,9 +360,12 @@ class VecNorm(Transform):
         self, tensordict: TensorDictBase, next_tensordict: TensorDictBase
     ) -> TensorDictBase:
         # In a partial step, environments that stood still have nothing to say.
-        if get_entry(tensordict, "_step") is None and not any(
-            get_entry(tensordict, (*parents, "_step")) is not None
-            for parents in self._found.parents
+        found = self._found
+        if found.given[0] != self._in_keys:
+            found = self._look_up()
+        names = found.mask_names
+        if get_entry(tensordict, "_step") is None and not (
+            names and any(get_entry(tensordict, name) is not None for name in names)
         ):
             return self._call(next_tensordict)
         return self._call_partially(
@@ -441,7 +444,8 @@ class VecNorm(Transform):
                     self._keep_new(known)
                 if attached is not None:
                     attached.state.commit()
-            if len(known) == len(inputs) and type(td) is TensorDict:
+            is_common = len(known) == len(inputs) and type(td) is TensorDict
+            if is_common and (self._binding is None or partial.masks_td is None):
                 self._bind(known)
         return td
 
@@ -512,14 +516,13 @@ class VecNorm(Transform):
     def _write_outputs(
         self, td: TensorDictBase, keys: list[_Key], normalized: list[Tensor]
     ) -> None:
-        for key, y in zip(keys, normalized, strict=True):
+        for key, y in zip(keys, normalized, strict=True):  # may fail
             set_entry(td, key.out_key, y)
         for key, y in zip(keys, normalized, strict=True):
             if self._dtypes.get(key.in_key) is not y.dtype:
                 # Clones were given the dictionary as it was.
                 self._dtypes = {**self._dtypes, key.in_key: y.dtype}
-                if is_compiling() or len(keys) < len(self._found.inputs):
-                    self._binding = None  # of other dtypes, which it would not say
+                self._binding = None  # of other dtypes, which it would not say
 
     # ------------------------------------------------------------------------- locking
 
@@ -1377,11 +1380,13 @@ def _find_keys(
                         f"VecNorm: key {name!r} collides with {entry!r}, where the "
                         f"statistics of key {other!r} are kept"
                     )
-    parents = dict.fromkeys(
-        path[:depth] for path in map(as_path, in_keys) for depth in range(1, len(path))
+    mask_names = dict.fromkeys(
+        (*path[:depth], "_step")
+        for path in map(as_path, in_keys)
+        for depth in range(1, len(path))
     )
     sets = [replace(key, in_key=name) for name, key in sets.items()]
-    return _Keys(given, inputs, sets, list(parents))
+    return _Keys(given, inputs, sets, list(mask_names))
 
 
 def _check_shared_td(
