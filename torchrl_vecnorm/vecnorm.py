@@ -161,7 +161,9 @@ class VecNorm(Transform):
 
     Placing a transform in an environment or a replay buffer, which TorchRL does with a
     call of ``eval()``, does not stop the updates; ``transform.eval()``, ``env.eval()``
-    and :meth:`freeze` do.
+    and :meth:`freeze` do. TorchRL does not pass ``env.eval()`` on to the environments
+    inside a ``SerialEnv``, a ``ParallelEnv`` or another ``TransformedEnv``: put the
+    transform around them, or give them a :meth:`frozen_copy`.
 
     ``in_keys``, ``out_keys``, ``shapes``, ``names``, ``decay``, ``eps`` and
     ``lock_timeout`` may be set later, and hold from the next call on.
