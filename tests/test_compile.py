@@ -87,6 +87,69 @@ def test_reset(backend):
     assert eager._td["observation_count"] == 1.9998 + 2
 
 
+class Doubled(VecNorm):
+    """Extends the transform, with a copy on the way."""
+
+    def _call(self, next_tensordict):
+        td = super()._call(next_tensordict.copy())
+        for key in self.out_keys:
+            if td.get(key, None) is not None:
+                next_tensordict.set(key, 2 * td.get(key))
+        return next_tensordict
+
+
+@pytest.mark.parametrize("method", ["_reset", "_step"])
+def test_a_subclass(backend, method):
+    eager, other = VecNorm(KEYS), Doubled(KEYS)
+    compiled = torch.compile(getattr(other, method), fullgraph=True, backend=backend)
+    masks = TensorDict({method: torch.tensor([[True], [False], [True]])}, [3])
+    for _ in range(3):
+        td = batch(3)
+        expected = getattr(eager, method)(masks, td.clone())
+        y = compiled(masks, td.clone())
+        for key in KEYS:
+            torch.testing.assert_close(y[key], 2 * expected[key], rtol=1e-6, atol=1e-6)
+        assert_same_state(eager, other)
+
+
+def test_keys_of_one_name(backend):
+    keys, names = (
+        ["observation", ("next", "observation")],
+        {("next", "observation"): "observation"},
+    )
+    eager, other = (VecNorm(keys, names=names, decay=0.9) for _ in range(2))
+    compiled = torch.compile(other, fullgraph=True, backend=backend)
+    for _ in range(3):
+        td = (
+            batch()
+            .select("observation")
+            .set(("next", "observation"), torch.randn(5, 3))
+        )
+        grads = []
+        for t in (eager, compiled):
+            x = td["observation"].clone().requires_grad_()
+            y = t(td.clone().set("observation", x))
+            total = y["observation"].pow(3).sum() + y["next", "observation"].sum()
+            grads.append(torch.autograd.grad(total, x)[0])
+        torch.testing.assert_close(*grads)
+        assert_same_state(eager, other)
+    assert other._td["observation_count"].item() == pytest.approx(10 * 2.71)
+
+
+def test_keys_and_numbers_that_are_set_later(backend):
+    eager, other = VecNorm(["observation"]), VecNorm(["observation"])
+    compiled = torch.compile(other, fullgraph=True, backend=backend)
+    for _ in range(3):
+        assert_same_call(eager, compiled, batch())
+        for t in (eager, other):
+            t.decay *= 0.5
+            t.out_keys[0] += "x"
+            if len(t.in_keys) < 2:
+                t.in_keys.append("reward")
+                t.out_keys.append("r")
+    assert_same_state(eager, other)
+
+
 @SLOW_INDUCTOR
 def test_gradients(backend):
     eager, other = VecNorm(KEYS), VecNorm(KEYS)
@@ -168,14 +231,18 @@ def test_dtypes_are_those_of_the_last_values(backend):
     assert t.loc["reward"].dtype == t.scale["reward"].dtype == torch.float32
 
 
-@pytest.mark.parametrize("first", ["a call", "loading"])
+@pytest.mark.parametrize("first", ["a call", "an eager call", "loading"])
 def test_statistics_from_inference_mode(backend, first):
     """A graph that is run under it makes tensors that torch refuses to write to later."""
     eager, other, saved = VecNorm(KEYS), VecNorm(KEYS), VecNorm(KEYS)
-    compiled = torch.compile(other, backend=backend)
+    compiled = torch.compile(other, fullgraph=True, backend=backend)
     saved(batch())
     with torch.inference_mode():
+        assert_same_call(eager, other if "eager" in first else compiled, batch())
         assert_same_call(eager, compiled, batch())
+    for _ in range(2):
+        assert_same_call(eager, compiled, batch())
+        assert_same_state(eager, other)
     if first == "loading":
         for t in (eager, other):
             t.load_state_dict(saved.state_dict())

@@ -9,6 +9,8 @@ Counts are exact, with decay 1: one for each reset and for each step.
 
 from __future__ import annotations
 
+import sys
+import threading
 import warnings
 from functools import partial
 
@@ -22,12 +24,13 @@ from common import (
     assert_same_state,
     count,
     leaf,
+    leaf_name,
     reference,
     snapshot,
     started,
     through_a_file,
 )
-from tensordict import TensorDict
+from tensordict import TensorDict, unravel_key
 from torch import multiprocessing as mp
 from torchrl.collectors import (
     Collector,
@@ -36,9 +39,17 @@ from torchrl.collectors import (
     MultiSyncCollector,
 )
 from torchrl.collectors._evaluator import _freeze_vecnorm, _wrap_env_factory_frozen
-from torchrl.data import Bounded, LazyTensorStorage, TensorDictReplayBuffer
+from torchrl.data import (
+    Bounded,
+    Categorical,
+    Composite,
+    LazyTensorStorage,
+    TensorDictReplayBuffer,
+    Unbounded,
+)
 from torchrl.envs import (
     Compose,
+    EnvBase,
     EnvCreator,
     GymEnv,
     ParallelEnv,
@@ -449,6 +460,175 @@ def test_the_reset_of_a_world_holds_for_its_agents():
     assert count(t, key) == 6 + 2
 
 
+class LevelsEnv(EnvBase):
+    """Observations at three levels, of numbers that are new each time; done at some."""
+
+    paths = ((), ("agents",), ("agents", "deep"))
+    shapes = ((3,), (3, 2), (3, 2))
+
+    def __init__(self, levels: tuple[int, ...]) -> None:
+        super().__init__(batch_size=[3])
+        self.levels, self.seen = levels, 0
+        done = [
+            {
+                name: Categorical(2, dtype=torch.bool, shape=(*shape, 1))
+                for name in ("done", "terminated")
+            }
+            if level in levels
+            else {}
+            for level, shape in enumerate(self.shapes)
+        ]
+        values = [{"observation": Unbounded((*shape, 1))} for shape in self.shapes]
+        self.observation_spec = self.nested(values)
+        self.done_spec = self.nested(done)
+        self.reward_spec = self.action_spec = Unbounded((3, 1))
+
+    def nested(self, parts: list[dict]) -> Composite:
+        root, agents, deep = parts
+        if deep:
+            agents = {**agents, "deep": Composite(deep, shape=self.shapes[2])}
+        if agents:
+            root = {**root, "agents": Composite(agents, shape=self.shapes[1])}
+        return Composite(root, shape=self.shapes[0])
+
+    def _set_seed(self, seed) -> None:
+        pass
+
+    def _reset(self, tensordict=None) -> TensorDict:
+        td = self.output_spec["full_observation_spec"].zero()
+        td.update(self.output_spec["full_done_spec"].zero())
+        for path in self.paths:
+            value = td.get((*path, "observation"))
+            self.seen += value.numel()
+            value.copy_(
+                torch.arange(self.seen - value.numel(), self.seen).view_as(value)
+            )
+        return td
+
+    def _step(self, tensordict) -> TensorDict:
+        return self._reset().set("reward", torch.zeros(3, 1))
+
+
+@pytest.mark.parametrize(
+    "levels", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)], ids=str
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_what_a_reset_replaces_is_what_counts(levels, seed):
+    """Masks at several levels may contradict each other; torchrl's own env is the judge."""
+    keys = [unravel_key((*path, "observation")) for path in LevelsEnv.paths]
+    t = VecNorm(keys, shapes=[(1,)] * 3, decay=1)
+    plain, env = LevelsEnv(levels), TransformedEnv(LevelsEnv(levels), t)
+    masks = {}
+    for level in levels:
+        shape = (*LevelsEnv.shapes[level], 1)
+        masks[(*LevelsEnv.paths[level], "_reset")] = (
+            torch.rand(shape) > 0.5 - 0.4 * seed
+        )
+    masks[(*LevelsEnv.paths[levels[0]], "_reset")][seed] = True
+
+    def reset(env):
+        td = env.reset()
+        for name, mask in masks.items():
+            td[name] = mask.clone()
+        before = td.select(*keys).clone(), snapshot(t)
+        return *before, env.reset(td)
+
+    _, before, _ = reset(env)
+    old, _, new = reset(plain)
+    for key in keys:
+        values = new[key][new[key] != old[key]].double()
+        for field, value in (("count", len(values)), ("sum", values.sum())):
+            state = leaf_name(key, field)
+            assert t._td[state].item() == before[state].item() + value, (key, field)
+
+
+class Clipped(VecNorm):
+    """Extends the transform as torchrl's documentation says, with a copy on the way."""
+
+    def _call(self, next_tensordict):
+        td = super()._call(next_tensordict.copy())
+        for key in set(self.out_keys).intersection(td.keys()):
+            next_tensordict.set(key, td.get(key).clamp(-0.5, 0.5))
+        return next_tensordict
+
+
+class Counted(VecNorm):
+    """Extends the methods around it."""
+
+    resets = steps = 0
+
+    def _reset(self, tensordict, tensordict_reset):
+        self.resets += 1
+        return super()._reset(tensordict, tensordict_reset)
+
+    def _step(self, tensordict, next_tensordict):
+        self.steps += 1
+        return super()._step(tensordict, next_tensordict)
+
+
+class Tolerant(VecNorm):
+    """Has a `_call` and a `_reset` that are torchrl's."""
+
+    def _call(self, next_tensordict):
+        if not self.missing_tolerance:
+            assert "reward" in next_tensordict.keys()
+        return super()._call(next_tensordict)
+
+
+@pytest.mark.parametrize("cls", [VecNorm, Clipped, Counted, Tolerant])
+@pytest.mark.parametrize("wrap", [lambda t: t, Compose], ids=["bare", "Compose"])
+def test_subclasses_see_what_the_transform_sees(cls, wrap):
+    t = cls(decay=1)
+    env = TransformedEnv(IntegerEnv(lengths=(2, 3, 6)), wrap(t))
+    rollout = env.rollout(12, break_when_any_done=False)
+    assert count(t, "reward") == 3 * 12
+    assert count(t) == 3 * 12 + 6 + 4 + 2
+    if cls is Clipped:
+        for td in (rollout, rollout["next"]):
+            assert td["observation"].abs().max() == 0.5
+    if cls is Counted:
+        # All at the start, then the first and the second now and then.
+        assert (t.resets, t.steps) == (1 + 7, 12)
+
+
+@pytest.mark.parametrize("method", ["_reset", "_step"])
+def test_subclasses_honour_masks(method):
+    t = Clipped(["observation"], decay=1)
+    mask = TensorDict({method: torch.tensor([[True], [False], [True]])}, [3])
+    for n in (1, 2, 3):
+        td = TensorDict(
+            observation=torch.tensor([[1.0], [50.0], [3.0]]), batch_size=[3]
+        )
+        y = getattr(t, method)(mask, td)["observation"]
+        assert y.flatten().tolist() == [-0.5, 0.5, 0.5]
+        assert (count(t), leaf(t, field="sum").item()) == (2 * n, 4 * n)
+
+
+def test_threads_do_not_see_each_others_masks():
+    t = Clipped(["observation"], decay=1)
+    none = TensorDict(_reset=torch.zeros(4, 1, dtype=torch.bool), batch_size=[4])
+    calls = 200
+
+    def work(call):
+        for _ in range(calls):
+            call(TensorDict(observation=torch.ones(4, 1), batch_size=[4]))
+
+    threads = [
+        threading.Thread(target=work, args=(call,), daemon=True)
+        for call in (t, partial(t._reset, none)) * 2
+    ]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE)
+    finally:
+        sys.setswitchinterval(interval)
+    assert count(t) == 2 * 4 * calls
+
+
 # ------------------------------------------------------------- batches of environments
 
 
@@ -472,6 +652,58 @@ def test_serial_env_shares_through_env_creator():
     assert count(creator().transform) == 2 + 2 * 11
     assert count(creator().transform, "reward") == 1 + 2 * 10
     env.close()
+
+
+def test_eval_of_a_batch_of_environments():
+    """torchrl does not pass it on to workers, of its own transforms neither."""
+    env = SerialEnv(2, integers)
+    env.rollout(3)
+    env.eval()
+    assert all(e.transform.training for e in env._envs)
+    env.close()
+    # What to do: the transform around the batch,
+    env = TransformedEnv(SerialEnv(2, IntegerEnv), VecNorm(decay=1))
+    env.rollout(3)
+    env.eval()
+    env.rollout(3)
+    assert count(env.transform) == 8
+    # or frozen copies in the workers.
+    t = env.transform
+    evaluating = SerialEnv(2, lambda: TransformedEnv(IntegerEnv(), t.frozen_copy()))
+    evaluating.rollout(3)
+    assert count(t) == 8
+    evaluating.close()
+    env.close()
+
+
+def test_eval_of_the_workers_of_a_parallel_env():
+    creator = EnvCreator(integers)
+    t = creator().transform
+    env = ParallelEnv(2, creator, mp_start_method="fork")
+    try:
+        env.rollout(3)
+        before = count(t)
+        env.eval()
+        env.rollout(3)
+        assert count(t) == before + 8
+        env.transform.eval()
+        env.rollout(3)
+        assert count(t) == before + 8
+        env.transform.train()
+        env.rollout(3)
+        assert count(t) == before + 16
+    finally:
+        env.close()
+
+
+def test_eval_of_an_inner_environment():
+    env = TransformedEnv(integers(), StepCounter(), auto_unwrap=False)
+    inner = env.base_env.transform
+    env.eval()
+    assert inner.training
+    env.base_env.eval()
+    env.rollout(3)
+    assert inner._td is None
 
 
 def test_parallel_env_outside():

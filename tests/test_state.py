@@ -20,7 +20,9 @@ import re
 import sys
 import threading
 import warnings
+from fractions import Fraction
 
+import numpy
 import pytest
 import torch
 import torchrl.envs
@@ -32,12 +34,21 @@ from common import (
     assert_same_state,
     count,
     leaf,
+    reference,
     snapshot,
     through_a_file,
 )
-from tensordict import LazyStackedTensorDict, TensorDict
+from tensordict import (
+    LazyStackedTensorDict,
+    NonTensorData,
+    TensorDict,
+    lazy_stack,
+    tensorclass,
+)
 from tensordict.nn import TensorDictSequential
 from torch import multiprocessing as mp
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torchrl.data import LazyTensorStorage, ReplayBuffer, TensorDictReplayBuffer
 from torchrl.envs import (
     Compose,
@@ -47,9 +58,8 @@ from torchrl.envs import (
 )
 from torchrl.testing.mocking_classes import CountingEnv
 
-from torchrl_vecnorm import VecNorm
+from torchrl_vecnorm import VecNorm, functional
 from torchrl_vecnorm.moments import Moments
-from torchrl_vecnorm.state import write_moments
 
 NESTED = ("agents", "observation")
 KEYS = ["observation", NESTED, "reward"]
@@ -1039,6 +1049,50 @@ def test_construction_checks(kwargs, match):
         VecNorm(**kwargs)
 
 
+@pytest.mark.parametrize("name", ["decay", "eps", "lock_timeout"])
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [
+        *((value, ValueError) for value in (0, -0.1, math.nan, -math.inf)),
+        (torch.tensor(math.nan), ValueError),
+        *((value, TypeError) for value in (None, "0.9", [0.9], 0.9j)),
+        (numpy.array([0.9]), TypeError),
+        (torch.tensor([0.9]), TypeError),
+        (torch.tensor(0.9, device="meta"), TypeError),
+    ],
+    ids=str,
+)
+def test_numbers_that_are_none(name, value, error):
+    with pytest.raises(error, match=name):
+        VecNorm(**{name: value})
+    t = trained()
+    before, old = snapshot(t), getattr(t, name)
+    with pytest.raises(error, match=name):
+        setattr(t, name, value)
+    assert getattr(t, name) == old
+    assert_same_state(snapshot(t), before)
+
+
+@pytest.mark.parametrize(
+    "half",
+    [0.5, Fraction(1, 2), numpy.float32(0.5), torch.tensor(0.5)],
+    ids=lambda value: type(value).__name__,
+)
+def test_numbers_hold_from_the_next_call_on(half):
+    t, expected = VecNorm(["observation"], decay=1), Expected(1)
+    for seed in range(2):
+        t(batch(seed)), expected(batch(seed)["observation"])
+    t.decay = t.eps = half
+    expected.decay = expected.eps = 0.5
+    for seed in range(2, 4):
+        x = 0.1 * batch(seed)["observation"]
+        y = t(observations(x))["observation"]
+        torch.testing.assert_close(y, expected(x).float())
+    assert count(t) == expected.count
+    copied = pickle.loads(pickle.dumps(t))
+    assert copied.decay == copied.eps == t.clone().decay == 0.5
+
+
 def test_names_that_only_look_alike_do_not_collide():
     keys = ["a", ("a", "b"), ("x", "a_sum"), "a_summary"]
     VecNorm(keys[:1] + keys[2:])
@@ -1049,6 +1103,95 @@ def test_one_key_may_be_given_without_a_list():
     t = VecNorm(in_keys="observation")
     assert t.in_keys == t.out_keys == ["observation"]
     t(observations([[1.0], [2.0]]))
+
+
+def set_in_keys(t):
+    t.in_keys = ["reward", NESTED]
+
+
+def set_one_key(t):
+    t.in_keys, t.out_keys = "reward", "r"
+
+
+def set_out_keys(t):
+    t.out_keys = ["o", ("a", "o")]
+
+
+def change_in_place(t):
+    t.in_keys[1] = "reward"
+    t.out_keys[0] = "o"
+
+
+def swap_in_place(t):
+    t.in_keys.reverse()
+    t.out_keys.reverse()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [set_in_keys, set_one_key, set_out_keys, change_in_place, swap_in_place],
+)
+@pytest.mark.parametrize("calls", [0, 1, 3])
+def test_keys_that_are_set_later(change, calls):
+    keys = ["observation", NESTED]
+    ours, theirs = VecNorm(keys, decay=1), reference(keys, decay=1, eps=1e-8)
+    for seed in range(calls + 3):
+        if seed == calls:
+            change(ours), change(theirs)
+        td, wanted = batch(seed), theirs(batch(seed))
+        assert ours(td) is td
+        assert set(td.keys(True, True)) == set(wanted.keys(True, True))
+        for key in wanted.keys(True, True):
+            torch.testing.assert_close(td[key], wanted[key], rtol=1e-4, atol=1e-4)
+    for key in ours.in_keys:
+        assert count(ours, key) == count(theirs, key)
+        torch.testing.assert_close(ours.loc[key], theirs.loc[key], rtol=1e-4, atol=1e-4)
+    assert set(ours.loc.keys(True, True)) == set(ours.in_keys)
+    original = ours.denorm(td)
+    for key in ours.in_keys:
+        torch.testing.assert_close(original[key], batch(seed)[key])
+
+
+def test_shapes_that_are_set_later():
+    t = VecNorm([NESTED], decay=1)
+    t.shapes = [(3,)]
+    t(batch())
+    assert count(t, NESTED) == 8
+    t.shapes[0] = (2, 3)
+    before = snapshot(t)
+    with pytest.raises(ValueError, match=r"\(3,\).*\(2, 3\)"):
+        t(batch())
+    assert_same_state(snapshot(t), before)
+
+
+def test_keys_that_are_set_later_are_checked():
+    t = trained()
+    before = snapshot(t)
+    for name, value in (
+        ("in_keys", ["observation", "reward"]),
+        ("out_keys", ["o"]),
+        ("in_keys", ["observation", "observation", "reward"]),
+        ("shapes", [(3,)]),
+        ("names", {"velocity": "observation"}),
+    ):
+        old = getattr(t, name)
+        setattr(t, name, value)
+        with pytest.raises(ValueError, match=name):
+            t(batch(9))
+        setattr(t, name, old)
+        assert_same_state(snapshot(t), before)
+    t(batch(9))
+
+
+def test_a_shared_td_without_a_key_that_is_set_later():
+    td = trained(keys=["observation"])._td.clone().share_memory_()
+    t = VecNorm(["observation"], shared_td=td)
+    t(batch())
+    t.in_keys, t.out_keys = ["observation", "reward"], ["observation", "reward"]
+    before = snapshot(t)
+    with pytest.raises(KeyError, match=r"reward.*observation_sum"):
+        t(batch())
+    assert_same_state(snapshot(t), before)
 
 
 def test_the_defaults_of_the_documentation():
@@ -1096,6 +1239,142 @@ def test_a_subclass_shows_parameters_of_its_own():
 def test_keys_of_one_name_in_a_state_dict():
     with pytest.raises(ValueError, match="same name in a state_dict"):
         VecNorm([f"a{SEP}b", ("a", "b")])
+
+
+# ------------------------------------------------- one set of statistics, several keys
+
+BOTH = ["observation", ("next", "observation")]
+ONE = {BOTH[1]: "observation"}
+
+
+def transitions(seed: int = 0) -> TensorDict:
+    return TensorDict(
+        {
+            "observation": batch(seed)["observation"],
+            "next": {"observation": 1 + batch(seed + 100)["observation"]},
+        },
+        [4],
+    )
+
+
+def of_both(td: TensorDict) -> torch.Tensor:
+    return torch.cat([td[key] for key in BOTH])
+
+
+@pytest.mark.parametrize("placed", ["private", "shared", "elsewhere"])
+def test_keys_of_one_name_are_one_batch(placed, request):
+    t, expected = VecNorm(BOTH, names=ONE, decay=0.9), Expected(0.9)
+    if placed == "shared":
+        zeros = Moments.zeros([3])
+        td = TensorDict(
+            {f"observation_{f}": v for f, v in zeros._asdict().items() if v is not None}
+        )
+        t = VecNorm(BOTH, names=ONE, decay=0.9, shared_td=td.share_memory_())
+    if placed == "elsewhere":
+        request.getfixturevalue("other_device")
+    for seed in range(5):
+        y = t(transitions(seed))
+        wanted = expected(of_both(transitions(seed)))
+        torch.testing.assert_close(of_both(y), wanted.float())
+    assert count(t) == pytest.approx(expected.count)
+    torch.testing.assert_close(leaf(t, field="sum"), expected.sum)
+    for key in BOTH:
+        torch.testing.assert_close(t.loc[key], expected.loc.float())
+        torch.testing.assert_close(t.scale[key], expected.scale.float())
+        assert (t.nonfinite[key] == 0).all()
+    original = t.denorm(y.clone())
+    torch.testing.assert_close(of_both(original), of_both(transitions(4)))
+    before = snapshot(t)
+    frozen = t.frozen_copy()
+    for other in (frozen, t.to_observation_norm()):
+        y = other(transitions(9))
+        wanted = (of_both(transitions(9)) - expected.loc) / expected.scale
+        torch.testing.assert_close(of_both(y), wanted.float())
+    assert_same_state(snapshot(t), before)
+
+
+def test_one_of_the_keys_of_a_name():
+    """At a reset there is no next observation, and masks hold for each key."""
+    t, expected = VecNorm(BOTH, names=ONE, decay=0.5), Expected(0.5)
+    td = TensorDict(observation=batch()["observation"], batch_size=[4])
+    mask = torch.tensor([[True], [False], [True], [False]])
+    t._reset(TensorDict(_reset=mask, batch_size=[4]), td)
+    expected(batch()["observation"][::2])
+    t._step(TensorDict(_step=mask, batch_size=[4]), transitions(3))
+    expected(torch.cat([transitions(3)[key][::2] for key in BOTH]))
+    assert count(t) == expected.count
+    torch.testing.assert_close(leaf(t, field="sum"), expected.sum)
+    empty = transitions(4)[:0]
+    before = snapshot(t)
+    t(empty)
+    assert_same_state(snapshot(t), before)
+
+
+@pytest.mark.parametrize("initialised", [False, True], ids=["fresh", "initialised"])
+def test_a_checkpoint_of_keys_of_one_name(initialised):
+    t = VecNorm(BOTH, names=ONE)
+    t(transitions())
+    saved = through_a_file(t.state_dict())
+    one = VecNorm(["observation"])
+    one(batch())
+    assert set(saved["_extra_state"]) == set(one.get_extra_state())
+    other = VecNorm(BOTH, names=ONE)
+    if initialised:
+        other(transitions(1))
+    other.load_state_dict(saved)
+    assert_same_state(snapshot(other), snapshot(t))
+    one.load_state_dict(saved)
+    assert torch.equal(one.loc["observation"], t.loc["observation"])
+    for copied in (copy.deepcopy(t), pickle.loads(pickle.dumps(t))):
+        assert torch.equal(
+            of_both(copied.freeze()(transitions(2))),
+            of_both(t.frozen_copy()(transitions(2))),
+        )
+
+
+def test_keys_of_one_name_have_one_shape():
+    td = transitions()
+    td["next", "observation"] = torch.ones(4, 2)
+    for seen in (False, True):
+        t = VecNorm(BOTH, names=ONE)
+        if seen:
+            t(transitions())
+        before = snapshot(t)
+        with pytest.raises(
+            ValueError, match=r"'next', 'observation'.*\(3,\).*'observation'.*\(2,\)"
+        ):
+            t(td)
+        assert_same_state(snapshot(t), before)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "match"),
+    [
+        ({"in_keys": ["a"], "names": {"b": "a"}}, "'b'"),
+        ({"in_keys": ["a", "b"], "names": {"b": "a_sum"}}, "a_sum"),
+        ({"in_keys": ["a", "b"], "names": {"b": ("a_sum", "c")}}, "a_sum"),
+        ({"in_keys": [("a", "b"), "c"], "names": {"c": f"a{SEP}b"}}, "same name"),
+        (
+            {"in_keys": ["a", "b"], "shapes": [(1,), (2,)], "names": {"b": "a"}},
+            "'a' and 'b'",
+        ),
+    ],
+    ids=str,
+)
+def test_names_that_are_refused(kwargs, match):
+    with pytest.raises(ValueError, match=match):
+        VecNorm(**kwargs)
+
+
+def test_a_name_of_its_own():
+    t = VecNorm(["observation"], names={"observation": ("kept", "here")}, decay=1)
+    t(batch())
+    assert set(t.get_extra_state()) >= {f"kept{SEP}here_sum", f"kept{SEP}here_count"}
+    assert count(t, ("kept", "here")) == 4
+    y = t(batch())["observation"]
+    torch.testing.assert_close(
+        y, trained(0, ["observation"], decay=1)(batch())["observation"]
+    )
 
 
 # ---------------------------------------------------------------- shapes of the values
@@ -1264,6 +1543,59 @@ def test_a_step_that_lacks_a_key():
         env.rand_step(td)
 
 
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [
+        (torch.ones(4, 1, dtype=torch.int64), TypeError),
+        (torch.ones(4, 1, dtype=torch.complex64), TypeError),
+        (torch.ones(4, 2), ValueError),
+    ],
+    ids=["integers", "complex", "shape"],
+)
+def test_denorm_names_the_key(value, error):
+    with pytest.raises(error, match=r"^VecNorm: key 'reward'"):
+        trained().denorm(batch().set("reward", value))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_errors_of_operators_name_the_key(monkeypatch, training):
+    t = trained().train(training)
+    name = "update_" if training else "normalize"
+
+    def refuses(*args, **kwargs):
+        raise ValueError("key 2: expected something, got key 1's")
+
+    monkeypatch.setattr(functional, name, refuses)
+    t._binding = None
+    with pytest.raises(
+        ValueError, match=r"key 'reward'.*key \('agents', 'observation'\)"
+    ):
+        t(batch())
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.quantize_per_tensor(torch.ones(4, 1), 1.0, 0, torch.qint8),
+        torch.nested.nested_tensor([torch.ones(1)] * 4),
+        torch.nested.nested_tensor([torch.ones(1)] * 4, layout=torch.jagged),
+        NonTensorData("a", batch_size=[4]),
+        TensorDict({}, [4]),
+    ],
+    ids=["quantized", "nested", "jagged", "non-tensor", "tensordict"],
+)
+def test_what_is_no_value(value):
+    t = trained()
+    before = snapshot(t)
+    for call in (t, t.denorm):
+        td = batch()
+        # Some of them know no way into a tensordict but this.
+        td._tensordict["reward"] = value
+        with pytest.raises(TypeError, match="reward"):
+            call(td)
+    assert_same_state(snapshot(t), before)
+
+
 # ----------------------------------------------------------- values that are not finite
 
 
@@ -1348,6 +1680,65 @@ def test_squares_beyond_float32():
     torch.testing.assert_close(y, torch.tensor([[-1.0], [1.0]]))
     assert leaf(t, field="ssq").item() == pytest.approx(1e61, rel=1e-6)
     assert t.nonfinite["observation"].item() == 0
+
+
+# ------------------------------------------------------------------------ tensorclasses
+
+
+@tensorclass
+class Step:
+    observation: torch.Tensor
+    normalized: torch.Tensor | None = None
+    inner: Sample | None = None
+    text: str = "a"
+
+
+def steps(x):
+    inner = Sample(3 * x, batch_size=[4])
+    return Step(x.clone(), inner=inner, text="b", batch_size=[4])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        steps,
+        lambda x: torch.stack([steps(x)[i] for i in range(4)]),
+        lambda x: lazy_stack([steps(x)[i] for i in range(4)]),
+        lambda x: LazyStackedTensorDict(*[steps(x)[i] for i in range(4)]),
+        lambda x: TensorDict({"a": steps(x), "b": NonTensorData(1)}, [4])["a"],
+    ],
+    ids=["plain", "stack", "lazy_stack", "LazyStackedTensorDict", "entry"],
+)
+@pytest.mark.parametrize("key", ["observation", ("inner", "observation")])
+@pytest.mark.parametrize("out_key", [None, "normalized"])
+def test_tensorclasses(make, key, out_key):
+    out_keys = None if out_key is None else [out_key]
+    ours, theirs = (cls([key], out_keys, decay=1) for cls in (VecNorm, reference))
+    for seed in range(3):
+        x = batch(seed)["observation"]
+        value, expected = make(x), theirs(make(x))
+        y = ours(value)
+        assert y is value
+        name = key if out_key is None else out_key
+        torch.testing.assert_close(
+            y.get(name), expected.get(name), rtol=1e-4, atol=1e-4
+        )
+    assert count(ours, key) == count(theirs, key) == 12
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_tensorclasses_in_a_replay_buffer(nested):
+    key = ("a", "observation") if nested else "observation"
+    t = VecNorm([key], decay=1)
+    buffer = ReplayBuffer(storage=LazyTensorStorage(4), transform=t, batch_size=8)
+    x = batch()["observation"]
+    value = Sample(x.clone(), batch_size=[4])
+    buffer.extend(TensorDict({"a": value}, [4]) if nested else value)
+    for n in (8, 16):
+        y = buffer.sample().get(key)
+        assert count(t, key) == n
+    raw = t.loc[key] + t.scale[key] * y
+    assert (torch.cdist(raw, x).min(-1).values < 1e-5).all()
 
 
 # --------------------------------------------------------------- a tensordict as module
@@ -1461,6 +1852,197 @@ def test_what_cannot_be_written_leaves_the_statistics_alone():
             assert torch.equal(td["r"], nested["r"])
 
 
+class Full(TensorDict):
+    """Takes no reward, which is the last of KEYS."""
+
+    error = RuntimeError
+
+    def set(self, key, value, *args, **kwargs):
+        if key == "reward":
+            raise self.error("full")
+        return super().set(key, value, *args, **kwargs)
+
+
+class Interrupted(Full):
+    error = KeyboardInterrupt
+
+
+@tensorclass
+class Sample:
+    observation: torch.Tensor
+
+
+def part_of(td):
+    return torch.cat([td, td])._get_sub_tensordict(slice(0, len(td)))
+
+
+def halves_locked(td):
+    return lazy_stack([half.clone().lock_() for half in td.unbind(0)])
+
+
+#: Tensordicts that say only when it is tried that they take no output, and out_keys.
+UNWRITABLE = {
+    "an entry": (lambda td: Full(td, batch_size=[4]), None),
+    "an interrupt": (lambda td: Interrupted(td, batch_size=[4]), None),
+    "a part": (part_of, None),
+    "locked parts": (halves_locked, None),
+    "other batch": (lambda td: td.set("x", TensorDict({}, [4, 2])), ("x", "o")),
+    "a tensorclass": (lambda td: Sample(td["observation"], batch_size=[4]), "o"),
+}
+
+
+@pytest.mark.parametrize("placed", ["first call", "private", "shared", "mapped"])
+@pytest.mark.parametrize("name", UNWRITABLE)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_an_output_that_is_not_taken_leaves_the_statistics_alone(
+    name, placed, compiled
+):
+    make, out_key = UNWRITABLE[name]
+    keys, out_keys = KEYS, None
+    if out_key is not None:
+        keys, out_keys = ["observation"], [out_key]
+    t = VecNorm(keys, out_keys, decay=1)
+    if placed != "first call":
+        for _ in range(2):
+            t(batch().set("x", TensorDict({}, [4])))
+    if placed in ("shared", "mapped"):
+        td = t._td.clone()
+        td = td.share_memory_() if placed == "shared" else td.memmap_()
+        lock = mp.get_context("spawn").Lock()
+        t = VecNorm(keys, out_keys, shared_td=td, lock=lock, decay=1)
+    before = snapshot(t)
+    td = make(TensorDict(batch(9), batch_size=[4]))
+    torch._dynamo.reset()
+    call = torch.compile(t, backend="aot_eager") if compiled else t
+    with pytest.raises((RuntimeError, AttributeError, KeyboardInterrupt)):
+        call(td)
+    assert_same_state(snapshot(t), before)
+    t(batch().set("x", TensorDict({}, [4])))
+    assert count(t) == (12 if before else 4)
+
+
+def test_values_on_two_devices_are_all_or_nothing(monkeypatch):
+    """Each device has a call of its own, and the second one fails."""
+    t = trained()
+    before = snapshot(t)
+    update_, calls = functional.update_, []
+
+    def fails(*args, **kwargs):
+        calls.append(update_(*args, **kwargs))
+        raise RuntimeError("CUDA error")
+
+    monkeypatch.setattr(functional, "update_", fails)
+    t._binding = None
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        t(batch(9))
+    assert calls
+    assert_same_state(snapshot(t), before)
+
+
+def differentiated(t, td):
+    torch.func.grad(lambda x: t(td.set("observation", x))["observation"].sum())(
+        td["observation"]
+    )
+
+
+def pushed_forward(t, td):
+    x = td["observation"]
+    torch.func.jvp(lambda x: t(td.set("observation", x))["observation"], (x,), (x,))
+
+
+def with_fake_values(t, td):
+    with FakeTensorMode() as mode:
+        td = td.apply(mode.from_tensor)
+    expected = td.clone()
+    y = t(td)
+    for key in KEYS:
+        assert isinstance(y[key], FakeTensor)
+        assert y[key].shape == expected[key].shape
+        assert y[key].dtype == expected[key].dtype
+
+
+def under_fake_tensor_mode(t, td):
+    with FakeTensorMode():
+        y = t(batch())
+        for key in KEYS:
+            assert isinstance(y[key], FakeTensor) and y[key].shape == td[key].shape
+
+
+def traced(mode):
+    def trace(t, td):
+        def call(x):
+            return t(td.set("observation", x))["observation"]
+
+        make_fx(call, tracing_mode=mode)(td["observation"])
+
+    return trace
+
+
+def exported(t, td):
+    class Module(torch.nn.Module):
+        def forward(self, x):
+            return t(td.set("observation", x))["observation"]
+
+    torch.export.export(Module(), (td["observation"],), strict=False)
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["first call", "later"])
+@pytest.mark.parametrize(
+    ("how", "samples"),
+    [
+        (differentiated, 4),
+        (pushed_forward, 4),
+        (traced("real"), 4),
+        (under_fake_tensor_mode, 0),
+        (with_fake_values, 0),
+        (traced("fake"), 0),
+        (traced("symbolic"), 0),
+        (exported, 0),
+        (lambda t, td: torch.vmap(t)(td), 0),
+        (lambda t, td: t(td.to("meta")), 0),
+    ],
+    ids=lambda v: getattr(v, "__name__", None),
+)
+def test_calls_that_are_looked_into(how, samples, known):
+    """They count as other calls do, or not at all, and the next one is right."""
+    keys = KEYS if how in (under_fake_tensor_mode, with_fake_values) else KEYS[:1]
+    t = VecNorm(keys, decay=1)
+    expected = Expected(1)
+    if known:
+        for seed in range(2):
+            t(batch(seed))
+            expected(batch(seed)["observation"])
+    try:
+        how(t, batch(7))
+    except Exception:
+        assert samples == 0  # an error is right where torch cannot follow
+    if samples:
+        expected(batch(7)["observation"])
+    y = t(batch(8))["observation"]
+    torch.testing.assert_close(y, expected(batch(8)["observation"]).float())
+    for field in FIELDS:
+        value = leaf(t, field=field)
+        assert type(value) is torch.Tensor
+        torch.testing.assert_close(
+            value, torch.as_tensor(getattr(expected, field)).double().view_as(value)
+        )
+
+
+def test_an_exported_transform_does_not_update():
+    """A frozen one becomes the graph of its normalisation."""
+    t = trained(keys=["observation"]).freeze()
+
+    class Module(torch.nn.Module):
+        def forward(self, x):
+            return t(TensorDict(observation=x, batch_size=[4]))["observation"]
+
+    x = batch(9)["observation"]
+    before = snapshot(t)
+    y = torch.export.export(Module(), (x,), strict=False).module()(x)
+    torch.testing.assert_close(y, (x - t.loc["observation"]) / t.scale["observation"])
+    assert_same_state(snapshot(t), before)
+
+
 def test_a_meta_tensor_is_no_value():
     t = trained()
     before = snapshot(t)
@@ -1478,12 +2060,10 @@ def test_a_meta_tensor_is_no_value():
 def other_device(monkeypatch):
     """Values are on another device than the statistics: as far as a CPU can tell."""
 
-    def move(self, key, state, device):
-        state = Moments(*(leaf.clone() for leaf in state))
-        write_moments(self._td, key.names, state)
-        return state
+    def follow(self, state, device):
+        return Moments(*(None if leaf is None else leaf.clone() for leaf in state))
 
-    monkeypatch.setattr(VecNorm, "_move", move)
+    monkeypatch.setattr(VecNorm, "_follow", follow)
 
 
 @pytest.mark.usefixtures("other_device")
@@ -1511,6 +2091,28 @@ def test_a_frozen_copy_follows_a_move():
         t(td.clone().apply(lambda x: x + 5))
         for key in ("observation", "reward"):
             assert torch.equal(frozen.loc[key], t.loc[key])
+
+
+@pytest.mark.usefixtures("other_device")
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("how", ["frozen", "frozen copy", "eval"])
+def test_only_an_update_moves_the_statistics(how, compiled):
+    t = trained()
+    live = dict(t._td.items(True, True))
+    called = {
+        "frozen": VecNorm.freeze,
+        "frozen copy": VecNorm.frozen_copy,
+        "eval": VecNorm.eval,
+    }[how](t)
+    called._binding = None
+    torch._dynamo.reset()
+    call = torch.compile(called, backend="aot_eager") if compiled else called
+    y = call(batch(9))
+    for key in KEYS:
+        expected = (batch(9)[key] - t.loc[key]) / t.scale[key]
+        torch.testing.assert_close(y[key], expected)
+    for name, value in t._td.items(True, True):
+        assert value is live[name]
 
 
 def test_to_decides_where_loaded_statistics_are():

@@ -76,14 +76,6 @@ def leaves_of(states: Sequence[Moments]) -> list[Tensor]:
     ]
 
 
-def mask_column(masks: list[Tensor | None], x: list[Tensor]) -> list[Tensor]:
-    """The masks as the operators take them: no elements where every sample counts."""
-    return [
-        v.new_empty(0, dtype=torch.bool) if m is None else m
-        for v, m in zip(x, masks, strict=True)
-    ]
-
-
 def _masks(mask, x: list[Tensor]) -> list[Tensor]:
     if mask is None:
         return []
@@ -95,7 +87,11 @@ def _masks(mask, x: list[Tensor]) -> list[Tensor]:
             f"expected mask as a tensor, or one or None for each of {len(x)} keys, got "
             f"{_describe(mask)}"
         )
-    return mask_column(masks, x)
+    # No elements where every sample counts.
+    return [
+        v.new_empty(0, dtype=torch.bool) if m is None else m
+        for v, m in zip(x, masks, strict=True)
+    ]
 
 
 def _like(first, values: list[Tensor]):

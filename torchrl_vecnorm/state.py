@@ -14,9 +14,10 @@ from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDict, TensorDictBase, is_tensor_collection
 from tensordict.utils import NestedKey
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from torchrl_vecnorm import functional
 from torchrl_vecnorm._load import _C
@@ -28,13 +29,16 @@ T = TypeVar("T")
 
 
 def get_entry(td: TensorDictBase, key: NestedKey) -> Any:
-    """An entry of a tensordict, or None."""
+    """An entry of a tensordict or a tensorclass, or None."""
+    if type(key) is not str:
+        for name in key:
+            # Nothing is an entry of what is no tensordict.
+            td = get_entry(td, name) if is_tensor_collection(td) else None
+        return td
     # The public `get` spends a microsecond on what is already known here: that the key
     # is in its canonical form.
-    if type(td) is TensorDict and not torch.compiler.is_compiling():
-        if type(key) is str:
-            return td._get_str(key, None)
-        return td._get_tuple(key, None)
+    if type(td) is TensorDict and not is_compiling():
+        return td._get_str(key, None)
     return td.get(key, None)
 
 
@@ -44,7 +48,7 @@ def set_entry(td: TensorDictBase, key: NestedKey, value: Tensor) -> None:
         type(td) is TensorDict
         and type(key) is str
         and not td.is_locked
-        and not torch.compiler.is_compiling()
+        and not is_compiling()
     ):
         td._set_str(key, value, inplace=False, validated=True, non_blocking=False)
     else:
@@ -66,6 +70,17 @@ def write_moments(td: TensorDictBase, names: StateNames, moments: Moments) -> No
     for name, leaf in zip(names, moments, strict=True):
         if leaf is not None:
             td.set(name, leaf)
+
+
+def restore_moments(
+    td: TensorDictBase, names: StateNames, moments: Moments | None
+) -> None:
+    """Makes the entries what they were: these moments, or none."""
+    for name, leaf in zip(names, moments or [None] * len(names), strict=True):
+        if leaf is not None:
+            td.set(name, leaf)
+        elif get_entry(td, name) is not None:
+            del td[name]
 
 
 def copy_moments(target: Moments, source: Moments) -> None:
@@ -331,7 +346,8 @@ def bind(
         shared: statistics in shared memory, or a lock alone, or None.
 
     Returns:
-        None where the entries are not plain, or lie on several devices.
+        None where the entries are not plain, or lie on several devices, or an output goes
+        to a tensordict that the value is not in.
     """
     if type(td) is not TensorDict or len({m.sum.device for m in moments}) != 1:
         return None
@@ -347,6 +363,12 @@ def bind(
                 parts.append((node._tensordict, part, child))
                 node = child
     in_keys, out_keys, _, ndims, dtypes = zip(*keys, strict=True)
+    for source, target in zip(
+        map(as_path, in_keys), map(as_path, out_keys), strict=True
+    ):
+        # Other tensordicts may have more batch dimensions than the value, and refuse it.
+        if target[:-1] != source[:-1][: len(target) - 1]:
+            return None
     return _C.Binding(
         td,
         parts,

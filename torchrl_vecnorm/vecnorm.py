@@ -10,20 +10,27 @@ import inspect
 import math
 import multiprocessing.context
 import os
+import re
 import sys
+import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy, deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from numbers import Real
 from types import MethodType
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDict, TensorDictBase, is_tensor_collection, unravel_key
 from tensordict.utils import NestedKey
 from torch import Tensor
 from torch import multiprocessing as mp
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch._subclasses.fake_tensor import is_fake
+from torch.compiler import is_compiling
+from torch.utils._python_dispatch import _disable_current_modes
 from torchrl.data.tensor_specs import TensorSpec
 from torchrl.envs import VecNorm as _TorchRLVecNorm
 from torchrl.envs import VecNormV2
@@ -43,6 +50,7 @@ from torchrl_vecnorm.state import (
     get_entry,
     patiently,
     read_moments,
+    restore_moments,
     set_entry,
     settled,
     without_counter,
@@ -62,6 +70,19 @@ class _Key:
     out_key: NestedKey
     names: StateNames
     shape: torch.Size | None  # of the features, where the user gave it
+    others: list[NestedKey]  # in_keys that share the statistics
+
+
+@dataclass
+class _Keys:
+    """All in_keys, as they were when they were looked up."""
+
+    given: tuple  # in_keys, out_keys, shapes, names
+    inputs: list[_Key]  # one for each in_key
+    sets: list[
+        _Key
+    ]  # one for each set of statistics, with the key that it is kept under
+    mask_names: list[tuple[str, ...]]  # where `_step` may be for nested in_keys
 
 
 @dataclass
@@ -138,19 +159,30 @@ class VecNorm(Transform):
             :class:`torchrl.envs.VecNormV2` is returned.
         lock_timeout (float, optional): seconds to wait for the lock of shared statistics
             before a TimeoutError names the process that holds it. Default: 60.
+        names (mapping of NestedKey to NestedKey, optional): the key under whose name the
+            statistics of an in_key are kept; by default its own. in_keys of one name
+            share one set of statistics: a call folds the samples of all of them into it
+            in one update, and normalises all with the result.
 
     Raises:
         ValueError: ``decay`` is not in (0, 1], ``eps`` is not positive, ``shapes`` or
             ``out_keys`` do not match ``in_keys`` in length, a key is given twice or is
-            the name of another's statistics; ``shared_td`` has entries of other shapes,
-            or values that no data can have given.
+            the name of another's statistics, ``names`` has a key that is no in_key;
+            ``shared_td`` has entries of other shapes, or values that no data can have
+            given.
+        TypeError: ``decay``, ``eps`` or ``lock_timeout`` is no number.
         RuntimeError: ``shared_td`` is neither in shared memory nor a memmap, its files
             are damaged, or it is on a GPU and another process's.
         KeyError: ``shared_td`` lacks the entries of a key.
 
     Placing a transform in an environment or a replay buffer, which TorchRL does with a
     call of ``eval()``, does not stop the updates; ``transform.eval()``, ``env.eval()``
-    and :meth:`freeze` do.
+    and :meth:`freeze` do. TorchRL does not pass ``env.eval()`` on to the environments
+    inside a ``SerialEnv``, a ``ParallelEnv`` or another ``TransformedEnv``: put the
+    transform around them, or give them a :meth:`frozen_copy`.
+
+    ``in_keys``, ``out_keys``, ``shapes``, ``names``, ``decay``, ``eps`` and
+    ``lock_timeout`` may be set later, and hold from the next call on.
 
     Examples:
         >>> from torchrl.envs import GymEnv, TransformedEnv
@@ -169,6 +201,11 @@ class VecNorm(Transform):
         tensor(True)
         >>> print((abs(tds.get(("next", "observation")).std(0) - 1) < 0.2).all())
         tensor(True)
+        >>> # In a replay buffer, both observations of a step with the same statistics:
+        >>> t = VecNorm(
+        ...     ["observation", ("next", "observation")],
+        ...     names={("next", "observation"): "observation"},
+        ... )
 
     """
 
@@ -215,27 +252,28 @@ class VecNorm(Transform):
         shapes: list[torch.Size] | None = None,
         new_api: bool | None = None,
         lock_timeout: float = sharing.LOCK_TIMEOUT,
+        names: Mapping[NestedKey, NestedKey] | None = None,
     ) -> None:
         if in_keys is None:
             in_keys = ["observation", "reward"]
         if out_keys is None:
             out_keys = copy(in_keys)
         super().__init__(in_keys=in_keys, out_keys=out_keys)
-        _check_number("decay", decay, 0 < decay <= 1, "in (0, 1]")
-        _check_number("eps", eps, 0 < eps < math.inf, "positive and finite")
-        _check_number("lock_timeout", lock_timeout, lock_timeout > 0, "positive")
         self.decay = decay
         self.eps = eps
+        self.lock_timeout = lock_timeout
         self.shapes = shapes
+        self.names = names
         self.frozen = False
-        self._keys = _resolve_keys(self.in_keys, self.out_keys, shapes)
+        self._binding: tuple | None = None
+        self._attached: sharing.Attached | None = None
+        self._found = _find_keys(self.in_keys, self.out_keys, shapes, names)
         self._td = shared_td
         if shared_td is not None:
             _check_shared_td(shared_td, self._keys, has_lock=lock is not None)
         self.__dict__["lock"] = sharing.Lock() if lock is None else lock
         self._lock_is_own = lock is None  # nobody else can have it
         self._lock_was_set = False  # since then
-        self.lock_timeout = lock_timeout
         # Whether the statistics came from elsewhere, in shared memory: others may update
         # them, so they stay where they are. The leaves cannot tell: CUDA tensors always
         # say that they are shared, memory maps never do.
@@ -243,8 +281,6 @@ class VecNorm(Transform):
         # The dtype of the normalised values of each in_key, once one was seen.
         self._dtypes: dict[NestedKey, torch.dtype] = {}
         self._warned = False
-        self._binding: tuple | None = None
-        self._attached: sharing.Attached | None = None
         if shared_td is not None:
             if lock is None:
                 self._reserve()
@@ -255,6 +291,48 @@ class VecNorm(Transform):
                 self._check_statistics({key.in_key: key.names for key in self._keys})
             except ValueError as error:
                 raise ValueError(sharing.advise(str(error), shared_td)) from None
+
+    @property
+    def decay(self) -> float:
+        """The decay rate, in (0, 1]."""
+        return self._decay
+
+    @decay.setter
+    def decay(self, value: float) -> None:
+        self._decay = _number("decay", value, lambda v: 0 < v <= 1, "in (0, 1]")
+
+    @property
+    def eps(self) -> float:
+        """The lower bound of the standard deviation, positive and finite."""
+        return self._eps
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        self._eps = _number(
+            "eps", value, lambda v: 0 < v < math.inf, "positive and finite"
+        )
+
+    @property
+    def lock_timeout(self) -> float:
+        """Seconds to wait for the lock of shared statistics, positive."""
+        return self._lock_timeout
+
+    @lock_timeout.setter
+    def lock_timeout(self, value: float) -> None:
+        self._lock_timeout = _number("lock_timeout", value, lambda v: v > 0, "positive")
+
+    def _look_up(self) -> _Keys:
+        """The keys as they are now; the lists may have been changed in place."""
+        given = self._in_keys, self._out_keys, self.shapes, self.names
+        if self._found.given != given:
+            self._found = _find_keys(*given)
+            self._binding = self._attached = None
+        return self._found
+
+    @property
+    def _keys(self) -> list[_Key]:
+        """One for each set of statistics, with the key that they are kept under."""
+        return self._look_up().sets
 
     # ------------------------------------------------------------ switching updates
 
@@ -299,9 +377,10 @@ class VecNorm(Transform):
     # -------------------------------------------------------------------- the call
 
     def _call(self, next_tensordict: TensorDictBase) -> TensorDictBase:
-        if not torch.compiler.is_compiling() and self._common_call(next_tensordict):
+        if not is_compiling() and self._common_call(next_tensordict):
             return next_tensordict
-        return self._normalize_td(next_tensordict, self._missing_tolerance)
+        partial = _partial_call_of(self) or _Partial(self._missing_tolerance)
+        return self._normalize_td(next_tensordict, partial)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Reads the input tensordict, and for the selected keys, applies the transform.
@@ -310,15 +389,17 @@ class VecNorm(Transform):
             tensordict: entries ``in_keys``, each ``[*samples, *features]``.
 
         Returns:
-            The same tensordict, with the normalised values in ``out_keys``.
+            The same tensordict, with the normalised values in ``out_keys``. Those of fake
+            tensors are fake, and leave the statistics as they are.
 
         Raises:
             KeyError: an in_key is missing.
-            ValueError: the features of a value have another shape than ``shapes`` or
-                the statistics.
-            TypeError: a value is complex or sparse.
+            ValueError: the features of a value have another shape than ``shapes``, the
+                statistics, or another in_key that shares them.
+            TypeError: a value is complex, sparse, quantized or a nested tensor.
 
-        After an error, the statistics of all keys are what they were.
+        After an error the statistics of all keys are what they were, also where it is the
+        tensordict that refuses an output. Outputs before that one may have been written.
         """
         return self._call(tensordict)
 
@@ -326,10 +407,16 @@ class VecNorm(Transform):
         self, tensordict: TensorDictBase, next_tensordict: TensorDictBase
     ) -> TensorDictBase:
         # In a partial step, environments that stood still have nothing to say.
-        if get_entry(tensordict, "_step") is None:
+        found = self._found
+        if found.given[0] != self._in_keys:
+            found = self._look_up()
+        names = found.mask_names
+        if get_entry(tensordict, "_step") is None and not (
+            names and any(get_entry(tensordict, name) is not None for name in names)
+        ):
             return self._call(next_tensordict)
-        return self._normalize_td(
-            next_tensordict, self._missing_tolerance, tensordict, "_step"
+        return self._call_partially(
+            next_tensordict, _Partial(self._missing_tolerance, tensordict, "_step")
         )
 
     def _reset(
@@ -337,49 +424,106 @@ class VecNorm(Transform):
     ) -> TensorDictBase:
         # Rewards and the like are not there at a reset; and of a batch of environments
         # only those that are being reset count.
-        return self._normalize_td(tensordict_reset, True, tensordict, "_reset")
+        return self._call_partially(
+            tensordict_reset, _Partial(True, tensordict, "_reset")
+        )
 
-    def _normalize_td(
-        self,
-        td: TensorDictBase,
-        tolerant: bool,
-        masks_td: TensorDictBase | None = None,
-        mask_name: str = "",
-    ) -> TensorDictBase:
-        """Normalises the in_keys of ``td`` into its out_keys.
+    @property
+    def missing_tolerance(self) -> bool:
+        """Whether in_keys may be missing, as they may at a reset."""
+        partial = _partial_call_of(self)
+        return self._missing_tolerance or (partial is not None and partial.tolerant)
 
-        ``masks_td`` may have entries ``mask_name`` that say which samples count.
-        """
-        if self._others_update and torch.compiler.is_compiling():
-            return self._outside_graph(td, tolerant, masks_td, mask_name)
+    def _is_extended(self) -> bool:
+        """Whether a subclass has a ``_call`` of its own."""
+        return type(self)._call is not VecNorm._call
+
+    def _call_partially(self, td: TensorDictBase, partial: _Partial) -> TensorDictBase:
+        if not self._is_extended():
+            return self._normalize_td(td, partial)
+        # The subclass calls ours with this tensordict, with another, or not at all.
+        before = getattr(_this_thread, "partial", None)
+        _this_thread.partial = (self, partial)
+        try:
+            return self._call(td)
+        finally:
+            _this_thread.partial = before
+
+    def _normalize_td(self, td: TensorDictBase, partial: _Partial) -> TensorDictBase:
+        """Normalises the in_keys of ``td`` into its out_keys."""
+        if self._others_update and is_compiling():
+            return self._outside_graph(td, partial)
+        inputs = self._look_up().inputs
         values = []
-        for key in self._keys:
+        for key in inputs:
             value = get_entry(td, key.in_key)
             if value is not None:
                 values.append((key, value))
-            elif not tolerant:
+            elif not partial.tolerant:
                 raise KeyError(
                     f"VecNorm: key {key.in_key!r} is not in the tensordict, which has "
                     f"{sorted(map(str, td.keys(True, True)))}"
                 )
         if not values:
             return td
-        for key, _ in values:
+        for key, value in values:
+            _check_value(key.in_key, value)
             _check_writable(td, key.out_key)
         updating = self.training and not self.frozen
+        if _are_fake(value for _, value in values):
+            for key, value in values:
+                _features(key, value, td.batch_dims, self._state(key))
+                td.set(key.out_key, _identity(value))
+            return td
         with self._session() as session:
-            attached = self._attached if session is not None else None
-            if attached is not None and updating:
+            attached = self._attached if session is not None and updating else None
+            if attached is not None:
                 attached.state.load()
-            entries = [
-                self._entry(key, value, td, updating, masks_td, mask_name)
-                for key, value in values
-            ]
-            normalized = self._compute(entries, updating, attached)
-            if attached is not None and updating:
-                attached.state.commit()
-        self._write_outputs(td, [e.key for e in entries], normalized)
+            entries = self._find_entries(td, values, updating, partial)
+            known = [e for e in entries if e.state is not None]
+            if attached is not None:
+                for e in known:
+                    e.state = attached.copy_of(e.state, e.key.names)
+            with self._all_or_nothing(known if updating else []):
+                normalized = self._compute(entries, known, updating)
+                self._write_outputs(td, [e.key for e in entries], normalized)
+                if updating:
+                    self._keep_new(known)
+                if attached is not None:
+                    attached.state.commit()
+            is_common = len(known) == len(inputs) and type(td) is TensorDict
+            if is_common and (self._binding is None or partial.masks_td is None):
+                self._bind(known)
         return td
+
+    @contextmanager
+    def _all_or_nothing(self, known: list[_Entry]) -> Iterator[None]:
+        """Puts the statistics back if the call fails, whatever it was that failed."""
+        if is_compiling():
+            yield
+            return
+        td, dtypes = self._td, self._dtypes
+        states = {e.key.names: e.state for e in known}
+        new = {e.key.names: self._state(e.key) for e in known if e.is_new}
+        with _without_functorch():
+            copies = {
+                names: state.to(state.sum.device, copy=True)
+                for names, state in states.items()
+                if names not in new
+            }
+        try:
+            yield
+        except BaseException:  # an interrupt too
+            with _without_functorch():
+                for names, copied in copies.items():
+                    for leaf, value in zip(states[names], copied, strict=True):
+                        if leaf is not None:
+                            leaf.copy_(value)
+            self._td, self._dtypes, self._binding = td, dtypes, None
+            if td is not None:
+                for names, old in new.items():
+                    restore_moments(td, names, old)
+            raise
 
     @torch.compiler.disable(
         reason="VecNorm: statistics that other processes update need their lock, and "
@@ -399,35 +543,33 @@ class VecNorm(Transform):
         updating = self.training and not self.frozen
         if not updating and _ops.needs_plain_torch():
             return False
-        binding, bound_lock, users_lock = bound
-        if self.lock is not bound_lock:
+        binding, bound_lock, users_lock, given, is_extended = bound
+        if (
+            self.lock is not bound_lock
+            # Lists that were changed in place do not say so.
+            or (self._in_keys, self._out_keys, self.shapes, self.names) != given
+            or (is_extended and _partial_call_of(self) is not None)
+        ):
             return False
-        timeout = self.lock_timeout
-        if users_lock is None:
-            return binding.call(self._td, td, updating, self.decay, self.eps, timeout)
-        with sharing.Session(users_lock, None, timeout):
-            return binding.call(self._td, td, updating, self.decay, self.eps, timeout)
+        call = self._td, td, updating, self._decay, self._eps, self._lock_timeout
+        try:
+            if users_lock is None:
+                return binding.call(*call)
+            with sharing.Session(users_lock, None, self._lock_timeout):
+                return binding.call(*call)
+        except NotImplementedError:  # of a kind of tensor that no operator takes
+            return False
 
     def _write_outputs(
         self, td: TensorDictBase, keys: list[_Key], normalized: list[Tensor]
     ) -> None:
+        for key, y in zip(keys, normalized, strict=True):  # may fail
+            set_entry(td, key.out_key, y)
         for key, y in zip(keys, normalized, strict=True):
             if self._dtypes.get(key.in_key) is not y.dtype:
                 # Clones were given the dictionary as it was.
                 self._dtypes = {**self._dtypes, key.in_key: y.dtype}
-                if torch.compiler.is_compiling() or len(keys) < len(self._keys):
-                    self._binding = None  # of other dtypes, which it would not say
-            set_entry(td, key.out_key, y)
-
-    def _call_operator(
-        self, values: list[Tensor], state: list[Tensor], masks: list[Tensor]
-    ) -> list[Tensor]:
-        """One call of an operator: updating or not."""
-        if self.training and not self.frozen:
-            return _ops.update(
-                values, state, masks, float(self.decay), 1.0, float(self.eps)
-            )
-        return _ops.normalize(values, state, float(self.eps))
+                self._binding = None  # of other dtypes, which it would not say
 
     # ------------------------------------------------------------------------- locking
 
@@ -466,7 +608,7 @@ class VecNorm(Transform):
     @contextmanager
     def _session(self) -> Iterator[sharing.Session | None]:
         """Holds the locks; None in a compiled graph, where they mean nothing."""
-        if torch.compiler.is_compiling():
+        if is_compiling():
             yield None
             return
         _C.leave_the_pool_after_fork()  # a session may run torch's own operators
@@ -478,73 +620,90 @@ class VecNorm(Transform):
                     yield session
                     return
 
-    def _entry(
+    def _find_entries(
         self,
-        key: _Key,
-        value: Tensor,
         td: TensorDictBase,
+        values: list[tuple[_Key, Tensor]],
         updating: bool,
-        masks_td: TensorDictBase | None,
-        mask_name: str,
-    ) -> _Entry:
-        """Checks a value and finds its state."""
-        _check_value(key, value)
-        state = self._state(key)
-        features = _features(key, value, td.batch_dims, state)
-        samples = value.shape[: value.ndim - len(features)]
-        mask = None
-        if masks_td is not None:
-            mask = _find_mask(masks_td, key.in_key, mask_name, samples)
-        is_new = state is None and updating and samples.numel() > 0
-        if is_new:
-            state = _new_moments(features, value.device)
-        elif state is None:
-            self._warn_identity()
-        elif not updating and state.sum.device.type == "cpu":
-            self._warn_identity(state.count)
-        if state is not None and not is_new and not self._others_update:
-            # A private state follows the values.
-            state = self._move(key, state, value.device)
-        return _Entry(key, value, state, mask, is_new)
+        partial: _Partial,
+    ) -> list[_Entry]:
+        """Checks the shapes of all values and finds their states."""
+        entries = []
+        found: dict[StateNames, tuple[Moments, bool]] = {}
+        shapes: dict[StateNames, torch.Size] = {}
+        for key, value in values:
+            state = self._state(key)
+            features = _features(
+                key, value, td.batch_dims, state, shapes.get(key.names)
+            )
+            shapes[key.names] = features
+            samples = value.shape[: value.ndim - len(features)]
+            mask = None
+            if partial.masks_td is not None:
+                mask = _find_mask(partial, key.in_key, samples)
+            entries.append(_Entry(key, value, None, mask))
+            if key.names in found:
+                continue
+            if state is None and updating and samples.numel() > 0:
+                self._check_room(key)
+                found[key.names] = _new_moments(features, value.device), True
+            elif state is not None:
+                # A private state follows the values; where nothing is updated, a copy.
+                here = state
+                if not self._others_update:
+                    here = self._follow(state, value.device)
+                found[key.names] = here, here is not state
+        for e in entries:
+            e.state, e.is_new = found.get(e.key.names, (None, False))
+            if e.state is None:
+                self._warn_identity()
+            elif not updating and e.state.sum.device.type == "cpu":
+                self._warn_identity(e.state.count)
+        return entries
+
+    def _check_room(self, key: _Key) -> None:
+        if self._td is not None and self._td.is_locked:
+            raise KeyError(
+                f"VecNorm: the statistics have no entries for key {key.in_key!r} and are "
+                f"locked, they have {sorted(map(str, self._td.keys(True, True)))}"
+            )
 
     def _state(self, key: _Key) -> Moments | None:
         return read_moments(self._td, key.names)
 
-    def _move(self, key: _Key, state: Moments, device: torch.device) -> Moments:
-        """Brings the statistics of a key to a device, for all that have this tensordict."""
-        # What a graph has made under inference_mode, nobody could write to outside of it.
-        # (Nor could a compiled graph with other backends than inductor: it cannot ask.)
-        is_stale = (
-            not torch.compiler.is_compiling()
-            and state.sum.is_inference()
-            and not torch.is_inference_mode_enabled()
-            and not sharing.in_shared_memory(state.sum)
-        )
-        if state.sum.device != device or is_stale:
-            state = state.to(device, copy=True)
-            write_moments(self._td, key.names, state)
-            if not torch.compiler.is_compiling() and not self._in_shared_memory():
-                self._reserve()
+    def _follow(self, state: Moments, device: torch.device) -> Moments:
+        """The statistics where they can be updated with values of a device, or a copy."""
+        if state.sum.device != device or _is_stale(state.sum):
+            return state.to(device, copy=True)
         return state
 
+    def _move(self, key: _Key, state: Moments, device: torch.device) -> Moments:
+        """Brings the statistics of a key to a device, for all that have this tensordict."""
+        moved = self._follow(state, device)
+        if moved is not state:
+            write_moments(self._td, key.names, moved)
+            if not is_compiling() and not self._in_shared_memory():
+                self._reserve()
+        return moved
+
     def _compute(
-        self,
-        entries: list[_Entry],
-        updating: bool,
-        attached: sharing.Attached | None,
+        self, entries: list[_Entry], known: list[_Entry], updating: bool
     ) -> list[Tensor]:
         """One call of the operator for all keys that have a state."""
-        known = [e for e in entries if e.state is not None]
-        if updating and attached is not None:
-            for e in known:
-                e.state = attached.copy_of(e.state, e.key.names)
-        if any(e.state.sum.device != e.value.device for e in known):
-            results = iter(self._compute_staged(known, updating))
+        is_apart = len({e.key.names for e in known}) == len(known)
+        if (
+            updating
+            and is_compiling()
+            and any(e.is_new and e.value.requires_grad for e in known)
+        ):
+            results = self._compute_plain(known)
+        elif (updating and not is_apart) or any(
+            e.state.sum.device != e.value.device for e in known
+        ):
+            results = self._compute_from_moments(known, updating)
         else:
-            results = iter(self._compute_here(known))
-        self._keep_new(known)
-        if len(known) == len(self._keys) and not torch.compiler.is_compiling():
-            self._bind(known)
+            results = self._compute_here(known, updating)
+        results = iter(results)
         return [
             next(results) if e.state is not None else _identity(e.value)
             for e in entries
@@ -552,6 +711,8 @@ class VecNorm(Transform):
 
     def _bind(self, known: list[_Entry]) -> None:
         """Lets calls like this one take the short way, :meth:`_common_call`."""
+        if is_compiling() or len(self._found.sets) < len(known):
+            return
         keys = [
             (
                 e.key.in_key,
@@ -563,16 +724,22 @@ class VecNorm(Transform):
             for e in known
         ]
         users_lock, shared = self._protection()
-        states = [self._state(key) for key in self._keys]
+        states = [self._state(e.key) for e in known]
+        if None in states:  # of a trace with fake tensors
+            return
         if self._attached is not None:
             states = [
-                self._attached.copy_of(state, key.names)
-                for state, key in zip(states, self._keys, strict=True)
+                self._attached.copy_of(state, e.key.names)
+                for state, e in zip(states, known, strict=True)
             ]
         binding = bind(self._td, keys, states, shared)
-        self._binding = None if binding is None else (binding, self.lock, users_lock)
+        if binding is not None:
+            given, is_extended = self._found.given, self._is_extended()
+            binding = binding, self.lock, users_lock, given, is_extended
+        self._binding = binding
 
-    def _compute_here(self, known: list[_Entry]) -> list[Tensor]:
+    def _compute_here(self, known: list[_Entry], updating: bool) -> list[Tensor]:
+        """With the statistics on the devices of the values."""
         if not known:
             return []
         devices = {e.value.device for e in known}
@@ -580,20 +747,24 @@ class VecNorm(Transform):
             results = {}
             for device in devices:
                 part = [e for e in known if e.value.device == device]
-                results.update(
-                    zip(map(id, part), self._compute_here(part), strict=True)
-                )
+                computed = self._compute_here(part, updating)
+                results.update(zip(map(id, part), computed, strict=True))
             return [results[id(e)] for e in known]
-        if torch.compiler.is_compiling() and any(
-            e.is_new and e.value.requires_grad for e in known
-        ):
-            return self._compute_plain(known)
+        keys = [e.key for e in known]
         values = [e.value for e in known]
-        masks = []
-        if any(e.mask is not None for e in known):
-            masks = functional.mask_column([e.mask for e in known], values)
-        leaves = functional.leaves_of([e.state for e in known])
-        return self._call_operator(values, leaves, masks)
+        states = [e.state for e in known]
+        if not updating:
+            return _called(keys, functional.normalize, values, states, eps=self.eps)
+        masks = [e.mask for e in known]
+        return _called(
+            keys,
+            functional.update_,
+            values,
+            states,
+            decay=self.decay,
+            eps=self.eps,
+            mask=masks if any(m is not None for m in masks) else None,
+        )
 
     def _compute_plain(self, known: list[_Entry]) -> list[Tensor]:
         """The first call, compiled and with gradients, in plain torch.
@@ -601,45 +772,73 @@ class VecNorm(Transform):
         Inductor (torch 2.13) gives the backward pass the zeros that a state begins with
         where the same graph makes the state, updates it in place and reads it.
         """
-        normalized = []
+        batches: dict[StateNames, Moments] = {}
         for e in known:
             batch = oracle.batch_moments(e.value.detach(), e.state.sum.ndim, e.mask)
-            state = oracle.fold(e.state, batch, float(self.decay))
-            if e.is_new:
-                e.state = state
-            else:
-                copy_moments(e.state, state)
-            normalized.append(oracle.normalize(e.value, state, float(self.eps)))
-        return normalized
+            if e.key.names in batches:
+                batch = oracle.fold(batches[e.key.names], batch, 1.0)
+            batches[e.key.names] = batch
+        states: dict[StateNames, Moments] = {}
+        for e in known:
+            if e.key.names not in states:
+                state = oracle.fold(e.state, batches[e.key.names], float(self.decay))
+                if not e.is_new:
+                    copy_moments(e.state, state)
+                states[e.key.names] = state
+            e.state = states[e.key.names] if e.is_new else e.state
+        return [
+            oracle.normalize(e.value, states[e.key.names], float(self.eps))
+            for e in known
+        ]
 
-    def _compute_staged(self, known: list[_Entry], updating: bool) -> list[Tensor]:
-        """Shared statistics stay where they are; the values may be elsewhere.
+    def _compute_from_moments(
+        self, known: list[_Entry], updating: bool
+    ) -> list[Tensor]:
+        """With the moments of the batch, where it is not one tensor beside the statistics.
 
-        The batch is reduced on its own device, its moments travel, and so do the
-        statistics that it is normalised with.
+        Shared statistics stay where they are, while the values may be elsewhere: the
+        batch is reduced on its own device, its moments travel, and so do the statistics
+        that it is normalised with. Keys that share statistics are folded in at once.
         """
-        states = [e.state for e in known]
         if updating:
-            batch = []
+            states = {e.key.names: e.state for e in known}
+            batches: dict[StateNames, Moments] = {}
             for e in known:
-                moments = functional.moments(e.value, e.state.sum.ndim, mask=e.mask)
-                batch.append(moments.to(e.state.sum.device))
-            functional.merge_(states, batch, decay=self.decay)
-        values = [e.value for e in known]
-        states = [s.to(v.device) for s, v in zip(states, values, strict=True)]
-        return functional.normalize(values, states, eps=self.eps)
+                batch = _called(
+                    [e.key],
+                    functional.moments,
+                    e.value,
+                    e.state.sum.ndim,
+                    mask=e.mask,
+                ).to(e.state.sum.device)
+                if e.key.names in batches:
+                    functional.merge_(batches[e.key.names], batch)
+                else:
+                    batches[e.key.names] = batch
+            functional.merge_(
+                list(states.values()), list(batches.values()), decay=self.decay
+            )
+        here = [replace(e, state=e.state.to(e.value.device)) for e in known]
+        return self._compute_here(here, updating=False)
 
     def _keep_new(self, known: list[_Entry]) -> None:
-        if not any(e.is_new for e in known):
+        """Makes new and moved states those of the tensordict of the statistics."""
+        new = {e.key.names: e.state for e in known if e.is_new}
+        # Who traces with fake tensors gets a graph, and no statistics.
+        is_export = not torch.compiler.is_dynamo_compiling() and any(
+            is_fake(state.sum) for state in new.values()
+        )
+        if not new or is_export:
             return
         # What was there before may be others' already, with the lock as it is.
-        may_reserve = not torch.compiler.is_compiling() and not self._in_shared_memory()
-        for e in known:
-            if e.is_new:
-                if self._td is None:
-                    self._td = TensorDict({}, batch_size=[])
-                write_moments(self._td, e.key.names, e.state)
-        if may_reserve and not self._others_update:
+        was_shared = not is_compiling() and self._in_shared_memory()
+        td = TensorDict({}, batch_size=[]) if self._td is None else self._td
+        for names, state in new.items():
+            write_moments(td, names, state)
+        self._td = td
+        if is_compiling() or self._others_update:
+            return
+        if not was_shared or not self._in_shared_memory():
             self._reserve()
 
     def _reserve(self) -> None:
@@ -647,10 +846,11 @@ class VecNorm(Transform):
         if isinstance(self.lock, sharing.Lock) and self._td is not None:
             leaves = sharing.leaves_of(self._td)
             if all(leaf.device.type == "cpu" for leaf in leaves.values()):
-                self.lock.reserve(leaves)
+                with _outside():
+                    self.lock.reserve(leaves)
 
     def _warn_identity(self, count: Tensor | None = None) -> None:
-        if torch.compiler.is_compiling() or (count is not None and count.item() > 0):
+        if is_compiling() or (count is not None and count.item() > 0):
             return
         if not self._warned and (self.frozen or not self.training):
             self._warned = True
@@ -668,10 +868,16 @@ class VecNorm(Transform):
             if state is not None:
                 yield key, state
 
+    def _seen_inputs(self) -> Iterator[tuple[_Key, Moments]]:
+        for key in self._look_up().inputs:
+            state = self._state(key)
+            if state is not None:
+                yield key, state
+
     def _loc_scale(self) -> tuple[TensorDict, TensorDict]:
         loc, scale = TensorDict(), TensorDict()
         with self._session():
-            for key, state in self._seen():
+            for key, state in self._seen_inputs():
                 dtype = self._dtypes.get(key.in_key, torch.get_default_dtype())
                 both = functional.loc_scale(state, eps=self.eps)
                 for td, value in zip((loc, scale), both, strict=True):
@@ -700,7 +906,7 @@ class VecNorm(Transform):
         """
         td = TensorDict()
         with self._session():
-            for key, state in self._seen():
+            for key, state in self._seen_inputs():
                 if state.nonfinite is not None:
                     td.set(key.in_key, state.nonfinite[1].to(torch.int64))
         return td
@@ -734,21 +940,24 @@ class VecNorm(Transform):
         tensordict = tensordict.copy()
         keys, values, states = [], [], []
         with self._session():
-            for key in self._keys:
-                value = tensordict.get(key.out_key, None)
+            for key in self._look_up().inputs:
+                value = get_entry(tensordict, key.out_key)
                 if value is None:
                     continue
+                _check_value(key.out_key, value)
                 state = self._state(key)
                 if state is None:
                     raise RuntimeError(
                         f"VecNorm must have seen key {key.in_key!r} before calling denorm."
                     )
-                keys.append(key.in_key)
+                keys.append(key)
                 values.append(value)
                 states.append(state.to(value.device))
-            originals = functional.denormalize(values, states, eps=self.eps)
-        for in_key, original in zip(keys, originals, strict=True):
-            tensordict.set(in_key, original)
+            originals = _called(
+                keys, functional.denormalize, values, states, eps=self.eps
+            )
+        for key, original in zip(keys, originals, strict=True):
+            tensordict.set(key.in_key, original)
         return tensordict
 
     def to_observation_norm(self) -> Compose | ObservationNorm:
@@ -763,7 +972,7 @@ class VecNorm(Transform):
         """
         loc, scale = self._loc_scale()
         norms = []
-        for key in self._keys:
+        for key in self._look_up().inputs:
             if key.in_key not in loc.keys(True, True):
                 raise RuntimeError(
                     f"VecNorm must have seen key {key.in_key!r} before it can be "
@@ -1278,49 +1487,97 @@ _TorchRLVecNorm.register(VecNorm)
 # ------------------------------------------------------------------------ construction
 
 
-def _check_number(name: str, value: float, good: bool, expected: str) -> None:
-    if not good:  # False for NaN too
+def _number(
+    name: str, value: Any, is_good: Callable[[float], bool], expected: str
+) -> float:
+    """``value`` as a float, if it is a number that can be used for ``name``."""
+    is_scalar = isinstance(value, Tensor) and value.ndim == 0 and not value.is_meta
+    if not isinstance(value, Real) and not (is_scalar and not value.is_complex()):
+        raise TypeError(
+            f"VecNorm: expected {name} to be a number that is {expected}, got "
+            f"{type(value).__name__} {value!r}"
+        )
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not is_good(number):  # False for NaN too
         raise ValueError(f"VecNorm: expected {name} {expected}, got {value}")
+    return number
 
 
-def _resolve_keys(
+def _find_keys(
     in_keys: list[NestedKey],
     out_keys: list[NestedKey],
     shapes: Sequence[torch.Size] | None,
-) -> list[_Key]:
+    names: Mapping[NestedKey, NestedKey] | None,
+) -> _Keys:
     for name, other in (("out_keys", out_keys), ("shapes", shapes)):
         if other is not None and len(other) != len(in_keys):
             raise ValueError(
                 f"VecNorm: expected as many {name} as in_keys, got {len(other)} {name} "
                 f"for the {len(in_keys)} in_keys {in_keys}"
             )
+    given = deepcopy((in_keys, out_keys, shapes, names))
+    # Whoever changes the lists in place need not have done this.
+    in_keys = [unravel_key(key) for key in in_keys]
+    out_keys = [unravel_key(key) for key in out_keys]
     for name, keys in (("in_keys", in_keys), ("out_keys", out_keys)):
         twice = [key for key in dict.fromkeys(keys) if keys.count(key) > 1]
         if twice:
             raise ValueError(f"VecNorm: {name} has {twice[0]!r} more than once: {keys}")
-    names = {key: StateNames.of(key) for key in in_keys}
-    flat: dict[str, NestedKey] = {}
-    for key in in_keys:
-        other = flat.setdefault(VecNorm.SEP.join(as_path(key)), key)
-        if other != key:
+    kept = {key: key for key in in_keys}
+    for key, name in (names or {}).items():
+        if unravel_key(key) not in kept:
             raise ValueError(
-                f"VecNorm: keys {other!r} and {key!r} have the same name in a state_dict"
+                f"VecNorm: names: expected a key that is one of the in_keys {in_keys}, "
+                f"got {key!r}"
             )
-    for key in in_keys:
-        path = as_path(key)
-        for other, entries in names.items():
-            for entry in entries:
-                if as_path(entry) == path[: len(as_path(entry))]:
-                    raise ValueError(
-                        f"VecNorm: key {key!r} collides with {entry!r}, where the "
-                        f"statistics of key {other!r} are kept"
-                    )
+        kept[unravel_key(key)] = unravel_key(name)
     if shapes is None:
         shapes = [None] * len(in_keys)
-    return [
-        _Key(i, o, names[i], None if s is None else torch.Size(s))
-        for i, o, s in zip(in_keys, out_keys, shapes, strict=True)
+    inputs = [
+        _Key(
+            in_key,
+            out_key,
+            StateNames.of(kept[in_key]),
+            None if shape is None else torch.Size(shape),
+            [key for key in in_keys if kept[key] == kept[in_key] and key != in_key],
+        )
+        for in_key, out_key, shape in zip(in_keys, out_keys, shapes, strict=True)
     ]
+    sets: dict[NestedKey, _Key] = {}
+    for key in inputs:
+        first = sets.setdefault(kept[key.in_key], key)
+        if first.shape != key.shape:
+            raise ValueError(
+                f"VecNorm: expected one shape for the keys {first.in_key!r} and "
+                f"{key.in_key!r}, which share their statistics, got "
+                f"{tuple(first.shape)} and {tuple(key.shape)}"
+            )
+    flat: dict[str, NestedKey] = {}
+    for name in sets:
+        other = flat.setdefault(VecNorm.SEP.join(as_path(name)), name)
+        if other != name:
+            raise ValueError(
+                f"VecNorm: keys {other!r} and {name!r} have the same name in a state_dict"
+            )
+    for name in sets:
+        path = as_path(name)
+        for other, key in sets.items():
+            for entry in key.names:
+                if as_path(entry) == path[: len(as_path(entry))]:
+                    raise ValueError(
+                        f"VecNorm: key {name!r} collides with {entry!r}, where the "
+                        f"statistics of key {other!r} are kept"
+                    )
+    mask_names = dict.fromkeys(
+        (*path[:depth], "_step")
+        for path in map(as_path, in_keys)
+        for depth in range(1, len(path))
+    )
+    sets = [replace(key, in_key=name) for name, key in sets.items()]
+    return _Keys(given, inputs, sets, list(mask_names))
 
 
 def _check_shared_td(
@@ -1381,11 +1638,91 @@ def _called_by_torchrl() -> bool:
 # --------------------------------------------------------------------------- one value
 
 
+class _Partial(NamedTuple):
+    """A call for some of the keys and samples, as at a reset."""
+
+    tolerant: bool  # of missing keys
+    masks_td: TensorDictBase | None = (
+        None  # with the masks that say which samples count
+    )
+    mask_name: str = ""
+
+
+#: What ``_reset`` and ``_step`` say to the ``_call`` that a subclass comes back to:
+#: ``partial``, a transform and its _Partial. Other threads are in other calls.
+_this_thread = threading.local()
+
+
+def _partial_call_of(transform: VecNorm) -> _Partial | None:
+    if not transform._is_extended():
+        return None
+    partial = getattr(_this_thread, "partial", None)
+    return None if partial is None or partial[0] is not transform else partial[1]
+
+
+def _called(keys: Sequence[_Key], operator: Callable, *args, **kwargs) -> Any:
+    """Calls an operator, whose errors have the number of a key, for users of names."""
+    if is_compiling():
+        return operator(*args, **kwargs)
+    try:
+        return operator(*args, **kwargs)
+    except (ValueError, TypeError, RuntimeError) as error:
+        text = re.sub(
+            r"\bkey (\d+)\b", lambda m: f"key {keys[int(m[1])].in_key!r}", str(error)
+        )
+        if text == str(error):
+            raise
+        raise type(error)(f"VecNorm: {text}") from None
+
+
+def _without_functorch() -> AbstractContextManager:
+    """Statistics are no part of what grad, vmap and the like look into."""
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return nullcontext()
+    return temporarily_clear_interpreter_stack()
+
+
+def _is_active(mode: torch._C._TorchDispatchModeKey) -> bool:
+    return torch._C._get_dispatch_mode(mode) is not None
+
+
+def _are_fake(values: Iterable[Tensor]) -> bool:
+    """Whether a call is about shapes and dtypes only: no graph is made of it either."""
+    modes = torch._C._TorchDispatchModeKey
+    if is_compiling() or _is_active(modes.PROXY):
+        return False
+    return _is_active(modes.FAKE) or any(map(is_fake, values))
+
+
+@contextmanager
+def _outside() -> Iterator[None]:
+    """Statistics outlive the block, the transform and the trace that they are made in."""
+    with _without_functorch(), _disable_current_modes(), torch.inference_mode(False):
+        yield
+
+
+@torch.compiler.assume_constant_result
+def _is_inference(leaf: Tensor) -> bool:
+    # A graph guards on it, so that it asks anew where the tensor was replaced.
+    return leaf.is_inference()
+
+
+def _is_stale(leaf: Tensor) -> bool:
+    """Whether the statistics were made under inference_mode: they stay read-only after."""
+    if is_compiling():
+        return _is_inference(leaf)
+    return (
+        leaf.is_inference()
+        and not torch.is_inference_mode_enabled()
+        and not sharing.in_shared_memory(leaf)
+    )
+
+
 def _check_writable(td: TensorDictBase, key: NestedKey) -> None:
-    """Said before the update: after it, it would be too late."""
+    """What is known before the update is said before it."""
     node, path = td, as_path(key)
     for depth in range(len(path)):
-        if not isinstance(node, TensorDictBase):
+        if not is_tensor_collection(node):
             raise KeyError(
                 f"VecNorm: out_key {key!r}: expected a tensordict at {path[:depth]}, got "
                 f"{type(node).__name__}"
@@ -1400,30 +1737,48 @@ def _check_writable(td: TensorDictBase, key: NestedKey) -> None:
             return
 
 
-def _check_value(key: _Key, value: Any) -> None:
+def _check_value(key: NestedKey, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(
-            f"VecNorm: key {key.in_key!r}: expected a tensor, got {type(value).__name__}"
+            f"VecNorm: key {key!r}: expected a tensor, got {type(value).__name__}"
         )
+    if value.is_nested or value.is_quantized:
+        kind = "a nested tensor" if value.is_nested else f"quantized {value.dtype}"
+        raise TypeError(f"VecNorm: key {key!r}: expected dense real values, got {kind}")
     if value.is_complex() or value.layout is not torch.strided or value.is_meta:
         raise TypeError(
-            f"VecNorm: key {key.in_key!r}: expected dense real values, got "
+            f"VecNorm: key {key!r}: expected dense real values, got "
             f"{value.dtype} in layout {value.layout} on {value.device}"
         )
 
 
 def _features(
-    key: _Key, value: Tensor, batch_dims: int, state: Moments | None
+    key: _Key,
+    value: Tensor,
+    batch_dims: int,
+    state: Moments | None,
+    beside: torch.Size | None = None,
 ) -> torch.Size:
-    """The shape of the features of a value, checked against what is known of it."""
+    """The shape of the features of a value, checked against what is known of it.
+
+    Args:
+        key: the key.
+        value: its value.
+        batch_dims: of the tensordict.
+        state: the statistics, if there are any.
+        beside: the features of a key that shares the statistics, if there is one.
+    """
     if key.shape is not None:
         expected, source = key.shape, "shapes"
         features = value.shape[max(value.ndim - len(expected), 0) :]
     else:
         features = value.shape[batch_dims:]
         expected, source = features, ""
-    if features == expected and state is not None:
-        expected, source = state.sum.shape, "the statistics"
+    if features == expected and (state is not None or beside is not None):
+        expected = beside if state is None else state.sum.shape
+        source = "the statistics"
+        if key.others:
+            source += f" that it shares with {', '.join(map(repr, key.others))}"
     if features != expected:
         raise ValueError(
             f"VecNorm: key {key.in_key!r}: expected features of shape "
@@ -1434,29 +1789,44 @@ def _features(
     return features
 
 
-def _find_mask(
-    masks_td: TensorDictBase, key: NestedKey, name: str, samples: torch.Size
-) -> Tensor | None:
-    """The mask that speaks of a key: the nearest one up its path, for each sample."""
+def _find_mask(partial: _Partial, key: NestedKey, samples: torch.Size) -> Tensor | None:
+    """The mask that speaks of a key, for each sample.
+
+    That is the outermost one on its path, as in torchrl's ``_update_during_reset``. Where
+    all are further down, torchrl leaves the entry as it was: nothing of it was reset.
+    """
+    td, name = partial.masks_td, partial.mask_name
     parents = as_path(key)[:-1]
-    for depth in range(len(parents), -1, -1):
-        mask = masks_td.get((*parents[:depth], name), None)
+    for depth in range(len(parents) + 1):
+        mask = get_entry(td, (*parents[:depth], name))
         if mask is not None:
-            break
-    else:
-        return None
+            return _for_samples(mask, key, name, samples)
+    for path in map(as_path, td.keys(True, True)):
+        if path[-1] == name and path[: len(parents)] == parents:
+            return torch.zeros(samples, dtype=torch.bool, device=td.get(path).device)
+    return None
+
+
+def _for_samples(
+    mask: Tensor, key: NestedKey, name: str, samples: torch.Size
+) -> Tensor:
+    shape = mask.shape
     if mask.ndim > len(samples):
         # A sample counts if any part of it does.
         mask = mask.flatten(len(samples)).any(-1)
+    if any(m not in (1, n) for m, n in zip(mask.shape, samples, strict=False)):
+        raise ValueError(
+            f"VecNorm: key {key!r}: expected {name!r} of a shape that begins with that of "
+            f"the samples, {tuple(samples)}, got {tuple(shape)}"
+        )
     mask = mask[(..., *(None for _ in range(len(samples) - mask.ndim)))]
-    return mask.expand(samples).reshape(-1)
+    return mask.expand(samples)
 
 
 def _new_moments(features: torch.Size, device: torch.device) -> Moments:
-    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+    if is_compiling() or _is_active(torch._C._TorchDispatchModeKey.FAKE):
         return Moments.zeros(features, device=device)
-    # Statistics outlive the block: nothing else could update them.
-    with torch.inference_mode(False):
+    with _outside():
         return Moments.zeros(features, device=device)
 
 
