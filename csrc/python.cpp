@@ -135,6 +135,7 @@ class Binding {
   bool call(const py::object& state_td, const py::object& td, bool updating,
             double keep, double eps, double timeout) const {
     if (state_td.ptr() != td_.ptr() || !holds() || !is_plain(td.ptr()) ||
+        c10::impl::dispatch_mode_enabled() ||
         c10::get_default_dtype_as_scalartype() != default_dtype_) {
       return false;
     }

@@ -1210,12 +1210,12 @@ def test_the_representation_has_the_numbers_as_they_are(decay, eps):
 
 
 def test_the_parameters_are_shown():
-    """To inspect, help() and editors: torchrl's, and one more."""
+    """To inspect, help() and editors: torchrl's, and two more."""
     ours = inspect.signature(VecNorm).parameters
     theirs = inspect.signature(torchrl.envs.VecNorm.__init__).parameters
-    assert list(ours) == [*list(theirs)[1:], "lock_timeout"]
+    assert list(ours) == [*list(theirs)[1:], "lock_timeout", "names"]
     for name, parameter in ours.items():
-        if name != "lock_timeout":
+        if name in theirs:
             assert parameter.kind is theirs[name].kind
             assert parameter.default == theirs[name].default
     assert "VecNorm(in_keys: " in pydoc.render_doc(VecNorm, renderer=pydoc.plaintext)
