@@ -63,14 +63,21 @@ struct State {
   }
 };
 
+// Moments whose leaves were read: how many values are behind them, and their variance.
+VECNORM_HD void settle(const State& s, Moments* m) {
+  m->weigh();
+  m->var =
+      s.central.data != nullptr ? kept_var(m->var, *m, s.rounding()) : m->var_of_sums();
+}
+
 VECNORM_HD Moments read_state(const State& s, int64_t f) {
   Moments m;
   m.sum = s.sum.read(f);
   m.ssq = s.ssq.read(f);
   m.count = s.count.read(0);
   m.missing = s.nonfinite.data != nullptr ? s.nonfinite.read(f) : 0.;
-  m.var = s.central.data != nullptr ? kept_var(s.central.read(f), m, s.rounding())
-                                    : m.var_of_sums();
+  m.var = s.central.data != nullptr ? s.central.read(f) : 0.;
+  settle(s, &m);
   return m;
 }
 
@@ -80,9 +87,8 @@ VECNORM_HD Moments rounded(const State& s, Moments m) {
   m.ssq = s.ssq.rounded(m.ssq);
   m.count = s.count.rounded(m.count);
   m.missing = s.nonfinite.data != nullptr ? s.nonfinite.rounded(m.missing) : 0.;
-  m.var = s.central.data != nullptr
-              ? kept_var(s.central.rounded(m.var), m, s.rounding())
-              : m.var_of_sums();
+  m.var = s.central.rounded(m.var);
+  settle(s, &m);
   return m;
 }
 

@@ -44,10 +44,10 @@ struct Partial {
   double d2 = 0;  // Σ (x - shift)²
 };
 
-// a / n; 0 where there is nothing to divide by. Without a branch, so that compilers
+// 1 / n; 0 where there is nothing to divide by. Without a branch, so that compilers
 // take several features at once; and so are the functions below.
-VECNORM_HD double ratio(double a, double n) {
-  const double q = a / (n > 0 ? n : 1.);
+VECNORM_HD double inverse(double n) {
+  const double q = 1. / (n > 0 ? n : 1.);
   return n > 0 ? q : 0.;
 }
 
@@ -64,22 +64,30 @@ struct Moments {
   double count = 0;
   double missing = 0;
   double var = 0;
+  // How many values are behind the sums, and its inverse: of most features the same.
+  double used = 0;
+  double per_value = 0;
 
-  // The number of values behind the sums. More values missing than there are samples
-  // says that somebody has updated the others without knowing of `missing`.
-  VECNORM_HD double used() const {
+  // More values missing than there are samples says that somebody has updated the
+  // others without knowing of `missing`.
+  VECNORM_HD static double used_of(double count, double missing) {
     const double n = count - missing;
     const double rounding = 1e-9 * count;
     const double known = n <= rounding ? 0. : n;
     return n < -rounding ? count : known;
   }
 
-  VECNORM_HD double loc() const { return ratio(sum, used()); }
+  VECNORM_HD void weigh() {
+    used = used_of(count, missing);
+    per_value = inverse(used);
+  }
+
+  VECNORM_HD double loc() const { return sum * per_value; }
 
   // The variance as the sums have it.
   VECNORM_HD double var_of_sums() const {
     const double mean = loc();
-    return not_negative(ratio(ssq, used()) - mean * mean);
+    return not_negative(ssq * per_value - mean * mean);
   }
 };
 
@@ -158,24 +166,33 @@ VECNORM_HD bool trustworthy(double n, double d1, double d2, bool is_anchored) {
          (is_anchored || 65. * d1 * d1 <= 64. * n * d2);
 }
 
-// Moments around zero of a batch that was summed around `shift`.
-VECNORM_HD Moments unshift(Partial p, double shift, double samples) {
+// Moments around zero of a batch that was summed around `shift`; `per_value` is 1 /
+// p.n.
+VECNORM_HD Moments unshift(Partial p, double per_value, double shift, double samples) {
   Moments m;
   m.sum = p.d1 + p.n * shift;
   m.ssq = p.d2 + shift * (2 * p.d1 + p.n * shift);
   m.count = samples;
   m.missing = samples - p.n;
-  const double mean = ratio(p.d1, p.n);
-  m.var = not_negative(ratio(p.d2, p.n) - mean * mean);
+  m.used = p.n;
+  m.per_value = per_value;
+  const double mean = p.d1 * per_value;
+  m.var = not_negative(p.d2 * per_value - mean * mean);
   return m;
 }
 
-// The moments of the state and of a batch that has samples.
-VECNORM_HD Moments fold_some(Moments state, const Moments& batch, Weights w) {
+VECNORM_HD Moments unshift(Partial p, double shift, double samples) {
+  return unshift(p, inverse(p.n), shift, samples);
+}
+
+// The moments of the state and of a batch that has samples, but for how many values are
+// behind them; `per_both` is the inverse of that.
+VECNORM_HD Moments fold_some(Moments state, const Moments& batch, Weights w,
+                             double per_both) {
   // The variance within both, and that between their means (Chan, Golub & LeVeque).
-  const double a = w.keep * state.used();
-  const double b = w.weight * batch.used();
-  const double share = ratio(b, a + b);
+  const double a = w.keep * state.used;
+  const double b = w.weight * batch.used;
+  const double share = b * per_both;
   const double between = batch.loc() - state.loc();
   const double apart = a > 0 && b > 0 ? between : 0.;
   state.var += share * (batch.var - state.var + (1. - share) * apart * apart);
@@ -188,18 +205,34 @@ VECNORM_HD Moments fold_some(Moments state, const Moments& batch, Weights w) {
 
 // An empty batch changes nothing: it does not even decay.
 VECNORM_HD Moments fold(const Moments& state, const Moments& batch, Weights w) {
-  return batch.count > 0 ? fold_some(state, batch, w) : state;
+  if (!(batch.count > 0)) {
+    return state;
+  }
+  const double both = w.keep * state.used + w.weight * batch.used;
+  Moments folded = fold_some(state, batch, w, inverse(both));
+  folded.weigh();
+  return folded;
 }
 
 // A state without a counter of missing values cannot leave a value out: it is taken to
 // have been at the running mean, or at the batch's mean when there is none yet.
 VECNORM_HD Moments impute(Moments batch, const Moments& state) {
-  const double n = batch.missing;
-  const double mean = ratio(state.sum, state.count);
-  const double at = state.count > 0 ? mean : batch.loc();
-  batch.count -= n;
-  batch.missing = 0;
-  return fold_some(batch, {n * at, n * at * at, n, 0, 0}, {1, 1});
+  if (batch.missing > 0) {
+    Moments stand_ins;
+    const double n = batch.missing;
+    const double at = state.count > 0 ? state.sum / state.count : batch.loc();
+    stand_ins.sum = n * at;
+    stand_ins.ssq = n * at * at;
+    stand_ins.count = n;
+    stand_ins.weigh();
+    batch.count -= n;
+    batch.missing = 0;
+    batch = fold(batch, stand_ins, {1, 1});
+    if (!(batch.count > 0)) {
+      return stand_ins;
+    }
+  }
+  return batch;
 }
 
 // loc and scale of a feature, whose deviation is `std`; identity while nothing was
@@ -210,12 +243,19 @@ VECNORM_HD Statistic statistic(const Moments& m, double std, double eps,
   const double least = std::fabs(loc) * rounding.scale;
   const double bound = least > eps ? least : eps;
   const double scale = std < bound ? bound : std;  // a NaN stays one
-  return {loc, m.used() > 0 ? scale : 1.};
+  return {loc, m.used > 0 ? scale : 1.};
 }
 
 VECNORM_HD Statistic statistic(const Moments& m, double eps, Rounding rounding) {
   return statistic(m, std::sqrt(m.var), eps, rounding);
 }
+
+// The three numbers of a map, before they are rounded to its arithmetic.
+struct MapNumbers {
+  double a;
+  double b;
+  double c;
+};
 
 // y = (x - loc) / scale in the arithmetic of T. loc is split into a part that T can
 // hold and the rest: a mean rounded to float costs 4e-3 at mean/std = 1e5.
@@ -225,19 +265,22 @@ struct Affine {
   T inv;
   T rest;
 
-  VECNORM_HD static Affine of(Statistic s) {
+  VECNORM_HD static MapNumbers wide(Statistic s) {
     constexpr double largest = kLargest<T>;
     const double reciprocal = 1. / s.scale;
-    // Clamped, so that a constant feature under a tiny eps gives 0 and not 0 * inf.
-    const T inverse = static_cast<T>(reciprocal);
-    const T inv = inverse > kLargest<T> ? kLargest<T> : inverse;
     // Deviations this large are near the end of T's range: x - hi may overflow where y
     // is an ordinary number. The mean is taken away last, which costs no digits that
     // matter, since it is less than 4096 deviations.
-    const T mean = static_cast<T>(s.loc);
-    const T hi = s.scale > largest / 4096 ? T(0) : mean;
-    const double rest = (static_cast<double>(hi) - s.loc) * reciprocal;
-    return {hi, inv, static_cast<T>(rest)};
+    const double mean = static_cast<double>(static_cast<T>(s.loc));
+    const double hi = s.scale > largest / 4096 ? 0. : mean;
+    // Clamped, so that a constant feature under a tiny eps gives 0 and not 0 * inf.
+    const double inv = reciprocal > largest ? largest : reciprocal;
+    return {hi, inv, (hi - s.loc) * reciprocal};
+  }
+
+  VECNORM_HD static Affine of(Statistic s) {
+    const MapNumbers k = wide(s);
+    return {static_cast<T>(k.a), static_cast<T>(k.b), static_cast<T>(k.c)};
   }
 
   VECNORM_HD T operator()(T x) const { return (x - hi) * inv + rest; }
@@ -250,10 +293,14 @@ struct InverseAffine {
   T hi;
   T lo;
 
+  VECNORM_HD static MapNumbers wide(Statistic s) {
+    const double hi = static_cast<double>(static_cast<T>(s.loc));
+    return {s.scale, hi, s.loc - hi};
+  }
+
   VECNORM_HD static InverseAffine of(Statistic s) {
-    const T hi = static_cast<T>(s.loc);
-    const double lo = s.loc - static_cast<double>(hi);
-    return {static_cast<T>(s.scale), hi, static_cast<T>(lo)};
+    const MapNumbers k = wide(s);
+    return {static_cast<T>(k.a), static_cast<T>(k.b), static_cast<T>(k.c)};
   }
 
   VECNORM_HD T operator()(T y) const { return (y * scale + lo) + hi; }

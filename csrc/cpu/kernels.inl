@@ -34,25 +34,35 @@ namespace {
 // Calls with fewer values than that stay on the calling thread: waking the others takes
 // longer.
 constexpr int64_t kSerialValues = 32768;
-// Features that one part of phases 1 and 3 takes.
-constexpr int64_t kSomeFeatures = 64;
-// So many of these are done before the threads start.
-constexpr int64_t kSerialParts = 64;
+// What the statistics of a feature take, in values.
+constexpr int64_t kFeatureValues = 16;
+// So many strips are prepared before the threads start.
+constexpr int64_t kSerialParts = 16;
 
 // ---------------------------------------------------------------------- the state
+
+bool any(const double* values, int64_t n) {
+  int64_t found = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    found += values[i] != 0 ? 1 : 0;
+  }
+  return found > 0;
+}
 
 // The moments of some features, as arrays: loops over them become packs of features,
 // where one feature after the other would wait for each division.
 struct Some {
   int64_t size;
   double count;
-  double sum[kSomeFeatures];
-  double ssq[kSomeFeatures];
-  double missing[kSomeFeatures];
-  double var[kSomeFeatures];
+  double sum[kStrip];
+  double ssq[kStrip];
+  double missing[kStrip];
+  double var[kStrip];
+  double used[kStrip];
+  double per_value[kStrip];
 
   inline Moments operator[](int64_t i) const {
-    return {sum[i], ssq[i], count, missing[i], var[i]};
+    return {sum[i], ssq[i], count, missing[i], var[i], used[i], per_value[i]};
   }
 
   inline void set(int64_t i, const Moments& m) {
@@ -62,8 +72,17 @@ struct Some {
     var[i] = m.var;
   }
 
-  // The variance that is there, or that of the sums.
+  // As settle() of key.h.
   void settle(const State& s) {
+    if (any(missing, size)) {
+      for (int64_t i = 0; i < size; ++i) {
+        used[i] = Moments::used_of(count, missing[i]);
+        per_value[i] = inverse(used[i]);
+      }
+    } else {
+      std::fill_n(used, size, Moments::used_of(count, 0));
+      std::fill_n(per_value, size, inverse(used[0]));
+    }
     if (s.central.data == nullptr) {
       for (int64_t i = 0; i < size; ++i) {
         var[i] = (*this)[i].var_of_sums();
@@ -113,14 +132,6 @@ void read_some(const State& s, Range features, Some& m) {
   m.settle(s);
 }
 
-bool any(const double* values, int64_t n) {
-  int64_t found = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    found += values[i] != 0 ? 1 : 0;
-  }
-  return found > 0;
-}
-
 // Writes all but `count`, which the features of a key share; `m` is then what can be
 // read. Counters of missing values are left alone while nothing is missing.
 void write_some(const State& s, Range features, int64_t all, Some& m, bool was_missing,
@@ -132,7 +143,7 @@ void write_some(const State& s, Range features, int64_t all, Some& m, bool was_m
     write_leaf(s.nonfinite, features, m.missing);
     if (s.nonfinite.data != nullptr) {
       const Range total{all + features.begin, all + features.end};
-      double before[kSomeFeatures];
+      double before[kStrip];
       read_leaf(s.nonfinite, total, before);
       for (int64_t i = 0; i < m.size; ++i) {
         before[i] += left_out[i];
@@ -150,11 +161,12 @@ void write_some(const State& s, Range features, int64_t all, Some& m, bool was_m
 // thread keeps.
 struct Work {
   Plan plan;
+  int64_t first = 0;             // the feature that the arrays begin with
   int64_t group = 1;             // rows taken as one by apply
   bool in_double = false;        // apply's arithmetic
   bool may_stream = false;       // y may be written around the caches
   double* shift = nullptr;       // [features]
-  double* anchors = nullptr;     // for every kSomeFeatures: 1 where all are (moments.h)
+  double* anchors = nullptr;     // for every strip: 1 where all are (moments.h)
   double* partials = nullptr;    // [row_chunks][3][features]: n, d1, d2
   double* counted = nullptr;     // [row_chunks]
   void* coefficients = nullptr;  // [3][group × features], float or double
@@ -162,6 +174,28 @@ struct Work {
   Totals totals(int64_t chunk) const {
     double* n = partials + chunk * 3 * plan.features;
     return {n, n + plan.features, n + 2 * plan.features};
+  }
+  int64_t width() const { return group * plan.features; }
+};
+
+// What a strip needs that is done in one go: it stays in the cache.
+struct StripWork {
+  double shift[kStrip];
+  double partials[3 * kStrip];
+  double coefficients[3 * kStrip];
+  double anchor;
+  double counted;
+
+  Work of(const Work& key, Range features) {
+    Work work = key;
+    work.plan.features = features.size();
+    work.first = features.begin;
+    work.shift = shift;
+    work.partials = partials;
+    work.coefficients = coefficients;
+    work.anchors = &anchor;
+    work.counted = &counted;
+    return work;
   }
 };
 
@@ -214,22 +248,30 @@ std::vector<Work> make_work(const std::vector<Key>& keys, bool sums) {
                                      group_of<float>(key.y, key.features));
     w.may_stream = key.x.data != key.y.data &&
                    key.samples * key.features * size_of(key.y.dtype) >= kStreamBytes;
-    doubles += 3 * w.group * w.plan.features;
+    if (w.plan.by_strips) {
+      doubles += 1;
+      continue;
+    }
+    doubles += 3 * w.width();
     if (sums) {
-      doubles += w.plan.features + ceil_div(w.plan.features, kSomeFeatures) +
+      doubles += w.plan.features + w.plan.strips() +
                  w.plan.row_chunks * (3 * w.plan.features + 1);
     }
   }
   double* at = workspace(doubles);
   for (Work& w : work) {
     const Plan& p = w.plan;
+    if (p.by_strips) {
+      w.counted = at++;
+      continue;
+    }
     w.coefficients = at;
-    at += 3 * w.group * p.features;
+    at += 3 * w.width();
     if (sums) {
       w.shift = at;
       at += p.features;
       w.anchors = at;
-      at += ceil_div(p.features, kSomeFeatures);
+      at += p.strips();
       w.partials = at;
       at += p.row_chunks * 3 * p.features;
       w.counted = at;
@@ -273,7 +315,7 @@ class Call {
       : keys_(keys), work_(make_work(keys, sums)), eps_(eps), inverse_(inverse) {
     for (const Work& w : work_) {
       pieces_.add(w.plan.pieces());
-      features_.add(ceil_div(w.plan.features, kSomeFeatures));
+      strips_.add(w.plan.strips());
     }
   }
 
@@ -281,15 +323,15 @@ class Call {
 
   void update(Weights weights, RunPhases run) {
     weights_ = weights;
-    const Phase prepare{features_.size(), [this](int64_t b, int64_t e) {
-                          for_features(b, e, &Call::prepare);
+    const Phase prepare{strips_.size(), [this](int64_t b, int64_t e) {
+                          for_strips(b, e, &Call::update_strip, &Call::prepare);
                         }};
-    const Phase finish{features_.size(), [this](int64_t b, int64_t e) {
-                         for_features(b, e, &Call::finish);
+    const Phase finish{strips_.size(), [this](int64_t b, int64_t e) {
+                         for_strips(b, e, nullptr, &Call::finish);
                        }};
     const Phase accumulate{pieces_.size(), [this](int64_t b, int64_t e) {
                              for (int64_t i = b; i < e; ++i) {
-                               this->accumulate(piece(i));
+                               accumulate_piece(piece(i));
                              }
                            }};
     run_all({prepare, accumulate, finish, applying()}, run);
@@ -300,23 +342,29 @@ class Call {
   }
 
   void map(RunPhases run) {
-    const Phase read{features_.size(), [this](int64_t b, int64_t e) {
-                       for_features(b, e, &Call::project_state);
+    const Phase read{strips_.size(), [this](int64_t b, int64_t e) {
+                       for_strips(b, e, &Call::map_strip, &Call::project_state);
                      }};
     run_all({read, applying()}, run);
   }
 
  private:
-  // The first phase is about features only, and seldom worth a start of all threads.
+  using Body = void (Call::*)(const Key&, const Work&, Range);
+
+  // Keys that are done strip by strip are done after the first phase.
   void run_all(std::vector<Phase> phases, RunPhases run) const {
     int64_t values = 0;
     for (const Key& key : keys_) {
-      values += key.samples * key.features;
+      values += (key.samples + kFeatureValues) * key.features;
+    }
+    if (pieces_.size() == 0) {
+      phases.resize(1);
     }
     const bool serial = values < kSerialValues;
+    // Where it prepares the others only, it is seldom worth a start of all threads.
+    const bool prepares = pieces_.size() > 0 && phases[0].parts <= kSerialParts;
     size_t alone = 0;
-    while (alone < phases.size() &&
-           (serial || (alone == 0 && phases[0].parts <= kSerialParts))) {
+    while (alone < phases.size() && (serial || (alone == 0 && prepares))) {
       phases[alone].body(0, phases[alone].parts);
       ++alone;
     }
@@ -329,7 +377,7 @@ class Call {
   Phase applying() {
     return {pieces_.size(), [this](int64_t begin, int64_t end) {
               for (int64_t i = end - 1; i >= begin; --i) {
-                apply(piece(i));
+                apply_piece(piece(i));
               }
             }};
   }
@@ -341,43 +389,71 @@ class Call {
     return {key, at / blocks, at % blocks};
   }
 
-  void for_features(int64_t begin, int64_t end,
-                    void (Call::*body)(const Key&, const Work&, Range)) {
+  void for_strips(int64_t begin, int64_t end, Body in_one_go, Body others) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t key = features_.key_of(i);
-      const int64_t at = features_.part_of(i, key) * kSomeFeatures;
-      const int64_t features = keys_[key].features;
-      (this->*body)(keys_[key], work_[key],
-                    {at, std::min(at + kSomeFeatures, features)});
+      const int64_t key = strips_.key_of(i);
+      const Work& work = work_[key];
+      const int64_t at = strips_.part_of(i, key) * kStrip;
+      const Body body = work.plan.by_strips ? in_one_go : others;
+      if (body != nullptr) {
+        const Range features{at, std::min(at + kStrip, work.plan.features)};
+        (this->*body)(keys_[key], work, features);
+      }
     }
+  }
+
+  void update_strip(const Key& key, const Work& of, Range features) {
+    StripWork mine;
+    const Work work = mine.of(of, features);
+    const Range rows{0, key.samples};
+    Some state;
+    read_some(key.state, features, state);
+    choose_shifts(key, work, features, state);
+    accumulate(key, work, 0, rows, features);
+    if (features.begin == 0) {
+      *of.counted = mine.counted;
+    }
+    fold_and_project(key, work, features, state);
+    apply(key, work, rows, features);
+  }
+
+  void map_strip(const Key& key, const Work& of, Range features) {
+    StripWork mine;
+    const Work work = mine.of(of, features);
+    project_state(key, work, features);
+    apply(key, work, {0, key.samples}, features);
+  }
+
+  void prepare(const Key& key, const Work& work, Range features) {
+    Some state;
+    read_some(key.state, features, state);
+    choose_shifts(key, work, features, state);
   }
 
   // The shift of a feature: the running mean, or the first sample while there is none,
   // rounded to what the sums are taken in.
-  void prepare(const Key& key, const Work& work, Range features) {
+  void choose_shifts(const Key& key, const Work& work, Range features,
+                     const Some& state) const {
     if (key.samples == 0) {
       return;
     }
-    Some state;
-    read_some(key.state, features, state);
-    double* shift = work.shift + features.begin;
-    double used[kSomeFeatures];
+    double* shift = work.shift + features.begin - work.first;
     int64_t unknown = 0;
     int64_t adrift = 0;
     for (int64_t i = 0; i < state.size; ++i) {
-      used[i] = state[i].used();
       shift[i] = state[i].loc();
-      unknown += used[i] > 0 ? 0 : 1;
-      const bool holds = anchored(used[i], static_cast<double>(key.samples), weights_);
+      unknown += state.used[i] > 0 ? 0 : 1;
+      const bool holds =
+          anchored(state.used[i], static_cast<double>(key.samples), weights_);
       adrift += holds ? 0 : 1;
     }
     dispatch_any(key.x.dtype, [&](auto type) {
       using T = typename decltype(type)::type;
       if (unknown > 0) {
-        double first[kSomeFeatures];
+        double first[kStrip];
         read_first<T>(key, features, first);
         for (int64_t i = 0; i < state.size; ++i) {
-          shift[i] = used[i] > 0 ? shift[i] : first[i];
+          shift[i] = state.used[i] > 0 ? shift[i] : first[i];
         }
       }
       for (int64_t i = 0; i < state.size; ++i) {
@@ -386,7 +462,7 @@ class Call {
         shift[i] = usable(shift[i]) ? shift[i] : 0.;
       }
     });
-    work.anchors[features.begin / kSomeFeatures] = adrift == 0 ? 1. : 0.;
+    work.anchors[(features.begin - work.first) / kStrip] = adrift == 0 ? 1. : 0.;
   }
 
   // The first sample that counts: others may be anything.
@@ -402,64 +478,94 @@ class Call {
     }
   }
 
-  void accumulate(const Piece& piece) const {
-    const Key& key = keys_[piece.key];
+  void accumulate_piece(const Piece& piece) const {
     const Work& work = work_[piece.key];
-    const Range rows = rows_of(work.plan, piece.chunk);
-    const Range features = features_of(work.plan, piece.block);
+    accumulate(keys_[piece.key], work, piece.chunk, rows_of(work.plan, piece.chunk),
+               features_of(work.plan, piece.block));
+  }
+
+  void accumulate(const Key& key, const Work& work, int64_t chunk, Range rows,
+                  Range features) const {
     const bool* mask = key.mask != nullptr ? key.mask + rows.begin : nullptr;
     const int64_t counted =
         mask != nullptr ? std::count(mask, mask + rows.size(), true) : rows.size();
-    if (piece.block == 0) {
-      work.counted[piece.chunk] = static_cast<double>(counted);
+    const int64_t at = features.begin - work.first;
+    if (at == 0) {
+      work.counted[chunk] = static_cast<double>(counted);
     }
-    const double* end = work.anchors + ceil_div(key.features, kSomeFeatures);
+    const double* end = work.anchors + work.plan.strips();
     const bool is_anchored = std::find<const double*>(work.anchors, end, 0.) == end;
     dispatch_any(key.x.dtype, [&](auto type) {
       using T = typename decltype(type)::type;
-      sum_piece<T>(key.x, rows, features, mask, counted, work.shift + features.begin,
-                   is_anchored, work.totals(piece.chunk) + features.begin);
+      sum_piece<T>(key.x, rows, features, mask, counted, work.shift + at, is_anchored,
+                   work.totals(chunk) + at);
     });
   }
 
   void finish(const Key& key, const Work& work, Range features) {
-    double samples = 0;
-    double n[kSomeFeatures] = {};
-    double d1[kSomeFeatures] = {};
-    double d2[kSomeFeatures] = {};
-    for (int64_t c = 0; c < work.plan.row_chunks; ++c) {
-      const Totals part = work.totals(c) + features.begin;
-      for (int64_t i = 0; i < features.size(); ++i) {
-        n[i] += part.n[i];
-        d1[i] += part.d1[i];
-        d2[i] += part.d2[i];
+    Some state;
+    read_some(key.state, features, state);
+    fold_and_project(key, work, features, state);
+  }
+
+  void fold_and_project(const Key& key, const Work& work, Range features,
+                        Some& state) const {
+    const int64_t at = features.begin - work.first;
+    const int64_t size = features.size();
+    Totals sums = work.totals(0) + at;
+    double samples = work.plan.row_chunks > 0 ? work.counted[0] : 0.;
+    for (int64_t c = 1; c < work.plan.row_chunks; ++c) {
+      const Totals part = work.totals(c) + at;
+      for (int64_t i = 0; i < size; ++i) {
+        sums.n[i] += part.n[i];
+        sums.d1[i] += part.d1[i];
+        sums.d2[i] += part.d2[i];
       }
       samples += work.counted[c];
     }
-    Some state;
-    read_some(key.state, features, state);
     if (samples > 0) {
-      const double* shift = work.shift + features.begin;
-      const bool was_missing = any(state.missing, state.size);
-      const bool counts = key.state.nonfinite.data != nullptr;
-      double left_out[kSomeFeatures];
-      const auto fold_all = [&](auto batch_of) {
-        for (int64_t i = 0; i < state.size; ++i) {
-          const Moments batch = unshift({n[i], d1[i], d2[i]}, shift[i], samples);
-          left_out[i] = batch.missing;
-          state.set(i, fold_some(state[i], batch_of(batch, i), weights_));
-        }
-      };
-      if (counts) {
-        fold_all([](const Moments& batch, int64_t) { return batch; });
-      } else {
-        fold_all(
-            [&](const Moments& batch, int64_t i) { return impute(batch, state[i]); });
-      }
-      state.count = weights_.keep * state.count + weights_.weight * samples;
-      write_some(key.state, features, key.features, state, was_missing, left_out);
+      fold_batch(key, sums, samples, work.shift + at, features, state);
     }
-    project(key, work, features.begin, state);
+    project(key, work, at, state);
+  }
+
+  // Folds a batch's sums into the state, and leaves what can be read there in `state`.
+  void fold_batch(const Key& key, const Totals& sums, double samples,
+                  const double* shift, Range features, Some& state) const {
+    const auto [keep, weight] = weights_;
+    const bool was_missing = any(state.missing, state.size);
+    double left_out[kStrip];
+    double per_value[kStrip];
+    double per_both[kStrip];
+    for (int64_t i = 0; i < state.size; ++i) {
+      left_out[i] = samples - sums.n[i];
+    }
+    const bool is_missing = any(left_out, state.size);
+    if (was_missing || is_missing) {
+      for (int64_t i = 0; i < state.size; ++i) {
+        per_value[i] = inverse(sums.n[i]);
+        per_both[i] = inverse(keep * state.used[i] + weight * sums.n[i]);
+      }
+    } else {
+      std::fill_n(per_value, state.size, inverse(samples));
+      std::fill_n(per_both, state.size,
+                  inverse(keep * state.used[0] + weight * samples));
+    }
+    const auto batch_of = [&](int64_t i) {
+      const Partial p{sums.n[i], sums.d1[i], sums.d2[i]};
+      return unshift(p, per_value[i], shift[i], samples);
+    };
+    if (is_missing && key.state.nonfinite.data == nullptr) {
+      for (int64_t i = 0; i < state.size; ++i) {
+        state.set(i, fold(state[i], impute(batch_of(i), state[i]), weights_));
+      }
+    } else {
+      for (int64_t i = 0; i < state.size; ++i) {
+        state.set(i, fold_some(state[i], batch_of(i), weights_, per_both[i]));
+      }
+    }
+    state.count = keep * state.count + weight * samples;
+    write_some(key.state, features, key.features, state, was_missing, left_out);
   }
 
   void finish_count(const Key& key, const Work& work) const {
@@ -475,7 +581,7 @@ class Call {
   void project_state(const Key& key, const Work& work, Range features) {
     Some state;
     read_some(key.state, features, state);
-    project(key, work, features.begin, state);
+    project(key, work, features.begin - work.first, state);
   }
 
   // From the moments to the coefficients of the map.
@@ -494,19 +600,24 @@ class Call {
   void project_to(const Key& key, const Work& work, int64_t begin,
                   const Some& state) const {
     using C = decltype(std::declval<Map>()(0));
-    const int64_t width = work.group * key.features;
-    const Coefficients<C> k = Coefficients<C>(work.coefficients, width) + begin;
+    const Coefficients<C> k = Coefficients<C>(work.coefficients, work.width()) + begin;
     const Rounding rounding = key.state.rounding();
-    double std[kSomeFeatures];
+    double std[kStrip];
+    double a[kStrip];
+    double b[kStrip];
+    double c[kStrip];
     roots(state.var, state.size, std);
     for (int64_t i = 0; i < state.size; ++i) {
-      const auto [a, b, c] = Map::of(statistic(state[i], std[i], eps_, rounding));
-      k.a[i] = a;
-      k.b[i] = b;
-      k.c[i] = c;
+      const MapNumbers k = Map::wide(statistic(state[i], std[i], eps_, rounding));
+      a[i] = k.a;
+      b[i] = k.b;
+      c[i] = k.c;
     }
+    std::copy_n(a, state.size, k.a);
+    std::copy_n(b, state.size, k.b);
+    std::copy_n(c, state.size, k.c);
     for (int64_t row = 1; row < work.group; ++row) {
-      const int64_t at = row * key.features;
+      const int64_t at = row * work.plan.features;
       std::copy_n(k.a, state.size, k.a + at);
       std::copy_n(k.b, state.size, k.b + at);
       std::copy_n(k.c, state.size, k.c + at);
@@ -514,8 +625,13 @@ class Call {
   }
 
   // Floating-point values keep their type; integers come out in any floating type.
-  void apply(const Piece& piece) const {
-    const Key& key = keys_[piece.key];
+  void apply_piece(const Piece& piece) const {
+    const Work& work = work_[piece.key];
+    apply(keys_[piece.key], work, rows_of(work.plan, piece.chunk),
+          features_of(work.plan, piece.block));
+  }
+
+  void apply(const Key& key, const Work& work, Range rows, Range features) const {
     if (key.y.data == nullptr) {
       return;
     }
@@ -523,28 +639,26 @@ class Call {
       using In = typename decltype(in)::type;
       if constexpr (std::is_integral_v<In>) {
         dispatch_float(key.y.dtype, [&](auto out) {
-          apply_as<Affine, In, typename decltype(out)::type>(key, piece);
+          apply_as<Affine, In, typename decltype(out)::type>(key, work, rows, features);
         });
       } else if (inverse_) {
-        apply_as<InverseAffine, In, In>(key, piece);
+        apply_as<InverseAffine, In, In>(key, work, rows, features);
       } else {
-        apply_as<Affine, In, In>(key, piece);
+        apply_as<Affine, In, In>(key, work, rows, features);
       }
     });
   }
 
   template <template <typename> class Map, typename In, typename Out>
-  void apply_as(const Key& key, const Piece& piece) const {
+  void apply_as(const Key& key, const Work& work, Range rows, Range features) const {
     constexpr bool in_double = std::is_same_v<typename Compute<In>::type, double> ||
                                std::is_same_v<Out, double>;
     using C = std::conditional_t<in_double, double, float>;
-    const Work& work = work_[piece.key];
-    const Range rows = rows_of(work.plan, piece.chunk);
-    const Range features = features_of(work.plan, piece.block);
-    const Coefficients<C> k(work.coefficients, work.group * key.features);
+    const Coefficients<C> k(work.coefficients, work.width());
     map_piece<Map, C>(rows_at<const In>(key.x, rows, features),
                       rows_at<Out>(key.y, rows, features), rows.size(), work.group,
-                      features.size(), work.may_stream, k + features.begin);
+                      features.size(), work.may_stream,
+                      k + (features.begin - work.first));
   }
 
   const std::vector<Key>& keys_;
@@ -553,7 +667,7 @@ class Call {
   bool inverse_;
   Weights weights_{};
   Numbered pieces_;
-  Numbered features_;
+  Numbered strips_;
 };
 
 }  // namespace

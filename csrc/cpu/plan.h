@@ -27,6 +27,13 @@ constexpr int64_t kSomeChunks = 8;
 constexpr int64_t kMaxPieces = 128;
 // A wider key is cut along its features as well.
 constexpr int64_t kMaxFeaturesPerBlock = 4096;
+// Features of a strip: the part of the work on statistics, and of a key that is done
+// strip by strip.
+constexpr int64_t kStrip = 256;
+// So many strips, of no more samples than stay in a core's cache, are enough work for
+// the threads without a cut along the samples, and need no sums in memory.
+constexpr int64_t kManyStrips = 8;
+constexpr int64_t kMaxStripSamples = 512;
 
 struct Plan {
   int64_t samples = 0;
@@ -35,8 +42,10 @@ struct Plan {
   int64_t row_chunks = 0;
   int64_t features_per_block = 0;
   int64_t feature_blocks = 0;
+  bool by_strips = false;  // a strip is done from the state to the output in one go
 
-  int64_t pieces() const { return row_chunks * feature_blocks; }
+  int64_t pieces() const { return by_strips ? 0 : row_chunks * feature_blocks; }
+  int64_t strips() const;
 };
 
 struct Range {
@@ -46,6 +55,8 @@ struct Range {
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline int64_t Plan::strips() const { return ceil_div(features, kStrip); }
 
 inline Plan make_plan(int64_t samples, int64_t features) {
   Plan plan;
@@ -61,6 +72,12 @@ inline Plan make_plan(int64_t samples, int64_t features) {
                   ceil_div(samples * plan.feature_blocks, kMaxPieces),
                   std::min(kMinChunkRows, ceil_div(samples, kSomeChunks))});
     plan.row_chunks = ceil_div(samples, plan.rows_per_chunk);
+    plan.by_strips = plan.row_chunks == 1 ||
+                     (plan.strips() >= kManyStrips && samples <= kMaxStripSamples);
+    if (plan.by_strips) {
+      plan.rows_per_chunk = samples;
+      plan.row_chunks = 1;
+    }
   }
   return plan;
 }

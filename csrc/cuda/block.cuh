@@ -53,7 +53,7 @@ __device__ inline void store_any(const Matrix& m, int64_t row, int64_t feature,
 // The running mean, or a sample while there is none.
 __device__ inline double shift_of(const Key& key, const Moments& state, int64_t row,
                                   int64_t f) {
-  double shift = state.used() > 0 ? state.sum / state.used() : load_any(key.x, row, f);
+  double shift = state.used > 0 ? state.loc() : load_any(key.x, row, f);
   const Dtype d = key.x.dtype;
   if (d != Dtype::kFloat64 && d != Dtype::kInt32 && d != Dtype::kInt64) {
     shift = static_cast<double>(static_cast<float>(shift));
@@ -170,7 +170,7 @@ __device__ inline void prepare(const Shared& s, const Place& at) {
   if (key.mask != nullptr) {
     bool is_new = false;
     for (int f = static_cast<int>(threadIdx.x); f < n; f += blockDim.x) {
-      is_new |= !(read_state(key.state, at.feature(f)).used() > 0);
+      is_new |= !(read_state(key.state, at.feature(f)).used > 0);
     }
     if (__syncthreads_or(is_new)) {
       row = first_row(key);
@@ -444,11 +444,9 @@ __device__ __forceinline__ void sum_up(const Params& p, const Shared& s,
   });
   bool bad = false;
   for (int f = static_cast<int>(threadIdx.x); f < n; f += blockDim.x) {
-    Moments old;
-    old.count = s.old()[4 * n];
-    old.missing = s.old()[2 * n + f];
+    const double used = Moments::used_of(s.old()[4 * n], s.old()[2 * n + f]);
     const bool is_anchored =
-        anchored(old.used(), static_cast<double>(at.key->key.samples), p.weights);
+        anchored(used, static_cast<double>(at.key->key.samples), p.weights);
     s.mine()[f] = samples;
     bad =
         bad || !trustworthy(samples, s.mine()[n + f], s.mine()[2 * n + f], is_anchored);
@@ -544,6 +542,7 @@ __device__ inline Moments fold_feature(const Params& p, const Shared& s,
   state.missing = s.old()[2 * n + f];
   state.var = s.old()[3 * n + f];
   state.count = s.old()[4 * n];
+  state.weigh();
   Moments batch = unshift(sum, s.shift()[f], s.total()[3 * n]);
   *left_out = batch.missing;
   if (to.nonfinite.data == nullptr) {
