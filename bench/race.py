@@ -39,7 +39,9 @@ MOST_VALUES = 4096 * 376
 
 def sizes() -> list[tuple[int, int]]:
     """Samples and features of the race."""
-    return [(n, f) for f in FEATURES for n in SAMPLES if n * f <= MOST_VALUES or n == 64]
+    return [
+        (n, f) for f in FEATURES for n in SAMPLES if n * f <= MOST_VALUES or n == 64
+    ]
 
 
 # ------------------------------------------------------------------------- a worker

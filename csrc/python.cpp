@@ -19,6 +19,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "ops.h"
@@ -115,7 +116,8 @@ class Binding {
   Binding(py::object td, py::list parts, py::object tensordict_type,
           std::vector<py::tuple> in_keys, std::vector<py::tuple> out_keys,
           std::vector<std::optional<int64_t>> ndims, std::vector<py::object> dtypes,
-          Tensors state, std::shared_ptr<shared::SharedState> shared)
+          Tensors state, std::shared_ptr<shared::SharedState> shared,
+          std::vector<std::pair<py::object, py::object>> watched)
       : td_(std::move(td)),
         parts_(std::move(parts)),
         type_(std::move(tensordict_type)),
@@ -124,6 +126,7 @@ class Binding {
         ndims_(std::move(ndims)),
         state_(std::move(state)),
         shared_(std::move(shared)),
+        watched_(std::move(watched)),
         default_dtype_(c10::get_default_dtype_as_scalartype()) {
     for (const py::object& dtype : dtypes) {
       dtypes_.push_back(reinterpret_cast<THPDtype*>(dtype.ptr())->scalar_type);
@@ -134,8 +137,8 @@ class Binding {
   // a value, which it does before it writes: nothing has happened then.
   bool call(const py::object& state_td, const py::object& td, bool updating,
             double keep, double eps, double timeout) const {
-    if (state_td.ptr() != td_.ptr() || !holds() || !is_plain(td.ptr()) ||
-        c10::impl::dispatch_mode_enabled() ||
+    if (state_td.ptr() != td_.ptr() || !holds() || !is_unchanged() ||
+        !is_plain(td.ptr()) || c10::impl::dispatch_mode_enabled() ||
         c10::get_default_dtype_as_scalartype() != default_dtype_) {
       return false;
     }
@@ -222,6 +225,33 @@ class Binding {
     return true;
   }
 
+  // Whether lists that may have been changed in place are what they were.
+  bool is_unchanged() const {
+    for (const auto& [now, then] : watched_) {
+      if (PyList_CheckExact(now.ptr()) && PyList_CheckExact(then.ptr()) &&
+          have_same_items(now.ptr(), then.ptr())) {
+        continue;
+      }
+      if (!now.equal(then)) {
+        return false;
+      }
+    }
+    return true;
+  }
+
+  static bool have_same_items(PyObject* a, PyObject* b) {
+    const Py_ssize_t size = PyList_GET_SIZE(a);
+    if (size != PyList_GET_SIZE(b)) {
+      return false;
+    }
+    for (Py_ssize_t i = 0; i < size; ++i) {
+      if (PyList_GET_ITEM(a, i) != PyList_GET_ITEM(b, i)) {
+        return false;
+      }
+    }
+    return true;
+  }
+
   c10::ArrayRef<PyObject*> parts_as_span() const {
     return {reinterpret_cast<PyListObject*>(parts_.ptr())->ob_item,
             static_cast<size_t>(PyList_GET_SIZE(parts_.ptr()))};
@@ -259,7 +289,8 @@ class Binding {
   std::vector<at::ScalarType> dtypes_;
   Tensors state_;
   std::shared_ptr<shared::SharedState> shared_;  // where others update: its copies
-  at::ScalarType default_dtype_;                 // what integers come out in
+  std::vector<std::pair<py::object, py::object>> watched_;  // now, and as they were
+  at::ScalarType default_dtype_;                            // what integers come out in
 };
 
 }  // namespace
@@ -303,7 +334,8 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<py::object, py::list, py::object, std::vector<py::tuple>,
                     std::vector<py::tuple>, std::vector<std::optional<int64_t>>,
                     std::vector<py::object>, Tensors,
-                    std::shared_ptr<shared::SharedState>>())
+                    std::shared_ptr<shared::SharedState>,
+                    std::vector<std::pair<py::object, py::object>>>())
       .def("call", &Binding::call);
 #ifdef VECNORM_WITH_CUDA
   m.def("cuda_path", &set_cuda_path, py::arg("name"));

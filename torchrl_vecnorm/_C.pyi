@@ -1,4 +1,4 @@
-"""The compiled module. Lists hold one tensor for each key; see csrc/ops.cpp."""
+"""The compiled module. Lists hold one tensor for each key, states five; see csrc/ops.cpp."""
 
 from typing import Any
 
@@ -8,10 +8,7 @@ from torch import Tensor
 
 def update(
     x: list[Tensor],
-    sum: list[Tensor],
-    ssq: list[Tensor],
-    count: list[Tensor],
-    nonfinite: list[Tensor],
+    state: list[Tensor],
     mask: list[Tensor],
     keep: float,
     weight: float,
@@ -26,22 +23,14 @@ def update(
 
 def normalize(
     x: list[Tensor],
-    sum: list[Tensor],
-    ssq: list[Tensor],
-    count: list[Tensor],
-    nonfinite: list[Tensor],
+    state: list[Tensor],
     eps: float,
     out: list[Tensor] | None = None,
 ) -> list[Tensor] | None:
     """Returns x normalised with the state as it is; None as update does."""
 
 def check_values(
-    x: list[Tensor],
-    y: list[Tensor],
-    sum: list[Tensor],
-    ssq: list[Tensor],
-    count: list[Tensor],
-    nonfinite: list[Tensor],
+    x: list[Tensor], y: list[Tensor], state: list[Tensor], eps: float
 ) -> None:
     """Refuses what the compiled operators refuse, for those in plain torch."""
 
@@ -49,25 +38,21 @@ def check_update(
     x: list[Tensor],
     y: list[Tensor],
     mask: list[Tensor],
-    sum: list[Tensor],
-    ssq: list[Tensor],
-    count: list[Tensor],
-    nonfinite: list[Tensor],
+    state: list[Tensor],
+    keep: float,
+    weight: float,
+    eps: float,
 ) -> None:
     """As check_values, for update."""
 
 def check_floating_point(x: list[Tensor]) -> None:
     """Refuses integers and bools, for denormalize in plain torch."""
 
+def check_mask(mask: Tensor, x: Tensor, feature_ndim: int) -> None:
+    """Refuses a mask that has not one element a sample."""
+
 def check_merge(
-    sum: list[Tensor],
-    ssq: list[Tensor],
-    count: list[Tensor],
-    nonfinite: list[Tensor],
-    other_sum: list[Tensor],
-    other_ssq: list[Tensor],
-    other_count: list[Tensor],
-    other_nonfinite: list[Tensor],
+    state: list[Tensor], other: list[Tensor], keep: float, weight: float
 ) -> None:
     """As check_values, for merge."""
 
@@ -83,11 +68,9 @@ class Binding:
         out_keys: list[tuple[str, ...]],
         ndims: list[int | None],
         dtypes: list[torch.dtype],
-        sum: list[Tensor],
-        ssq: list[Tensor],
-        count: list[Tensor],
-        nonfinite: list[Tensor],
+        state: list[Tensor],
         shared: SharedState | None,
+        watched: list[tuple[Any, Any]],
     ) -> None: ...
     def call(
         self,

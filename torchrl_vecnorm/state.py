@@ -332,6 +332,7 @@ def bind(
     keys: Sequence[tuple[NestedKey, NestedKey, StateNames, int | None, torch.dtype]],
     moments: Sequence[Moments],
     shared: _C.SharedState | None,
+    watched: Sequence[tuple[Any, Any]] = (),
 ) -> _C.Binding | None:
     """The live leaves of all keys, with what a call has to look like to use them.
 
@@ -344,6 +345,8 @@ def bind(
             of its feature dimensions (None: given by ``shapes``) and its dtype.
         moments: what ``td`` has there, or the private copies of ``shared``.
         shared: statistics in shared memory, or a lock alone, or None.
+        watched: what has to be equal at each call: lists that may be changed in place,
+            and what they were.
 
     Returns:
         None where the entries are not plain, or lie on several devices, or an output goes
@@ -379,4 +382,5 @@ def bind(
         list(dtypes),
         functional.leaves_of(moments),
         shared,
+        list(watched),
     )

@@ -543,12 +543,9 @@ class VecNorm(Transform):
         updating = self.training and not self.frozen
         if not updating and _ops.needs_plain_torch():
             return False
-        binding, bound_lock, users_lock, given, is_extended = bound
-        if (
-            self.lock is not bound_lock
-            # Lists that were changed in place do not say so.
-            or (self._in_keys, self._out_keys, self.shapes, self.names) != given
-            or (is_extended and _partial_call_of(self) is not None)
+        binding, bound_lock, users_lock, is_extended = bound
+        if self.lock is not bound_lock or (
+            is_extended and _partial_call_of(self) is not None
         ):
             return False
         call = self._td, td, updating, self._decay, self._eps, self._lock_timeout
@@ -578,6 +575,8 @@ class VecNorm(Transform):
         # are loaded next: so does EnvCreator. No property: every call reads it.
         if name == "lock":
             self.__dict__.update(_lock_is_own=False, _lock_was_set=True)
+        elif name in ("_in_keys", "_out_keys", "shapes", "names"):
+            self.__dict__["_binding"] = None  # it watches the lists that were there
         super().__setattr__(name, value)
 
     def _protection(self) -> tuple[Any, _C.SharedState | None]:
@@ -732,10 +731,16 @@ class VecNorm(Transform):
                 self._attached.copy_of(state, e.key.names)
                 for state, e in zip(states, known, strict=True)
             ]
-        binding = bind(self._td, keys, states, shared)
+        # Lists that are changed in place do not say so.
+        now = self._in_keys, self._out_keys, self.shapes, self.names
+        watched = [
+            pair
+            for pair in zip(now, self._found.given, strict=True)
+            if pair[0] is not None
+        ]
+        binding = bind(self._td, keys, states, shared, watched)
         if binding is not None:
-            given, is_extended = self._found.given, self._is_extended()
-            binding = binding, self.lock, users_lock, given, is_extended
+            binding = binding, self.lock, users_lock, self._is_extended()
         self._binding = binding
 
     def _compute_here(self, known: list[_Entry], updating: bool) -> list[Tensor]:
