@@ -14,7 +14,6 @@ This file imports nothing of the project but the package that is measured.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -108,7 +107,7 @@ class Worker:
     def __init__(self, folder: Path) -> None:
         env = {**os.environ, "PYTHONPATH": str(folder.resolve())}
         self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).resolve()), "--work"],
+            [sys.executable, str(Path(__file__).resolve())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -127,11 +126,13 @@ class Worker:
         self.process.wait()
 
 
-def race(
-    folders: dict[str, Path], rounds: int, seconds: float
-) -> list[dict[str, float | int | str]]:
+THIS, OTHER = "this", "other"
+
+
+def race(folder: Path, rounds: int, seconds: float) -> list[dict]:
     """One record for each build, size and call: medians, in microseconds."""
-    workers = {name: Worker(folder) for name, folder in folders.items()}
+    here = Path(__file__).resolve().parents[1]
+    workers = {THIS: Worker(here), OTHER: Worker(folder)}
     records = []
     try:
         for size in sizes():
@@ -158,7 +159,7 @@ def race(
     return records
 
 
-def show(records: list[dict], ours: str, other: str) -> str:
+def show(records: list[dict]) -> str:
     """A line a size: µs of both, how much faster than the other and than torchrl's."""
     found = {
         (r["samples"], r["features"], r["build"], r["name"]): r["microseconds"]
@@ -170,35 +171,19 @@ def show(records: list[dict], ours: str, other: str) -> str:
     ]
     for n, f in sizes():
 
-        def us(name, build=ours, n=n, f=f):
+        def us(name, build=THIS, n=n, f=f):
             return found[n, f, build, name]
 
-        torchrl = min(us(TORCHRL), us(TORCHRL, other))
-        copy = min(us(COPY), us(COPY, other))
+        torchrl = min(us(TORCHRL), us(TORCHRL, OTHER))
+        copy = min(us(COPY), us(COPY, OTHER))
         lines.append(
-            f"{n:>6}{f:>7}{us(OURS):>11.2f}{us(OURS, other):>10.2f}"
-            f"{us(OURS, other) / us(OURS):>8.2f}{torchrl / us(OURS):>11.2f}"
-            f"{us(OPERATOR):>10.2f}{us(OPERATOR, other):>10.2f}"
-            f"{us(OPERATOR) / copy:>9.2f}{us(FROZEN):>9.2f}{us(FROZEN, other):>9.2f}"
+            f"{n:>6}{f:>7}{us(OURS):>11.2f}{us(OURS, OTHER):>10.2f}"
+            f"{us(OURS, OTHER) / us(OURS):>8.2f}{torchrl / us(OURS):>11.2f}"
+            f"{us(OPERATOR):>10.2f}{us(OPERATOR, OTHER):>10.2f}"
+            f"{us(OPERATOR) / copy:>9.2f}{us(FROZEN):>9.2f}{us(FROZEN, OTHER):>9.2f}"
         )
     return "\n".join(lines)
 
 
-def main() -> None:
-    """``python bench/race.py FOLDER``: this build against that of another folder."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, nargs="?", help="of the other build")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=0.03)
-    parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.work:
-        work()
-        return
-    here = Path(__file__).resolve().parents[1]
-    records = race({"this": here, "other": args.folder}, args.rounds, args.seconds)
-    print(show(records, "this", "other"))
-
-
 if __name__ == "__main__":
-    main()
+    work()

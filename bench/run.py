@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from bench import accuracy, env, goals, measure, peers, report, results_folder
+from bench import accuracy, env, goals, measure, peers, race, report, results_folder
 from torchrl_vecnorm import functional as F
 
 Size = tuple[int, int]
@@ -474,12 +474,21 @@ def main(arguments: list[str] | None = None) -> int:
         help="the GPU if there is one, by default",
     )
     parser.add_argument("--out", type=Path, help="the folder to write to")
+    parser.add_argument(
+        "--against",
+        type=Path,
+        help="the folder of another checkout that was built (make build): races this build "
+        "against that one, call by call, and measures nothing else",
+    )
     args = parser.parse_args(arguments)
 
     # skrl and gymnasium say hello, torchrl deprecates what it is compared by.
     warnings.simplefilter("ignore")
     os.environ.setdefault("RL_WARNINGS", "0")
     plan = QUICK if args.quick else FULL
+    if args.against is not None:
+        print(race.show(race.race(args.against, plan.rounds, plan.seconds)))
+        return 0
     if args.device == "cuda":
         plan = on_cuda(plan)
     folder = args.out or results_folder(report.device_name(args.device))

@@ -31,6 +31,7 @@ from bench import (  # noqa: E402
     gpu_check,
     measure,
     peers,
+    race,
     report,
     run,
     sanitize,
@@ -519,3 +520,16 @@ def test_the_driver_of_the_sanitizer(capsys):
     """On the CPU it compares the CPU with itself, which it has to survive."""
     sanitize.drive("cpu")
     assert len(capsys.readouterr().out.splitlines()) > 20
+
+
+def test_race(monkeypatch, capsys):
+    """Against itself, each in a process of its own."""
+    monkeypatch.setattr(race, "sizes", lambda: [(2, 3)])
+    records = race.race(ROOT, rounds=1, seconds=1e-4)
+    assert {(r["build"], r["name"]) for r in records} == {
+        (build, name) for build in (race.THIS, race.OTHER) for name in race.WHO
+    }
+    assert all(r["microseconds"] > 0 for r in records)
+    monkeypatch.setattr(race, "race", lambda *args: records)
+    assert run.main(["--against", str(ROOT)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
