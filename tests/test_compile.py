@@ -98,6 +98,7 @@ class Doubled(VecNorm):
         return next_tensordict
 
 
+@SLOW_INDUCTOR
 @pytest.mark.parametrize("method", ["_reset", "_step"])
 def test_a_subclass(backend, method):
     eager, other = VecNorm(KEYS), Doubled(KEYS)
@@ -112,6 +113,7 @@ def test_a_subclass(backend, method):
         assert_same_state(eager, other)
 
 
+@SLOW_INDUCTOR
 def test_keys_of_one_name(backend):
     keys, names = (
         ["observation", ("next", "observation")],
@@ -136,6 +138,7 @@ def test_keys_of_one_name(backend):
     assert other._td["observation_count"].item() == pytest.approx(10 * 2.71)
 
 
+@SLOW_INDUCTOR
 def test_keys_and_numbers_that_are_set_later(backend):
     eager, other = VecNorm(["observation"]), VecNorm(["observation"])
     compiled = torch.compile(other, fullgraph=True, backend=backend)
@@ -288,6 +291,7 @@ CHANGING = {
 }
 
 
+@SLOW_INDUCTOR
 @pytest.mark.parametrize("name", CHANGING)
 def test_numbers_that_change(backend, name):
     """A schedule is an input of one graph, not a graph for each of its numbers."""
@@ -305,6 +309,7 @@ def test_numbers_that_change(backend, name):
     assert counted.graphs <= 2
 
 
+@SLOW_INDUCTOR
 def test_a_decay_of_a_transform_that_changes(backend):
     counted = Counted(backend)
     eager, other = VecNorm(KEYS), VecNorm(KEYS)
@@ -328,6 +333,7 @@ TRANSFORMS = {
 }
 
 
+@SLOW_INDUCTOR
 @pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.parametrize("what", ["normalize", "denormalize", "update_"])
 def test_functorch_in_a_graph(backend, what, name):
@@ -378,6 +384,7 @@ def test_a_branch(backend, name):
         torch.testing.assert_close(compiled(x), call(x))
 
 
+@SLOW_INDUCTOR
 @pytest.mark.parametrize("name", PURE)
 def test_a_nested_region(backend, name):
     function, state = PURE[name], seen()
@@ -395,6 +402,7 @@ def test_a_nested_region(backend, name):
         torch.testing.assert_close(grad, want)
 
 
+@pytest.mark.parametrize("backend", ["aot_eager"], indirect=True)  # neither matters
 @pytest.mark.parametrize("strict", [False, True])
 def test_export(strict):
     class Policy(torch.nn.Module):
@@ -406,6 +414,7 @@ def test_export(strict):
     torch.testing.assert_close(program.module()(2 * x), F.normalize(2 * x, state))
 
 
+@SLOW_INDUCTOR
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing(backend, reentrant):
     """The backward pass would fold the batch in again: refused as the graph is made."""

@@ -1004,6 +1004,17 @@ def test_to_observation_norm_of_several_keys():
         torch.testing.assert_close(y[key], expected[key])
 
 
+def test_to_observation_norm_says_that_it_rounds():
+    t = VecNorm(["near", "far"])
+    x = torch.randn(50, 2, dtype=torch.float64)
+    t(TensorDict({"near": (x + 100).float(), "far": (x + 3e6).float()}, [50]))
+    with pytest.warns(
+        UserWarning, match="'far': .* rounds loc to torch.float32"
+    ) as seen:
+        t.to_observation_norm()
+    assert len(seen) == 1
+
+
 def test_to_observation_norm_names_the_key_that_was_not_seen():
     t = VecNorm()
     TransformedEnv(IntegerEnv(), t).reset()

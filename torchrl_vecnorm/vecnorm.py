@@ -970,7 +970,8 @@ class VecNorm(Transform):
 
         The :class:`torchrl.envs.ObservationNorm` can be updated with
         ``load_state_dict(vecnorm.to_observation_norm().state_dict())``. It rounds
-        ``loc`` to the dtype of the values, which shows where ``loc / scale`` is huge.
+        ``loc`` to the dtype of the values, which shows where ``loc / scale`` is huge: a
+        warning says so. :meth:`frozen_copy` does not round.
 
         Raises:
             RuntimeError: a key was not seen yet.
@@ -983,6 +984,7 @@ class VecNorm(Transform):
                     f"VecNorm must have seen key {key.in_key!r} before it can be "
                     "converted to an ObservationNorm."
                 )
+            _warn_of_rounding(key.in_key, loc.get(key.in_key), scale.get(key.in_key))
             norms.append(
                 ObservationNorm(
                     loc=loc.get(key.in_key),
@@ -1663,6 +1665,18 @@ def _partial_call_of(transform: VecNorm) -> _Partial | None:
         return None
     partial = getattr(_this_thread, "partial", None)
     return None if partial is None or partial[0] is not transform else partial[1]
+
+
+def _warn_of_rounding(key: NestedKey, loc: Tensor, scale: Tensor) -> None:
+    """Where a mean that is rounded to the dtype of the values is too coarse for them."""
+    step = torch.finfo(loc.dtype).eps * loc.abs().double() / scale.double()
+    if bool((step > 0.1).any()):
+        warnings.warn(
+            f"VecNorm: key {key!r}: an ObservationNorm rounds loc to {loc.dtype}, by up to "
+            f"{step.max().item() / 2:.2g} deviations here, and values with it; "
+            "`frozen_copy()` does not.",
+            stacklevel=3,
+        )
 
 
 def _called(keys: Sequence[_Key], operator: Callable, *args, **kwargs) -> Any:
