@@ -55,7 +55,7 @@ FEATURES = {"observation": (2,), ("agents", "reward"): (1,)}
 KEYS = list(FEATURES)
 # The mean of what counts in most batches, so that running means are short numbers.
 MEANS = {"observation": (48, -3), ("agents", "reward"): (20,)}
-ALL_FIELDS = (*FIELDS, "nonfinite")
+ALL_FIELDS = Moments._fields
 OUT_KEYS = ["normalized", ("agents", "normalized")]
 SEP = VecNorm.SEP
 
@@ -849,7 +849,7 @@ class Machine(RuleBasedStateMachine):
         key = KEYS[position] if KEYS[position] in checkpoint.stats else KEYS[0]
         if key not in checkpoint.stats:
             key = KEYS[1]
-        if name == "nonfinite" and (
+        if name in ("nonfinite", "central") and (
             how == "missing" or not checkpoint.stats[key].counter
         ):
             name = "count"
