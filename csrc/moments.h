@@ -82,11 +82,17 @@ struct Moments {
     per_value = inverse(used);
   }
 
-  VECNORM_HD double loc() const { return sum * per_value; }
+  // To a rounding, without a division.
+  VECNORM_HD double near_loc() const { return sum * per_value; }
+
+  VECNORM_HD double loc() const {
+    const double mean = sum / (used > 0 ? used : 1.);
+    return used > 0 ? mean : 0.;
+  }
 
   // The variance as the sums have it.
   VECNORM_HD double var_of_sums() const {
-    const double mean = loc();
+    const double mean = near_loc();
     return not_negative(ssq * per_value - mean * mean);
   }
 };
@@ -110,7 +116,7 @@ struct Rounding {
 // has updated them without knowing of it.
 VECNORM_HD double kept_var(double kept, const Moments& m, Rounding rounding) {
   const double from_sums = m.var_of_sums();
-  const double loc = m.loc();
+  const double loc = m.near_loc();
   const double slack = 1e-6 * (kept + from_sums) + rounding.var * loc * loc;
   return std::fabs(kept - from_sums) <= slack ? kept : from_sums;
 }
@@ -193,7 +199,7 @@ VECNORM_HD Moments fold_some(Moments state, const Moments& batch, Weights w,
   const double a = w.keep * state.used;
   const double b = w.weight * batch.used;
   const double share = b * per_both;
-  const double between = batch.loc() - state.loc();
+  const double between = batch.near_loc() - state.near_loc();
   const double apart = a > 0 && b > 0 ? between : 0.;
   state.var += share * (batch.var - state.var + (1. - share) * apart * apart);
   state.sum = w.keep * state.sum + w.weight * batch.sum;

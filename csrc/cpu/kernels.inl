@@ -441,7 +441,7 @@ class Call {
     int64_t unknown = 0;
     int64_t adrift = 0;
     for (int64_t i = 0; i < state.size; ++i) {
-      shift[i] = state[i].loc();
+      shift[i] = state[i].near_loc();
       unknown += state.used[i] > 0 ? 0 : 1;
       const bool holds =
           anchored(state.used[i], static_cast<double>(key.samples), weights_);
