@@ -213,7 +213,9 @@ def test_out():
 
 @pytest.mark.parametrize("features", [1, 5, 17, 33, 65, 129, 1000])
 @pytest.mark.parametrize("dtype", FLOATS, **ids)
-@pytest.mark.parametrize("layout", [torch.clone, padded, transposed], **ids)
+@pytest.mark.parametrize(
+    "layout", [torch.clone, padded, transposed], ids=lambda f: f.__name__
+)
 def test_in_place(layout, dtype, features):
     """What a row's last register reaches back over is not mapped twice."""
     x = layout(data((70,), (features,), dtype))
