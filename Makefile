@@ -21,6 +21,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TESTS ?= tests -m "not slow"
+PARALLEL ?= -n 2 --dist worksteal
 BENCH ?=
 KILLS ?= 100000
 SANITIZED ?= $(addprefix tests/test_,ops.py state.py checkpoints.py machine.py sharing.py \
@@ -39,10 +40,10 @@ demo: build
 	$(bin)/python examples/pendulum.py
 
 test: build
-	$(bin)/python -m pytest $(TESTS)
+	$(bin)/python -m pytest $(PARALLEL) $(TESTS)
 
 test-all: build
-	$(bin)/python -m pytest tests --all-architectures --mutations 100000
+	$(bin)/python -m pytest $(PARALLEL) tests --all-architectures --mutations 100000
 
 bench: build $(VENV)/peers
 	$(bin)/python -m bench.run $(BENCH)

@@ -234,6 +234,7 @@ def test_dtypes_are_those_of_the_last_values(backend):
     assert t.loc["reward"].dtype == t.scale["reward"].dtype == torch.float32
 
 
+@SLOW_INDUCTOR
 @pytest.mark.parametrize("first", ["a call", "an eager call", "loading"])
 def test_statistics_from_inference_mode(backend, first):
     """A graph that is run under it makes tensors that torch refuses to write to later."""

@@ -77,7 +77,7 @@ def exact_sums(power: int, decay: float) -> list[Fraction]:
     "decay,requires_grad",
     [
         (1.0, False),
-        (0.9999, False),
+        pytest.param(0.9999, False, marks=pytest.mark.slow),
         pytest.param(0.9999, True, marks=pytest.mark.slow),
     ],
 )

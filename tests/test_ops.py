@@ -289,7 +289,14 @@ check(x, Moments.zeros([256]))
 """
 
 
-@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+@pytest.mark.parametrize(
+    "capability",
+    [
+        pytest.param("default", marks=pytest.mark.slow),
+        pytest.param("avx2", marks=pytest.mark.slow),
+        "avx512",
+    ],
+)
 def test_instruction_sets(capability):
     """Each build of the CPU kernels, where the processor has the instructions."""
     result = subprocess.run(
@@ -751,7 +758,9 @@ def test_a_state_that_a_graph_has_saved(inference):
 # ---------------------------------------------------------------------- operators
 
 
-@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize(
+    "requires_grad", [pytest.param(False, marks=pytest.mark.slow), True]
+)
 @pytest.mark.parametrize("sample", range(len(op_samples())))
 def test_opcheck(sample, requires_grad):
     sample = op_samples(requires_grad)[sample]

@@ -247,6 +247,7 @@ def rewards_too(t, updates):
         t(values())
 
 
+@pytest.mark.slow
 def test_a_key_that_is_new_in_the_workers(tmp_path):
     """What came before it is shared, and stays behind the lock that it was shared with."""
     t = VecNorm(decay=1)
