@@ -4,6 +4,8 @@
 # LICENSE file in the root directory of this source tree.
 """torch.compile through a whole call of the transform."""
 
+import math
+
 import pytest
 import torch
 from tensordict import TensorDict
@@ -439,3 +441,22 @@ def test_activation_checkpointing(backend, reentrant):
     (grad,) = torch.autograd.grad(loss, x)
     (want,) = torch.autograd.grad(what(x).pow(2).sum(), x)
     torch.testing.assert_close(grad, want)
+
+
+@SLOW_INDUCTOR
+@pytest.mark.parametrize("name", [*CHANGING, "loc_scale"])
+def test_numbers_that_change_into_none(backend, name):
+    """What eager calls refuse, a graph that takes any number refuses as it runs."""
+    function = CHANGING.get(name, lambda x, s, v: F.loc_scale(s, eps=v))
+    compiled = torch.compile(function, fullgraph=True, backend=backend)
+    state, x = seen(), torch.randn(4, 3)
+    for value in (0.9, 0.8, 0.7, 0.6):
+        compiled(x, state, value)
+    before = clone(state)
+    for value in (-0.5, 0.0, math.nan):
+        with pytest.raises(
+            (ValueError, RuntimeError), match=r"expected (decay|eps|wei)"
+        ):
+            compiled(x, state, value)
+        for a, b in zip(state, before, strict=True):
+            assert torch.equal(a, b)

@@ -969,7 +969,11 @@ def test_numbers_that_are_none(name, value, composite):
     assert_same(state, before)
 
 
-@pytest.mark.parametrize("value", [np.ones(1), [0.9], "0.9", None], **ids)
+@pytest.mark.parametrize(
+    "value",
+    [np.ones(1), [0.9], "0.9", None, 1j, torch.tensor(1j), torch.ones(2)],
+    **ids,
+)
 def test_numbers_of_other_types(value):
     x, state = data((5,), (3,)), Moments.zeros([3])
     for name in ("decay", "weight", "eps"):

@@ -1977,6 +1977,9 @@ def under_fake_tensor_mode(t, td):
         y = t(batch())
         for key in KEYS:
             assert isinstance(y[key], FakeTensor) and y[key].shape == td[key].shape
+        if t._td is not None:
+            original = t.denorm(y.select(*KEYS))
+            assert all(isinstance(original[key], FakeTensor) for key in KEYS)
 
 
 def traced(mode):

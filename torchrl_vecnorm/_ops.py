@@ -9,6 +9,7 @@ Their schemas, checks, gradients and CPU kernels are compiled (``csrc/ops.cpp``)
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -198,6 +199,22 @@ def _change(*numbers: float) -> bool:
     return not all(has_static_value(n) for n in numbers)
 
 
+def check_numbers(keep: float = 1.0, weight: float = 1.0, eps: float = 1.0) -> None:
+    """Refuses what the operators refuse, where plain torch runs in their place."""
+    for name, value, most, expected in (
+        ("decay", keep, 1.0, "in (0, 1]"),
+        ("weight", weight, sys.float_info.max, "positive and finite"),
+        ("eps", eps, sys.float_info.max, "positive and finite"),
+    ):
+        if torch.compiler.is_compiling() and _change(value):
+            # An input of the graph: asked each time that it runs, on the CPU.
+            number = torch.zeros((), dtype=torch.float64) + value
+            good = (number > 0) & (number <= most)
+            torch._assert_async(good, f"expected {name} {expected}")
+        elif not 0 < value <= most:
+            raise ValueError(f"expected {name} {expected}, got {value}")
+
+
 def _write(out: list[Tensor] | None, values: list[Tensor]) -> list[Tensor]:
     if out is None:
         return values
@@ -209,6 +226,7 @@ def _write(out: list[Tensor] | None, values: list[Tensor]) -> list[Tensor]:
 def _normalize_plainly(
     x: list[Tensor], state: list[Tensor], eps: float, out: list[Tensor] | None
 ) -> list[Tensor]:
+    check_numbers(eps=eps)
     pairs = zip(x, states_of(state), strict=True)
     return _write(out, [oracle.normalize(v, s, eps) for v, s in pairs])
 
@@ -222,6 +240,7 @@ def _update_plainly(
     eps: float,
     out: list[Tensor] | None,
 ) -> list[Tensor]:
+    check_numbers(keep, weight, eps)
     states = states_of(state)
     batch = [
         oracle.batch_moments(v.detach(), s.sum.ndim, m)
@@ -292,6 +311,7 @@ def normalize(
 def denormalize(y: list[Tensor], state: list[Tensor], eps: float) -> list[Tensor]:
     """The inverse of :func:`normalize`."""
     if needs_plain_torch() or (torch.compiler.is_compiling() and _change(eps)):
+        check_numbers(eps=eps)
         pairs = zip(y, states_of(state), strict=True)
         return [oracle.denormalize(v, s, eps) for v, s in pairs]
     return _operators.denormalize(y, state, eps)
@@ -310,6 +330,7 @@ def moments(x: list[Tensor], feature_ndim: int, mask: list[Tensor]) -> list[Mome
 def merge(state: list[Tensor], other: list[Tensor], keep: float, weight: float) -> None:
     """Folds moments into a state."""
     if torch.compiler.is_compiling() and _change(keep, weight):
+        check_numbers(keep, weight)
         states = states_of(state)
         pairs = zip(states, states_of(other), strict=True)
         _store(states, [oracle.fold(s, o, keep, weight) for s, o in pairs])

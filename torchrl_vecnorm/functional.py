@@ -17,7 +17,6 @@ of the state, everything before them is samples.
 
 from __future__ import annotations
 
-import math
 import numbers
 from collections.abc import Sequence
 from types import NoneType
@@ -62,7 +61,10 @@ def _describe(value) -> str:
 def _number(name: str, value) -> float:
     if type(value) is float:
         return value
-    if not isinstance(value, (numbers.Real, Tensor)):
+    is_number = isinstance(value, numbers.Real) or (
+        isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
+    )
+    if not is_number:
         raise TypeError(f"expected {name} as a number, got {_describe(value)}")
     return float(value)
 
@@ -345,6 +347,5 @@ def loc_scale(state: Moments, *, eps: float = 1e-4) -> tuple[Tensor, Tensor]:
     """
     (one,) = _listed("state", state, Moments)
     eps = _number("eps", eps)
-    if not (torch.compiler.is_compiling() or 0 < eps < math.inf):
-        raise ValueError(f"expected eps positive and finite, got {eps}")
+    _ops.check_numbers(eps=eps)
     return oracle.loc_scale(one, eps)

@@ -957,10 +957,15 @@ class VecNorm(Transform):
                     )
                 keys.append(key)
                 values.append(value)
-                states.append(state.to(value.device))
-            originals = _called(
-                keys, functional.denormalize, values, states, eps=self.eps
-            )
+                states.append(state)
+            if _are_fake(values):
+                originals = list(map(_identity, values))
+            else:
+                pairs = zip(states, values, strict=True)
+                states = [state.to(value.device) for state, value in pairs]
+                originals = _called(
+                    keys, functional.denormalize, values, states, eps=self.eps
+                )
         for key, original in zip(keys, originals, strict=True):
             tensordict.set(key.in_key, original)
         return tensordict
