@@ -98,11 +98,11 @@ def test_races_without_the_barrier(programs):
 
 #: An error: in which variant it is seen as what, and the replacement that plants it.
 PLANTED = {
-    "every block writes what one does": (
+    "every strip writes what one does": (
         "races",
         "data race",
         "kernels.inl",
-        "if (piece.block == 0) {",
+        "if (features.begin == 0) {",
         "{",
     ),
     "a write past the workspace": (
