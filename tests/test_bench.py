@@ -522,6 +522,7 @@ def test_the_driver_of_the_sanitizer(capsys):
     assert len(capsys.readouterr().out.splitlines()) > 20
 
 
+@pytest.mark.slow
 def test_race(monkeypatch, capsys):
     """Against itself, each in a process of its own."""
     monkeypatch.setattr(race, "sizes", lambda: [(2, 3)])

@@ -800,7 +800,9 @@ def resumed(file) -> TransformedEnv:
 
 
 @pytest.mark.filterwarnings("error:VecNorm. the statistics are copied")
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize(
+    "method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)]
+)
 def test_resuming_a_run_with_env_creator(method, tmp_path):
     """Every environment loads the checkpoint by itself before it is made to share."""
     source = integers()
@@ -945,7 +947,9 @@ def test_multi_sync_collector(start_method, method):
     assert count(t, "reward") == 1 + 120
 
 
-@pytest.mark.parametrize("method", ["spawn", "fork"])
+@pytest.mark.parametrize(
+    "method", [pytest.param("spawn", marks=pytest.mark.slow), "fork"]
+)
 def test_multi_async_collector(start_method, method):
     start_method(method)
     creator = EnvCreator(integers)
@@ -1025,7 +1029,9 @@ def reward_of_an_episode(t) -> float:
     return ((raw - t.loc["reward"]) / t.scale["reward"]).sum().item()
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize(
+    "method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)]
+)
 def test_an_evaluator_in_another_process(start_method, method, tmp_path):
     start_method(method)
     if method == "fork":

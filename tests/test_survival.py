@@ -607,10 +607,10 @@ def count_up(queue, updates):
     [
         ("fork", "file_descriptor"),
         ("fork", "file_system"),
-        ("spawn", "file_descriptor"),
         *(
             pytest.param(*how, marks=pytest.mark.slow)
             for how in [
+                ("spawn", "file_descriptor"),
                 ("spawn", "file_system"),
                 ("forkserver", "file_descriptor"),
                 ("forkserver", "file_system"),
