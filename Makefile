@@ -40,10 +40,10 @@ demo: build
 	$(bin)/python examples/pendulum.py
 
 test: build
-	$(bin)/python -m pytest $(PARALLEL) $(TESTS)
+	PYTHONHASHSEED=0 $(bin)/python -m pytest $(PARALLEL) $(TESTS)
 
 test-all: build
-	$(bin)/python -m pytest $(PARALLEL) tests --all-architectures --mutations 100000
+	PYTHONHASHSEED=0 $(bin)/python -m pytest $(PARALLEL) tests --all-architectures --mutations 100000
 
 bench: build $(VENV)/peers
 	$(bin)/python -m bench.run $(BENCH)

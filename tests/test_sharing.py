@@ -105,7 +105,7 @@ def test_build(memmap):
         ([("next", "reward"), "observation"], {"observation", "reward"}),
         (["observation", ("next", "observation")], {"observation"}),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value) if isinstance(value, set) else value),
 )
 def test_keys(keys, expected):
     assert present(built(keys)) == entries(*expected)
