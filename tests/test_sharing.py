@@ -118,7 +118,7 @@ def test_keys(keys, expected):
         ([("agents", "observation")], {("agents", "observation")}),
         ([("next", "agents", "reward")], {("agents", "reward")}),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value) if isinstance(value, set) else value),
 )
 def test_nested_keys(keys, expected):
     env = AgentsEnv(worlds=3, agents=2)
