@@ -20,6 +20,9 @@
 //                  just read, so that the newest values still come from its cache.
 //
 // Rows of few features are handled several at a time, so that they fill registers.
+//
+// A key of few samples (plan.h) goes through all four strip by strip instead, within
+// the first phase: update_strip(). Nothing of a strip leaves the cache in between.
 
 #include "pack.inl"
 // In this order: each builds on those before it.
