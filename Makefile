@@ -88,7 +88,7 @@ coverage: build
 build/soak: tests/shared_host/check.cpp $(wildcard csrc/shared/*)
 	mkdir -p build
 	$(CXX) -std=c++17 -O2 -pthread -I. -Icsrc/shared -o $@ tests/shared_host/check.cpp \
-		$(filter-out %/shared_state.cpp,$(wildcard csrc/shared/*.cpp))
+		$(wildcard csrc/shared/*.cpp)
 
 gpu-check:
 	$(PYTHON) -m bench.gpu_check

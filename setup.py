@@ -132,13 +132,13 @@ def extension():
     """The module torchrl_vecnorm._C."""
     flags = ["-O0", "-g"] if flag("DEBUG") else ["-O3", "-g0"]
     flags += ["-Wall", "-Wextra", "-Wno-unused-parameter", "-fvisibility=hidden"]
-    # The team of threads is OpenMP (csrc/ops.cpp): without the flag it is one thread.
+    # The team of threads is OpenMP (csrc/torch/ops.cpp): without the flag it is one thread.
     openmp = ["-fopenmp"] if torch.backends.openmp.is_available() else []
     if sys.platform == "darwin":
         openmp = []  # Apple's compiler does not know it
     ext = cpp_extension.CppExtension(
         "torchrl_vecnorm._C",
-        [s for s in sources("*.cpp") if not s.startswith("csrc/cuda")],
+        [s for s in sources("*.cpp") if "cuda" not in s],
         # setuptools rebuilds when one of these changes.
         depends=sources("*.h") + sources("*.inl") + sources("*.cuh"),
         extra_compile_args={"cxx": flags + openmp},
@@ -149,7 +149,7 @@ def extension():
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
         home = cuda_home()
         ext.cuda_sources = sources("*.cu")
-        ext.sources += [s for s in sources("*.cpp") if s.startswith("csrc/cuda")]
+        ext.sources += [s for s in sources("*.cpp") if "cuda" in s]
         ext.define_macros.append(("VECNORM_WITH_CUDA", None))
         ext.include_dirs.append(str(home / "include"))
         ext.library_dirs += [str(home / "lib64"), str(home / "lib")]

@@ -37,6 +37,17 @@ def test_build_without_torch(tmp_path):
     assert "--no-build-isolation" in result.stderr
 
 
+def test_kernels_know_nothing_of_torch():
+    """Outside csrc/torch/ no file includes a torch header."""
+    torch_header = re.compile(r'#include [<"](torch|ATen|c10)/')
+    found = {
+        path.relative_to(ROOT / "csrc").parts[0]
+        for path in (ROOT / "csrc").rglob("*.*")
+        if torch_header.search(path.read_text())
+    }
+    assert found == {"torch"}
+
+
 @pytest.mark.parametrize(
     "built_for,message",
     [

@@ -1,4 +1,4 @@
-"""The compiled module. Lists hold one tensor for each key, states five; see csrc/ops.cpp."""
+"""The compiled module. Lists hold one tensor for each key, states five; see csrc/torch/ops.cpp."""
 
 from typing import Any
 

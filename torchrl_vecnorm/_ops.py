@@ -4,7 +4,7 @@
 # LICENSE file in the root directory of this source tree.
 """What the operators are to torch.compile and to devices without a kernel of ours.
 
-Their schemas, checks, gradients and CPU kernels are compiled (``csrc/ops.cpp``).
+Their schemas, checks, gradients and CPU kernels are compiled (``csrc/torch/ops.cpp``).
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ int team_size = 1;
 bool with_barrier = true;
 int teams = 0;  // that the calls have asked for
 
-// As run_phases of csrc/ops.cpp.
+// As run_phases of csrc/torch/ops.cpp.
 void run_phases(const std::vector<cpu::Phase>& phases) {
   ++teams;
   std::barrier<> barrier(team_size);

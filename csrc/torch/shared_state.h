@@ -15,7 +15,7 @@
 #include <utility>
 #include <vector>
 
-#include "control.h"
+#include "../shared/control.h"
 
 namespace vecnorm {
 namespace shared {

@@ -7,7 +7,7 @@
 // to compile and to load. merge() has no kernel here: it is a few additions of
 // [features] tensors, and plain torch (CompositeExplicitAutograd) does them.
 
-#include "../ops.h"
+#include "ops.h"
 
 #include <ATen/DeviceAccelerator.h>
 #include <ATen/Functions.h>
@@ -23,8 +23,8 @@
 #include <utility>
 #include <vector>
 
-#include "../tensors.h"
-#include "kernels.h"
+#include "tensors.h"
+#include "../cuda/kernels.h"
 
 namespace vecnorm {
 namespace {

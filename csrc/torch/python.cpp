@@ -23,7 +23,7 @@
 #include <vector>
 
 #include "ops.h"
-#include "shared/shared_state.h"
+#include "shared_state.h"
 #include "tensors.h"
 
 namespace py = pybind11;

@@ -18,7 +18,7 @@
 #include <utility>
 #include <vector>
 
-#include "key.h"
+#include "../key.h"
 
 namespace vecnorm {
 

@@ -51,7 +51,7 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/kernels.h"
+#include "../cpu/kernels.h"
 #include "tensors.h"
 
 namespace vecnorm {
