@@ -7,8 +7,6 @@
 // to compile and to load. merge() has no kernel here: it is a few additions of
 // [features] tensors, and plain torch (CompositeExplicitAutograd) does them.
 
-#include "ops.h"
-
 #include <ATen/DeviceAccelerator.h>
 #include <ATen/Functions.h>
 #include <c10/core/DeviceGuard.h>
@@ -23,8 +21,9 @@
 #include <utility>
 #include <vector>
 
-#include "tensors.h"
 #include "../cuda/kernels.h"
+#include "ops.h"
+#include "tensors.h"
 
 namespace vecnorm {
 namespace {
