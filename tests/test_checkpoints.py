@@ -42,8 +42,9 @@ from torch.distributed import checkpoint as distributed_checkpoint
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torchrl.envs import TransformedEnv, VecNormV2
 
-from torchrl_vecnorm import Moments, VecNorm, sharing
+from torchrl_vecnorm import Moments, VecNorm
 from torchrl_vecnorm import functional as F
+from torchrl_vecnorm.statistics import sharing
 
 NESTED = ("agents", "observation")
 KEYS = ["observation", "reward", NESTED]

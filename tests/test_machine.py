@@ -43,8 +43,9 @@ from samples import batch_strided, padded, strided, transposed
 from tensordict import LazyStackedTensorDict, TensorDict
 from torchrl.data import Composite, Unbounded
 
-from torchrl_vecnorm import Moments, VecNorm, sharing
+from torchrl_vecnorm import Moments, VecNorm
 from torchrl_vecnorm import functional as F
+from torchrl_vecnorm.statistics import sharing
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

@@ -211,7 +211,7 @@ def test_statistics_on_anothers_gpu_are_refused(monkeypatch):
     """Who else has them cannot be locked out. Where a tensor came from is faked here."""
     sent = []
     monkeypatch.setattr(
-        "torchrl_vecnorm.sharing._C.came_from_another_process",
+        "torchrl_vecnorm.statistics.sharing._C.came_from_another_process",
         lambda leaf: any(leaf is other for other in sent),
     )
     td = built(["next"])

@@ -25,7 +25,8 @@ from common import PATIENCE, IntegerEnv, count, started
 from tensordict import TensorDict
 from torch import multiprocessing as mp
 
-from torchrl_vecnorm import VecNorm, sharing
+from torchrl_vecnorm import VecNorm
+from torchrl_vecnorm.statistics import sharing
 
 KEYS = ["observation", "reward"]
 FEATURES = 96  # an update takes long enough to be killed in the middle of one

@@ -22,8 +22,8 @@ from torch.compiler import is_compiling
 from torchrl_vecnorm import functional
 from torchrl_vecnorm._load import _C
 from torchrl_vecnorm.moments import Moments
-from torchrl_vecnorm.names import StateNames, as_path
-from torchrl_vecnorm.sharing import in_shared_memory
+from torchrl_vecnorm.statistics.names import StateNames, as_path
+from torchrl_vecnorm.statistics.sharing import in_shared_memory
 
 T = TypeVar("T")
 

@@ -29,7 +29,7 @@ from torchrl.data.tensor_specs import Composite, TensorSpec
 
 from torchrl_vecnorm._load import _C
 from torchrl_vecnorm.moments import Moments
-from torchrl_vecnorm.names import StateNames, as_path
+from torchrl_vecnorm.statistics.names import StateNames, as_path
 
 if TYPE_CHECKING:
     from torchrl.envs import EnvBase

@@ -36,11 +36,11 @@ from torchrl.envs import VecNorm as _TorchRLVecNorm
 from torchrl.envs import VecNormV2
 from torchrl.envs.transforms import Compose, ObservationNorm, Transform
 
-from torchrl_vecnorm import _ops, functional, oracle, sharing, specs
+from torchrl_vecnorm import _ops, functional, oracle
 from torchrl_vecnorm._load import _C
 from torchrl_vecnorm.moments import Moments
-from torchrl_vecnorm.names import StateNames, as_path
-from torchrl_vecnorm.state import (
+from torchrl_vecnorm.statistics import sharing
+from torchrl_vecnorm.statistics.checks import (
     bind,
     check_apart,
     check_moments,
@@ -56,6 +56,8 @@ from torchrl_vecnorm.state import (
     without_counter,
     write_moments,
 )
+from torchrl_vecnorm.statistics.names import StateNames, as_path
+from torchrl_vecnorm.transforms import specs
 
 if TYPE_CHECKING:
     from torchrl.envs import EnvBase

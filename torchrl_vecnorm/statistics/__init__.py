@@ -1,0 +1,5 @@
+# Copyright (c) the torchrl_vecnorm authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""What knows tensors and tensordicts, and nothing of environments."""
