@@ -111,7 +111,7 @@ def test_nothing_to_load():
     t = VecNorm(KEYS)
     with pytest.warns(UserWarning, match="no statistics of"):
         t.set_extra_state({})
-    assert t._td is None and not t._others_update
+    assert t._td is None and not t._statistics.store.others_update
 
 
 def shared_state(**changes) -> dict:
@@ -152,7 +152,7 @@ def test_some_tensors_are_shared():
     t = VecNorm(["observation"], decay=1, lock=mp.Lock())
     with pytest.warns(UserWarning, match="are copied"):
         t.set_extra_state(state)
-    assert not t._others_update
+    assert not t._statistics.store.others_update
     t(batch().select("observation"))
     assert state["observation_sum"].eq(0).all() and state["observation_count"] == 0
 
@@ -438,7 +438,7 @@ def test_a_copy_of_a_memory_map(mapped, of, how):
     assert state["observation_count"].item() == 14
     assert all(type(leaf) is torch.Tensor for leaf in state.values())
     # Shared next, it is shared under its own lock, not under a copy of the original's.
-    assert not other.transform._others_update
+    assert not other.transform._statistics.store.others_update
     assert set(before) - set(other.transform._td.keys(True, True)) == {sharing.CONTROL}
 
 

@@ -392,7 +392,7 @@ def everything(living: Living) -> tuple:
         for name, value in t._td.items(True, True):
             if name != sharing.CONTROL:
                 leaves[name] = value.detach().numpy().tobytes(), value.data_ptr()
-    return leaves, t._td is None, t.training, t.frozen, dict(t._dtypes)
+    return leaves, t._td is None, t.training, t.frozen, dict(t._statistics.dtypes)
 
 
 def entry_name(key, name: str) -> str:

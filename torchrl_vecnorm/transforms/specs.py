@@ -7,10 +7,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
+from tensordict import unravel_key
 from tensordict.utils import NestedKey
 from torchrl.data.tensor_specs import Composite, TensorSpec, Unbounded
+
+if TYPE_CHECKING:
+    from torchrl.envs import EnvBase
 
 
 def normalized_spec(spec: TensorSpec) -> TensorSpec:
@@ -45,3 +50,50 @@ def normalize_specs(
     for out_key, out_spec in normalized.items():
         spec[out_key] = out_spec
     return spec
+
+
+def _step_keys(spec: Composite, keys: Sequence[NestedKey]) -> list[NestedKey]:
+    """``keys`` with "next" resolved, each relative to the step's output."""
+    selected: list[NestedKey] = []
+    for key in keys:
+        key = unravel_key(key)
+        if key == "next":
+            selected += [
+                leaf
+                for leaf, leaf_spec in spec.items(True, True)
+                if leaf_spec.dtype.is_floating_point
+            ]
+            continue
+        if isinstance(key, tuple) and key[0] == "next":
+            key = unravel_key(key[1:])
+        if key not in spec.keys(True, True):
+            raise KeyError(
+                f"key {key!r} is not an entry of the step's output; "
+                f"it has {list(spec.keys(True, True))}"
+            )
+        selected.append(key)
+    return list(dict.fromkeys(selected))
+
+
+def _features(env: EnvBase, key: NestedKey, spec: TensorSpec) -> torch.Size:
+    features = spec.shape[len(env.batch_size) :]
+    if -1 in features:
+        raise ValueError(
+            f"key {key!r}: expected features of one shape, got {tuple(features)}: entries "
+            "of different shapes are stacked there"
+        )
+    return features
+
+
+def step_features(
+    env: EnvBase, keys: Sequence[NestedKey]
+) -> dict[NestedKey, torch.Size]:
+    """The shape of the features of each of these keys in a step's output.
+
+    Raises:
+        KeyError: a key is not an entry of it.
+        ValueError: an entry stacks values of different shapes.
+    """
+    spec = env.full_observation_spec.clone()
+    spec.update(env.full_reward_spec.clone())
+    return {key: _features(env, key, spec[key]) for key in _step_keys(spec, keys)}
