@@ -48,6 +48,27 @@ def test_kernels_know_nothing_of_torch():
     assert found == {"torch"}
 
 
+def test_arrows_run_one_way():
+    """Fronts, engine, functions, operators: none knows what is in front of it."""
+    package = ROOT / "torchrl_vecnorm"
+    imports = re.compile(r"^ *(?:from|import) (torchrl\S*)(?: import (.*))?", re.M)
+
+    def imported(*files: Path) -> set[str]:
+        found = set()
+        for module, names in imports.findall("\n".join(f.read_text() for f in files)):
+            found.add(module)
+            if module == "torchrl_vecnorm":
+                found |= {f"{module}.{name.strip()}" for name in names.split(",")}
+        return found
+
+    below = {f"torchrl_vecnorm.{name}" for name in ("_ops", "oracle", "moments")}
+    functions = imported(package / "functional.py")
+    assert functions <= {"torchrl_vecnorm", "torchrl_vecnorm.moments", *below}
+    engine = imported(*(package / "statistics").glob("*.py"))
+    assert "torchrl_vecnorm.functional" in engine
+    assert not any(re.match(r"torchrl(\.|$)|.*\.transforms", name) for name in engine)
+
+
 @pytest.mark.parametrize(
     "built_for,message",
     [

@@ -22,6 +22,7 @@ import zipfile
 from collections import OrderedDict
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from types import MappingProxyType
 
 import pytest
@@ -938,3 +939,29 @@ def test_a_cut_pickle_of_a_transform():
     for at in range(0, len(data), 97):
         with pytest.raises(Exception):  # noqa: B017
             pickle.loads(data[:at])
+
+
+def test_a_pickle_of_before_the_statistics_were_an_object():
+    """Written by 0.1.0 when all of it was in the module ``torchrl_vecnorm.vecnorm``.
+
+    Two calls with ``arange(8).reshape(4, 2) + i`` and rewards ``i``, decay 0.9.
+    """
+    file = Path(__file__).parent / "pickles" / "vecnorm_0.1.0.pickle"
+    t = pickle.loads(file.read_bytes())
+    keys = ["observation", ("agents", "reward")]
+    expected = VecNorm(keys, decay=0.9)
+    for i in range(3):
+        td = TensorDict(
+            observation=torch.arange(8.0).reshape(4, 2) + i,
+            agents=TensorDict(reward=torch.full((4, 1), float(i)), batch_size=[4]),
+            batch_size=[4],
+        )
+        y = expected(td.clone())
+        if i == 1:
+            assert_same_state(snapshot(t), snapshot(expected))
+    assert type(t) is VecNorm
+    assert torch.equal(t(td)["observation"], y["observation"])
+    assert_same_state(snapshot(t), snapshot(expected))
+    again = pickle.loads(pickle.dumps(t))
+    assert_same_state(snapshot(again), snapshot(expected))
+    assert again.__dict__.keys() == expected.__dict__.keys()

@@ -374,6 +374,11 @@ class RunningNorm(Transform):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        if "_statistics" not in state:
+            from torchrl_vecnorm.vecnorm import statistics_of
+
+            state["_statistics"] = statistics_of(state)
+            state["_step_masks"] = StepMasks.of(state["_in_keys"])
         super().__setstate__(state)
         self.__dict__["lock"] = self._statistics.store.lock
 
