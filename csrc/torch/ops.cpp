@@ -37,56 +37,24 @@
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
 
 #include <algorithm>
-#include <atomic>
 #include <functional>
 #include <initializer_list>
 #include <utility>
 #include <vector>
 
 #include "../cpu/kernels.h"
+#include "team.h"
 #include "tensors.h"
 
 namespace vecnorm {
 namespace {
 
 // ---------------------------------------------------------------------------- CPU
-
-std::atomic<bool> forked{false};  // in forked children
-
-// One team of threads for all phases, the one that at::parallel_for uses too: starting
-// it anew for each phase would cost as much as a small update.
-void run_phases(const std::vector<cpu::Phase>& phases) {
-#ifdef _OPENMP
-  int64_t parts = 1;
-  for (const cpu::Phase& phase : phases) {
-    parts = std::max(parts, phase.parts);
-  }
-  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-#pragma omp parallel num_threads(static_cast<int>(std::min(threads, parts)))
-  {
-    const int64_t rank = omp_get_thread_num();
-    const int64_t team = omp_get_num_threads();
-    for (const cpu::Phase& phase : phases) {
-      if (&phase != &phases.front()) {
-#pragma omp barrier
-      }
-      phase.body(phase.parts * rank / team, phase.parts * (rank + 1) / team);
-    }
-  }
-#else
-  for (const cpu::Phase& phase : phases) {
-    at::parallel_for(0, phase.parts, 1, phase.body);
-  }
-#endif
-}
 
 void update_cpu(TensorList x, TensorList state, TensorList y, TensorList mask,
                 double keep, double weight, double eps) {
@@ -489,12 +457,6 @@ void merge_trace(TensorList, TensorList, double, double) { refuse_trace("merge")
 
 }  // namespace
 
-void leave_the_pool_after_fork() {
-  if (forked.exchange(false)) {
-    at::set_num_threads(1);
-  }
-}
-
 void prefer_huge_pages(const Tensor& t) {
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t page = 2 << 20;
@@ -521,7 +483,6 @@ void normalize_out(TensorList x, TensorList state, TensorList y, double eps) {
 }
 
 TORCH_LIBRARY(torchrl_vecnorm, m) {
-  pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
   m.def(
       "update(Tensor[] x, Tensor(a!)[] state, Tensor(b!)[] y, Tensor[] mask, "
       "float keep, float weight, float eps) -> ()");

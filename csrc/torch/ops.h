@@ -28,10 +28,6 @@ void normalize_out(at::TensorList x, at::TensorList state, at::TensorList y,
 // take a fraction of the time.
 void prefer_huge_pages(const at::Tensor& t);
 
-// In a forked child the thread pool of its parent is gone, and whatever would use it, a
-// copy of torch's too, waits for it for ever. The operators call this themselves.
-void leave_the_pool_after_fork();
-
 // In builds with CUDA kernels, for tests and benchmarks: which of them update() is to
 // take where it can, and which it took last.
 void set_cuda_path(const std::string& name);

@@ -24,6 +24,7 @@
 
 #include "ops.h"
 #include "shared_state.h"
+#include "team.h"
 #include "tensors.h"
 
 namespace py = pybind11;
