@@ -31,6 +31,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <pthread.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -56,6 +57,20 @@ namespace {
 
 // ---------------------------------------------------------------------------- CPU
 
+// A large output is fresh from the system, page by page as it is written: huge pages
+// take a fraction of the time.
+void prefer_huge_pages(const Tensor& t) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t page = 2 << 20;
+  if (t.device().is_cpu() && t.nbytes() >= 2 * page) {
+    const auto address = reinterpret_cast<uintptr_t>(t.data_ptr());
+    const uintptr_t begin = (address + page - 1) / page * page;
+    const uintptr_t end = (address + t.nbytes()) / page * page;
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  }
+#endif
+}
+
 void update_cpu(TensorList x, TensorList state, TensorList y, TensorList mask,
                 double keep, double weight, double eps) {
   leave_the_pool_after_fork();
@@ -64,19 +79,6 @@ void update_cpu(TensorList x, TensorList state, TensorList y, TensorList mask,
   const Keys keys(x, y, mask, s);
   cpu::update(keys.keys, {keep, weight}, eps, run_phases);
   keys.write_back();
-}
-
-// Contiguous outputs are allocated without the dispatcher, in a third of the time.
-std::vector<Tensor> outputs_like(TensorList x) {
-  std::vector<Tensor> y;
-  y.reserve(x.size());
-  for (const Tensor& t : x) {
-    const at::ScalarType dtype = output_dtype(t);
-    y.push_back(t.is_contiguous() ? Tensor(at::detail::empty_cpu(t.sizes(), dtype))
-                                  : at::empty_like(t, t.options().dtype(dtype)));
-    prefer_huge_pages(y.back());
-  }
-  return y;
 }
 
 void normalize_out_cpu(TensorList x, TensorList state, TensorList y, double eps) {
@@ -457,16 +459,19 @@ void merge_trace(TensorList, TensorList, double, double) { refuse_trace("merge")
 
 }  // namespace
 
-void prefer_huge_pages(const Tensor& t) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t page = 2 << 20;
-  if (t.device().is_cpu() && t.nbytes() >= 2 * page) {
-    const auto address = reinterpret_cast<uintptr_t>(t.data_ptr());
-    const uintptr_t begin = (address + page - 1) / page * page;
-    const uintptr_t end = (address + t.nbytes()) / page * page;
-    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+std::vector<Tensor> outputs_like(TensorList x) {
+  const bool is_eager = !c10::impl::dispatch_mode_enabled();
+  std::vector<Tensor> y;
+  y.reserve(x.size());
+  for (const Tensor& t : x) {
+    const at::ScalarType dtype = output_dtype(t);
+    // Without the dispatcher, in a third of the time.
+    y.push_back(is_eager && is_plain(t) && t.is_contiguous()
+                    ? Tensor(at::detail::empty_cpu(t.sizes(), dtype))
+                    : at::empty_like(t, t.options().dtype(dtype)));
+    prefer_huge_pages(y.back());
   }
-#endif
+  return y;
 }
 
 void update(TensorList x, TensorList state, TensorList y, TensorList mask, double keep,
