@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from bench import env, peers
+from bench import env, peers, race
 
 MAIN, PAIR, DTYPES, STEP = "main", "pair", "dtypes", "step"
 
@@ -24,6 +24,14 @@ CPU = {
 }
 CALL_1x8 = 25.0  # times faster than torchrl's, observation [1, 8] and reward [1, 1]
 STEP_1x8 = 8.0  # µs on top of an identity transform
+
+# N, F: `VecNorm._call`, times faster than torchrl's at least; elsewhere EVERYWHERE.
+SHAPES = {(1, 8): 5.0, (64, 8): 5.0, (1, 64): 5.0, (64, 64): 5.0, (1, 376): 5.0}
+EVERYWHERE = 3.0
+# Other busy processes: the mean in medians of a quiet machine at most.
+BUSY = {1: 2.5, 2: 3.5, 4: 6.0}
+COLD = 2.0  # a cold call of three keys in cold copy_s of one, at most
+COLD_TORCHRL = 10.0  # and times faster than torchrl's
 
 # N, F on an H200: the operator's × copy_ at most, `_call` × faster than torchrl's.
 CUDA = {
@@ -118,6 +126,7 @@ def _cpu(records: list[dict]) -> list[Goal]:
             ),
         ]:
             goals.append(Goal(f"{size}: {what}", limit, at_least, value))
+    goals += _shapes(records) + _conditions(records)
     at = {"section": PAIR, "samples": 1, "features": 8}
     faster = _ratio(
         find(records, name=peers.TORCHRL, **at),
@@ -132,6 +141,39 @@ def _cpu(records: list[dict]) -> list[Goal]:
     what = "[1, 8] and reward: µs that VecNorm adds to a step with an identity"
     goals.append(Goal(what, STEP_1x8, False, added))
     return goals
+
+
+def _shapes(records: list[dict]) -> list[Goal]:
+    found = []
+    for n, f in race.sizes():
+        at = {"section": "shapes", "kind": "update", "samples": n, "features": f}
+        faster = _ratio(
+            find(records, name=peers.TORCHRL, **at),
+            find(records, name=peers.TRANSFORM, **at),
+        )
+        what = f"{n} × {f}: VecNorm._call, times faster than torchrl's"
+        found.append(Goal(what, SHAPES.get((n, f), EVERYWHERE), True, faster))
+    return found
+
+
+def _conditions(records: list[dict]) -> list[Goal]:
+    found = []
+    for record in records:
+        if record["section"] == "busy" and record.get("name") == peers.OPERATOR:
+            processes = record["processes"]
+            if processes in BUSY:
+                slower = record["microseconds"] / record["quiet"]
+                size = f"{record['samples']} × {record['features']}"
+                what = f"{size}: update_ beside {processes} busy processes / quiet"
+                found.append(Goal(what, BUSY[processes], False, slower))
+    at = {"section": "cold", "between": "other work"}
+    ours = find(records, name=peers.TRANSFORM, **at)
+    what = "cold: VecNorm._call of three keys / copy_ of one"
+    of_copy = _ratio(ours, find(records, name=peers.COPY, **at))
+    found.append(Goal(what, COLD, False, of_copy))
+    what = "cold: VecNorm._call of three keys, times faster than torchrl's"
+    faster = _ratio(find(records, name=peers.TORCHRL, **at), ours)
+    return [*found, Goal(what, COLD_TORCHRL, True, faster)]
 
 
 def _cuda(records: list[dict]) -> list[Goal]:

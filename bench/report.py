@@ -31,7 +31,7 @@ from rich.table import Table as RichTable
 from tabulate import tabulate
 
 import torchrl_vecnorm
-from bench import env, goals, measure, peers
+from bench import conditions, env, goals, measure, peers, shapes
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -281,6 +281,98 @@ def _main(records: list[dict], device: str) -> list[Table]:
     return tables
 
 
+def _shapes(records: list[dict]) -> list[Table]:
+    """How often torchrl's time ours goes into: by shape, then by kind of call."""
+
+    def cell(n: int, f: int, kind: str) -> str:
+        here = [r for r in records if (r["samples"], r["features"]) == (n, f)]
+        times = {r["name"]: r for r in here if r["kind"] == kind}
+        ours, theirs = _us(times, peers.TRANSFORM), _us(times, peers.TORCHRL)
+        if ours is None:
+            return NOTHING
+        if theirs is None:
+            return f"{number(ours)} µs"
+        return f"{number(theirs / ours)} ({number(ours)} µs)"
+
+    updates = [r for r in records if r["kind"] == shapes.UPDATE]
+    samples = sorted({r["samples"] for r in updates})
+    rows = [
+        [f"F = {f}", *(cell(n, f, shapes.UPDATE) for n in samples)]
+        for f in sorted({r["features"] for r in updates})
+    ]
+    found = [
+        Table(
+            "VecNorm._call at every shape",
+            ["torchrl's / ours (ours)", *(f"N = {n}" for n in samples)],
+            rows,
+            "float32, one key, new values at each call. 28,224 features are pixels "
+            "[4, 84, 84].",
+        )
+    ]
+    special = [r for r in records if r["kind"] != shapes.UPDATE]
+    if special:
+        at = _values(special, lambda r: (r["samples"], r["features"]))
+        kinds = _values(special, lambda r: r["kind"])
+        found.append(
+            Table(
+                "Calls that are special",
+                ["torchrl's / ours (ours)", *(f"{n} × {f}" for n, f in at)],
+                [[kind, *(cell(n, f, kind) for n, f in at)] for kind in kinds],
+                _notes(
+                    "A partial reset counts half of the rows here; torchrl's counts all.",
+                    _reasons(special),
+                ),
+            )
+        )
+    return found
+
+
+def _busy(records: list[dict]) -> Table:
+    """Means beside busy processes, in medians of the quiet machine."""
+    at = _values(records, _size)
+    rows = []
+    for processes in conditions.BUSY:
+        row = [str(processes)]
+        for size in at:
+            for name in (peers.OPERATOR, peers.COPY):
+                (r,) = (
+                    r
+                    for r in records
+                    if (r["processes"], _size(r), r["name"]) == (processes, size, name)
+                )
+                us = r["microseconds"]
+                row.append(f"{number(us / r['quiet'])} ({number(us)} µs)")
+        rows.append(row)
+    header = [f"{size} {name}" for size in at for name in ("update_", "copy_")]
+    return Table(
+        "On a busy machine",
+        ["other processes", *header],
+        rows,
+        f"Mean of {conditions.CALLS} calls beside processes that do nothing but run, in "
+        "medians of a quiet machine.",
+    )
+
+
+def _cold(records: list[dict]) -> Table:
+    rows = [
+        [
+            f"{r['name']}, {r['between']}",
+            number(r["warm"]),
+            number(r["microseconds"]),
+        ]
+        for r in records
+        if "name" in r
+    ]
+    return Table(
+        "Cold calls",
+        ["", "µs warm", "µs cold"],
+        rows,
+        "Medians. Other work goes over 160 MB between two calls, for three keys of 64 "
+        "worlds; or a simulation is reset and makes one step, for its observation and "
+        "reward. `copy_` copies one key.",
+    )
+
+
 def _paths(records: list[dict]) -> Table:
     found = _of(records, "paths", method="graph") or _of(records, "paths")
     named = [
@@ -505,6 +597,12 @@ def tables(records: list[dict], device: str) -> list[Table]:
         note = "Observation [N, F] and reward [N, 1]."
         found.append(_timed("Two keys, as environments have them", some, note=note))
         found.append(_faster_than(peers.TRANSFORM, some, " on two keys"))
+    if some := [r for r in _of(records, "shapes") if "name" in r]:
+        found += _shapes(some)
+    if some := [r for r in _of(records, "busy") if "name" in r]:
+        found.append(_busy(some))
+    if some := [r for r in _of(records, "cold") if "name" in r]:
+        found.append(_cold(some))
     if some := _of(records, "step"):
         found.append(_steps(some))
     found += _pendulums(records)

@@ -25,7 +25,18 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from bench import accuracy, env, goals, measure, peers, race, report, results_folder
+from bench import (
+    accuracy,
+    conditions,
+    env,
+    goals,
+    measure,
+    peers,
+    race,
+    report,
+    results_folder,
+    shapes,
+)
 from torchrl_vecnorm import functional as F
 
 Size = tuple[int, int]
@@ -44,6 +55,9 @@ class Plan:
     steps: tuple[Size, ...]
     pendulums: tuple[int, ...]
     memory: tuple[Size, ...]
+    shapes: tuple[Size, ...]  # beside torchrl's class
+    special: tuple[Size, ...]  # and those that calls which are special are timed at
+    busy: tuple[Size, ...]
     precision: tuple[tuple[Size, tuple[int, ...]], ...]  # and after how many calls
     calls: int = 1000  # for accuracy
     rounds: int = 7
@@ -67,7 +81,10 @@ FULL = Plan(
     some=((64, 32), (4096, 64), (4096, 256)),
     steps=((1, 8), (64, 32), (4096, 64)),
     pendulums=(4096, 16384, 65536),
-    memory=((65536, 256),),
+    memory=((4096, 64), (64, 28224), (65536, 256)),
+    shapes=tuple(race.sizes()),
+    special=((1, 8), (64, 64), (4096, 64), (1, 28224), (8, 28224), (64, 28224)),
+    busy=((1024, 64), (4096, 64), (8, 28224)),
     precision=(
         ((1, 8), (1, 20, 10_000)),
         ((64, 8), (1, 20, 10_000)),
@@ -81,6 +98,9 @@ QUICK = replace(
     features=(1, 16, 256),
     some=((4096, 64),),
     steps=((1, 8),),
+    shapes=((1, 8), (8, 376), (1, 28224)),
+    special=((1, 28224),),
+    busy=((4096, 64),),
     precision=(((1, 8), (1, 20)), ((4096, 8), (1,))),
     calls=100,
     rounds=3,
@@ -192,6 +212,21 @@ def pendulum(plan: Plan, n: int, device: str) -> list[dict]:
         times, failed = measure.graphs(graphs, plan.rounds, plan.seconds)
         records += _records({**record, "method": "graph"}, times, reasons | failed)
     return records
+
+
+def shape(plan: Plan, n: int, features: int, kind: str) -> list[dict]:
+    """The time of a call of our transform and of torchrl's at one shape."""
+    calls, reasons = shapes.calls(n, features, kind)
+    threads = torch.get_num_threads()
+    times = measure.eager(calls, plan.rounds, plan.seconds, threads)
+    record = {
+        "section": "shapes",
+        "samples": n,
+        "features": features,
+        "kind": kind,
+        "threads": threads,
+    }
+    return _records(record, times, reasons)
 
 
 def paths(plan: Plan, n: int, features: int) -> list[dict]:
@@ -374,8 +409,18 @@ def tasks(plan: Plan, device: str) -> list[Task]:
         peers.TRANSFORM, peers.FORWARD, peers.TORCHRL, peers.TORCHRL_V2
     )
     for n, f in plan.pairs:
-        shapes = [(n, f), (n, 1)]
-        add("pair", f"{n} × {f}", timed, plan, "pair", shapes, device, who=transforms)
+        pair = [(n, f), (n, 1)]
+        add("pair", f"{n} × {f}", timed, plan, "pair", pair, device, who=transforms)
+    if device == "cpu":
+        for n, f in plan.shapes:
+            add("shapes", f"{n} × {f}", shape, plan, n, f, shapes.UPDATE)
+        for kind in shapes.SPECIAL:
+            for n, f in plan.special:
+                add("shapes", f"{n} × {f}, {kind}", shape, plan, n, f, kind)
+        for n, f in plan.busy:
+            add("busy", f"{n} × {f}", conditions.under_load, n, f, plan.rounds)
+        add("cold", "three keys", conditions.cold, plan.rounds)
+        add("cold", "a simulation", conditions.in_an_environment, plan.rounds)
     for n, f in plan.steps:
         add("step", f"{n} × {f}", env_step, plan, n, f, device)
     for n in plan.pendulums:
@@ -404,15 +449,15 @@ def tasks(plan: Plan, device: str) -> list[Task]:
                 add("precision", label, precision, dtype, ratio, size, calls, device)
     for n, f in plan.some[:2]:
         for keys in (1, 8):
-            label, shapes = f"{keys} × {n} × {f}", [(n, f)] * keys
-            add("keys", label, timed, plan, "keys", shapes, device, who=usual)
+            label, each = f"{keys} × {n} × {f}", [(n, f)] * keys
+            add("keys", label, timed, plan, "keys", each, device, who=usual)
     every = torch.get_num_threads()
     if device == "cpu" and every > 1:
         for n, f in plan.some:
             for threads in (1, every):
                 kwargs = {"threads": threads, "who": usual}
-                label, shapes = f"{n} × {f}, {threads}", [(n, f)]
-                add("threads", label, timed, plan, "threads", shapes, device, **kwargs)
+                label, one = f"{n} × {f}, {threads}", [(n, f)]
+                add("threads", label, timed, plan, "threads", one, device, **kwargs)
     short = replace(plan, rounds=min(plan.rounds, 3))
     sweeps = [("samples", (n, 64)) for n in plan.samples]
     sweeps += [("features", (4096, f)) for f in plan.features]

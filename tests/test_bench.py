@@ -49,6 +49,9 @@ TINY = replace(
     steps=((1, 8),),
     pendulums=(5,),
     memory=((64, 4),),
+    shapes=((1, 8),),
+    special=((4, 3),),
+    busy=((4, 3),),
     calls=3,
     rounds=1,
     seconds=1e-4,
@@ -75,8 +78,11 @@ def test_run(quick, tmp_path, capsys):
     assert saved["about"]["nothing"] == "not installed"
     sections = {r["section"] for r in saved["records"]}
     assert sections >= {"main", "pair", "step", "accuracy", "memory", "correctness"}
+    assert sections >= {"shapes", "busy", "cold"}
     assert all("name" in r or r["section"] == "correctness" for r in saved["records"])
     text = (tmp_path / "README.md").read_text()
+    for title in ("every shape", "are special", "busy machine", "Cold calls"):
+        assert title in text
     for out in (text, capsys.readouterr().out):
         assert "not installed: No module named" in out
         assert "Expected more than 1 value per channel" in " ".join(out.split())
@@ -139,12 +145,24 @@ def test_goals_on_the_cpu():
         timing("step", (1, 8), env.IDENTITY, 50.0),
         timing("step", (1, 8), env.OURS, 58.0),
     ]
+    beside = {"processes": 2, "quiet": 10.0}
     found = {g.what: g for g in goals.evaluate(records, "cpu")}
-    assert len(found) == 3 * len(goals.CPU) + 3
+    cold = 2
+    assert len(found) == 3 * len(goals.CPU) + len(race.sizes()) + cold + 3
     verdicts = [g.verdict for g in found.values()]
     assert verdicts[:3] == ["met", "met", "misses by 0.5 (14%)"]
     assert set(verdicts[3:-3]) == {"not measured"}
     assert verdicts[-3:] == ["misses by 0.1 (0%)", "met", "not measured"]
+    more = [
+        timing("busy", at, peers.OPERATOR, 36.0, **beside),
+        timing("shapes", (1, 28224), peers.TORCHRL, 31.0, kind="update"),
+        timing("shapes", (1, 28224), peers.TRANSFORM, 10.0, kind="update"),
+    ]
+    found = {g.what: g.verdict for g in goals.evaluate(more, "cpu")}
+    assert found["4096 × 64: update_ beside 2 busy processes / quiet"].startswith(
+        "miss"
+    )
+    assert found["1 × 28224: VecNorm._call, times faster than torchrl's"] == "met"
 
 
 def test_a_nan_misses_the_goal_of_precision():
