@@ -540,7 +540,7 @@ def _bits(threads: int) -> list[torch.Tensor]:
     torch.set_num_threads(threads)
     torch.manual_seed(1)
     result = []
-    for shape in ((100_000, 3), (4096, 64), (30, 9000), (7,)):
+    for shape in ((100_000, 3), (4096, 64), (600, 4200), (30, 9000), (1, 28224), (7,)):
         state = Moments.zeros(shape[1:])
         for _ in range(3):
             result.append(F.update_(data(shape[:1], shape[1:]), state))
@@ -1267,6 +1267,93 @@ def test_a_state_of_torchrls_layout_is_bound():
     assert not t._statistics.normalize_again(
         TensorDict({"a": data((4,), (3,))}, [4]), True
     )
+
+
+# ---------------------------------------------------- bound calls, past the dispatcher
+
+
+def called(t: VecNorm, x: torch.Tensor) -> torch.Tensor:
+    return t(TensorDict({"a": x}, x.shape[:1]))["a"]
+
+
+def bound(x: torch.Tensor) -> VecNorm:
+    t = VecNorm(["a"], decay=0.9)
+    for _ in range(2):
+        called(t, x)
+    assert t._statistics.binding is not None
+    return t
+
+
+@pytest.mark.parametrize("dtype", (*FLOATS, *INTEGERS), **ids)
+@pytest.mark.parametrize(
+    "layout", [torch.clone, *LAYOUTS], ids=lambda layout: layout.__name__
+)
+@pytest.mark.parametrize("updating", [True, False])
+def test_a_bound_call_is_the_operator(dtype, layout, updating):
+    x = layout(data((12,), (3, 4), dtype))
+    t = bound(x)
+    state = clone(Moments(*(t._td[f"a_{name}"] for name in Moments._fields)))
+    if updating:
+        want = F.update_(x, state, decay=0.9)
+    else:
+        t.freeze()
+        want = F.normalize(x, state)
+    y = called(t, x)
+    assert torch.equal(y, want) and y.dtype == want.dtype
+    assert y.stride() == want.stride()
+    for name, leaf in state._asdict().items():
+        assert torch.equal(t._td[f"a_{name}"], leaf), name
+
+
+def test_who_listens_hears_a_bound_call():
+    x = data((4,), (3,))
+    t = bound(x)
+    with torch.profiler.profile() as profile:
+        called(t, x)
+    assert "torchrl_vecnorm::update" in [e.name for e in profile.events()]
+    value = x.clone().requires_grad_()
+    called(t, value).sum().backward()
+    torch.testing.assert_close(value.grad, (1 / t.scale["a"]).expand(4, 3))
+    with torch.no_grad():
+        assert not called(t, value).requires_grad
+    assert t._td["a_count"].item() == pytest.approx(4 * sum(0.9**k for k in range(5)))
+
+
+def test_a_bound_call_changes_the_version_of_its_leaves():
+    x = data((4,), (3,))
+    t = bound(x)
+    before = [leaf._version for leaf in t._td.values()]
+    called(t, x)
+    after = [leaf._version for leaf in t._td.values()]
+    assert all(a > b for a, b in zip(after, before, strict=True))
+    t.freeze()
+    called(t, x)
+    assert [leaf._version for leaf in t._td.values()] == after
+
+
+def test_leaves_of_a_bound_call_that_move():
+    """set_() and share_memory_() give a tensor other memory."""
+    x = data((4,), (3,))
+    t, other = bound(x), bound(x)
+    t._td["a_sum"].share_memory_()
+    old = t._td["a_ssq"].detach()
+    t._td["a_ssq"].set_(old.clone())
+    kept = old.clone()
+    for one in (t, other):
+        called(one, x)
+    assert torch.equal(old, kept)
+    for name in ("a_sum", "a_ssq", "a_count"):
+        assert torch.equal(t._td[name], other._td[name]), name
+
+
+def test_values_of_a_bound_call_that_are_its_leaves():
+    t = VecNorm(["a"], decay=0.9)
+    for _ in range(2):
+        called(t, data((4,), (3,)).double())
+    before = t._td.clone()
+    with pytest.raises(ValueError, match="expected values apart from all states"):
+        called(t, t._td["a_nonfinite"])
+    assert (before == t._td).all()
 
 
 @pytest.mark.filterwarnings("ignore:Warning only once for all operators")

@@ -19,6 +19,7 @@
 #include <utility>
 #include <vector>
 
+#include "csrc/cpu/choice.h"
 #include "csrc/cpu/isa.h"
 #include "tests/cases.h"
 
@@ -168,10 +169,54 @@ std::vector<std::vector<Case>> calls() {
   return all;
 }
 
+// Many calls of one size, `alone` and `together` seconds each. The seconds they take,
+// and how many go together.
+struct Machine {
+  cpu::Choice choice;
+
+  std::pair<double, int> run(int calls, double alone, double together) {
+    double seconds = 0;
+    int teams = 0;
+    for (int i = 0; i < calls; ++i) {
+      if (choice.together()) {
+        choice.went_together(together, 1000, 2);
+        seconds += together;
+        ++teams;
+      } else {
+        choice.went_alone(alone, 1000);
+        seconds += alone;
+      }
+    }
+    return {seconds, teams};
+  }
+};
+
+void expect(bool holds, const char* what) {
+  if (!holds) {
+    std::printf("choice: %s\n", what);
+    ++failures;
+  }
+}
+
+void check_choice() {
+  constexpr int n = 10000;
+  Machine m;
+  expect(m.run(n, 90e-6, 50e-6).second == n, "a quiet machine always goes together");
+  const auto [busy, tries] = m.run(n, 200e-6, 10e-3);
+  expect(busy < 1.25 * n * 200e-6, "a busy one takes little more than alone");
+  expect(tries > 10, "and goes on trying");
+  m.run(n, 90e-6, 50e-6);
+  expect(m.run(n, 90e-6, 50e-6).second == n, "a quiet one again goes together again");
+  Machine never;
+  expect(never.run(n, 90e-6, 100e-6).first < 1.03 * n * 100e-6,
+         "a team that is never quicker costs little");
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   with_barrier = argc < 2 || std::string(argv[1]) != "--no-barrier";
+  check_choice();
   for (const auto& call : calls()) {
     team_size = 1;
     const Bytes expected = run(call);
