@@ -80,9 +80,12 @@ class Binding:
         keep: float,
         eps: float,
         timeout: float,
+        tolerant: bool = False,
+        masks: list[Tensor | None] | None = None,
     ) -> bool:
         """Normalises the entries of a tensordict, updating the statistics or not.
 
+        ``tolerant`` of missing entries; ``masks``, one a key, say which samples count.
         False if anything is special, or a value is refused: nothing has happened then.
         """
 

@@ -74,78 +74,86 @@ bool Direct::lies_apart(const Tensor& x) const {
          (after == spans_.begin() || (after - 1)->end <= span.begin);
 }
 
-bool Direct::is_usual(const std::vector<Tensor>& x, double eps) const {
-  if (!nobody_listens() || !in_place() || !(0 < eps) || !std::isfinite(eps)) {
-    return false;
-  }
-  const States s{leaves_};
-  for (size_t i = 0; i < x.size(); ++i) {
-    const Tensor& t = x[i];
-    const at::IntArrayRef features = s.sum(i).sizes();
-    const int64_t leading = t.dim() - static_cast<int64_t>(features.size());
-    if (!is_plain(t) || t.numel() == 0 || !has_kernel(t.scalar_type()) || leading < 0 ||
-        t.sizes().slice(leading) != features ||
-        (t.requires_grad() && at::GradMode::is_enabled())) {
-      return false;
-    }
-  }
-  return true;
+bool Direct::is_usual(const Tensor& x, size_t i) const {
+  const at::IntArrayRef features = leaves_[States::kLeaves * i].sizes();
+  const int64_t leading = x.dim() - static_cast<int64_t>(features.size());
+  return is_plain(x) && x.numel() > 0 && has_kernel(x.scalar_type()) && leading >= 0 &&
+         x.sizes().slice(leading) == features &&
+         !(x.requires_grad() && at::GradMode::is_enabled());
 }
 
-bool Direct::keys_of(const std::vector<Tensor>& x, const std::vector<Tensor>& y,
-                     std::vector<Key>* keys) const {
-  keys->resize(x.size());
+std::optional<Direct::Call> Direct::prepare(const std::vector<Tensor>& x,
+                                            const std::vector<Tensor>& mask,
+                                            double eps) const {
+  if (!nobody_listens() || !in_place() || !(0 < eps) || !std::isfinite(eps)) {
+    return std::nullopt;
+  }
+  Call call;
+  call.keys.reserve(x.size());
+  call.y.resize(x.size());
   for (size_t i = 0; i < x.size(); ++i) {
-    Key& key = (*keys)[i];
+    if (!x[i].defined()) {
+      continue;
+    }
+    if (!is_usual(x[i], i)) {
+      return std::nullopt;
+    }
     const Tensor& sum = leaves_[States::kLeaves * i];
+    Key& key = call.keys.emplace_back();
     key.state = states_[i];
     key.features = sum.numel();
     key.samples = x[i].numel() / key.features;
+    if (i < mask.size() && mask[i].defined()) {
+      const at::IntArrayRef samples = x[i].sizes().slice(0, x[i].dim() - sum.dim());
+      if (!is_plain(mask[i]) || mask[i].scalar_type() != at::kBool ||
+          !is_mask_of(mask[i], samples)) {
+        return std::nullopt;
+      }
+      call.masks.push_back(mask[i].contiguous());
+      key.mask = call.masks.back().const_data_ptr<bool>();
+    }
+    call.y[i] = output_like(x[i]);
     if (!as_matrix(x[i], sum.dim(), key.features, &key.x) ||
-        !as_matrix(y[i], sum.dim(), key.features, &key.y)) {
-      return false;
+        !as_matrix(call.y[i], sum.dim(), key.features, &key.y)) {
+      return std::nullopt;
     }
   }
-  return true;
+  return call;
 }
 
 std::optional<std::vector<Tensor>> Direct::update(const std::vector<Tensor>& x,
+                                                  const std::vector<Tensor>& mask,
                                                   double keep, double eps) const {
-  if (!is_usual(x, eps) || !(0 < keep && keep <= 1) ||
-      torch::autograd::get_current_graph_task_id() != -1 ||
-      !std::all_of(x.begin(), x.end(),
-                   [&](const Tensor& t) { return lies_apart(t); })) {
+  if (!(0 < keep && keep <= 1) || torch::autograd::get_current_graph_task_id() != -1) {
+    return std::nullopt;
+  }
+  std::optional<Call> call = prepare(x, mask, eps);
+  const auto is_left_out_or_apart = [&](const Tensor& t) {
+    return !t.defined() || lies_apart(t);
+  };
+  if (!call.has_value() || !std::all_of(x.begin(), x.end(), is_left_out_or_apart)) {
     return std::nullopt;
   }
   leave_the_pool_after_fork();
-  std::vector<Tensor> y = outputs_like(x);
-  std::vector<Key> keys;
-  if (!keys_of(x, y, &keys)) {
-    return std::nullopt;
-  }
-  cpu::update(keys, {keep, 1}, eps, run_phases);
+  cpu::update(call->keys, {keep, 1}, eps, run_phases);
   // What a graph has saved must not be used by its backward pass any more.
-  for (const Tensor& t : leaves_) {
-    if (!t.is_inference()) {
-      t.unsafeGetTensorImpl()->bump_version();
+  for (size_t l = 0; l < leaves_.size(); ++l) {
+    if (x[l / States::kLeaves].defined() && !leaves_[l].is_inference()) {
+      leaves_[l].unsafeGetTensorImpl()->bump_version();
     }
   }
-  return y;
+  return std::move(call->y);
 }
 
 std::optional<std::vector<Tensor>> Direct::normalize(const std::vector<Tensor>& x,
                                                      double eps) const {
-  if (!is_usual(x, eps)) {
+  std::optional<Call> call = prepare(x, {}, eps);
+  if (!call.has_value()) {
     return std::nullopt;
   }
   leave_the_pool_after_fork();
-  std::vector<Tensor> y = outputs_like(x);
-  std::vector<Key> keys;
-  if (!keys_of(x, y, &keys)) {
-    return std::nullopt;
-  }
-  cpu::normalize(keys, eps, run_phases);
-  return y;
+  cpu::normalize(call->keys, eps, run_phases);
+  return std::move(call->y);
 }
 
 }  // namespace vecnorm

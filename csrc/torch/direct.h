@@ -27,20 +27,30 @@ class Direct {
   static std::optional<Direct> of(TensorList state);
 
   // The normalised values, or none where an operator has to be called: it may go on
-  // from there, or say what is wrong. Nothing has happened then.
-  std::optional<std::vector<Tensor>> update(const std::vector<Tensor>& x, double keep,
-                                            double eps) const;
+  // from there, or say what is wrong. Nothing has happened then. A value that is not
+  // defined is left out, as its result is; of the masks, those that are say which
+  // samples count.
+  std::optional<std::vector<Tensor>> update(const std::vector<Tensor>& x,
+                                            const std::vector<Tensor>& mask,
+                                            double keep, double eps) const;
   std::optional<std::vector<Tensor>> normalize(const std::vector<Tensor>& x,
                                                double eps) const;
 
  private:
+  // The keys of a call, and what they need.
+  struct Call {
+    std::vector<Key> keys;
+    std::vector<Tensor> y;
+    std::vector<Tensor> masks;
+  };
+
   explicit Direct(TensorList state);
-  bool is_usual(const std::vector<Tensor>& x, double eps) const;
   // Whether the leaves are where they were: set_() and share_memory_() move them.
   bool in_place() const;
   bool lies_apart(const Tensor& x) const;
-  bool keys_of(const std::vector<Tensor>& x, const std::vector<Tensor>& y,
-               std::vector<Key>* keys) const;
+  bool is_usual(const Tensor& x, size_t i) const;
+  std::optional<Call> prepare(const std::vector<Tensor>& x,
+                              const std::vector<Tensor>& mask, double eps) const;
 
   std::vector<Tensor> leaves_;
   std::vector<State> states_;

@@ -459,17 +459,22 @@ void merge_trace(TensorList, TensorList, double, double) { refuse_trace("merge")
 
 }  // namespace
 
+Tensor output_like(const Tensor& x) {
+  const at::ScalarType dtype = output_dtype(x);
+  // Without the dispatcher, in a third of the time.
+  const bool is_simple =
+      is_plain(x) && x.is_contiguous() && !c10::impl::dispatch_mode_enabled();
+  Tensor y = is_simple ? Tensor(at::detail::empty_cpu(x.sizes(), dtype))
+                       : at::empty_like(x, x.options().dtype(dtype));
+  prefer_huge_pages(y);
+  return y;
+}
+
 std::vector<Tensor> outputs_like(TensorList x) {
-  const bool is_eager = !c10::impl::dispatch_mode_enabled();
   std::vector<Tensor> y;
   y.reserve(x.size());
   for (const Tensor& t : x) {
-    const at::ScalarType dtype = output_dtype(t);
-    // Without the dispatcher, in a third of the time.
-    y.push_back(is_eager && is_plain(t) && t.is_contiguous()
-                    ? Tensor(at::detail::empty_cpu(t.sizes(), dtype))
-                    : at::empty_like(t, t.options().dtype(dtype)));
-    prefer_huge_pages(y.back());
+    y.push_back(output_like(t));
   }
   return y;
 }

@@ -24,7 +24,8 @@ std::vector<at::Tensor> normalize(at::TensorList x, at::TensorList state, double
 void normalize_out(at::TensorList x, at::TensorList state, at::TensorList y,
                    double eps);
 
-// New tensors for the normalised values: integers come out in the default dtype.
+// New tensors for normalised values: integers come out in the default dtype.
+at::Tensor output_like(const at::Tensor& x);
 std::vector<at::Tensor> outputs_like(at::TensorList x);
 
 // In builds with CUDA kernels, for tests and benchmarks: which of them update() is to

@@ -115,10 +115,12 @@ class Binding {
     }
   }
 
-  // Normalises the values of `td`. False if anything is special, or an operator refuses
-  // a value, which it does before it writes: nothing has happened then.
+  // Normalises the values of `td`, all of them or, where that is tolerated, those that
+  // are there. False if anything is special, or an operator refuses a value, which it
+  // does before it writes: nothing has happened then.
   bool call(const py::object& state_td, const py::object& td, bool updating,
-            double keep, double eps, double timeout) const {
+            double keep, double eps, double timeout, bool tolerant,
+            const std::optional<std::vector<std::optional<Tensor>>>& masks) const {
     if (state_td.ptr() != td_.ptr() || !holds() || !is_unchanged() ||
         !is_plain(td.ptr()) || c10::impl::dispatch_mode_enabled() ||
         c10::get_default_dtype_as_scalartype() != default_dtype_) {
@@ -134,6 +136,11 @@ class Binding {
       const py::object from = find(td, in_[i]);
       py::object to = find(td, out_[i]);
       PyObject* value = from ? PyDict_GetItem(from.ptr(), in_[i].name.ptr()) : nullptr;
+      if (from && value == nullptr && tolerant) {
+        x.emplace_back();
+        outputs.emplace_back();
+        continue;
+      }
       if (!to || value == nullptr || !THPVariable_CheckExact(value)) {
         return false;
       }
@@ -147,7 +154,13 @@ class Binding {
       x.push_back(t);
       outputs.push_back(std::move(to));
     }
-    Tensors y;
+    Tensors mask;
+    if (masks.has_value()) {
+      for (const std::optional<Tensor>& m : *masks) {
+        mask.push_back(m.value_or(Tensor()));
+      }
+    }
+    std::optional<Tensors> y;
     shared::Guard guard(shared_.get(), timeout);
     try {
       if (shared_ != nullptr) {
@@ -156,13 +169,12 @@ class Binding {
           guard.release();
         }
       }
-      if (updating) {
-        y = updated(x, keep, eps);
-        if (shared_ != nullptr) {
-          shared_->commit();
-        }
-      } else {
-        y = normalized(x, eps);
+      y = updating ? updated(x, mask, keep, eps) : normalized(x, eps);
+      if (!y.has_value()) {
+        return false;
+      }
+      if (updating && shared_ != nullptr) {
+        shared_->commit();
       }
       guard.release();
     } catch (const c10::ValueError&) {
@@ -170,9 +182,12 @@ class Binding {
     } catch (const c10::TypeError&) {
       return false;
     }
-    for (size_t i = 0; i < y.size(); ++i) {
+    for (size_t i = 0; i < y->size(); ++i) {
+      if (!(*y)[i].defined()) {
+        continue;
+      }
       const auto wrapped =
-          py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(y[i])));
+          py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move((*y)[i])));
       if (PyDict_SetItem(outputs[i].ptr(), out_[i].name.ptr(), wrapped.ptr()) != 0) {
         throw py::error_already_set();
       }
@@ -183,24 +198,38 @@ class Binding {
  private:
   using Dicts = std::vector<py::object>;
 
-  Tensors updated(const Tensors& x, double keep, double eps) const {
+  // None where an operator would have to be called for some of the keys.
+  std::optional<Tensors> updated(const Tensors& x, Tensors mask, double keep,
+                                 double eps) const {
     if (direct_.has_value()) {
-      if (auto y = direct_->update(x, keep, eps); y.has_value()) {
-        return std::move(*y);
+      if (auto y = direct_->update(x, mask, keep, eps); y.has_value()) {
+        return y;
+      }
+    }
+    if (!all_defined(x)) {
+      return std::nullopt;
+    }
+    for (size_t i = 0; i < mask.size(); ++i) {
+      if (!mask[i].defined()) {
+        mask[i] = at::empty({0}, x[i].options().dtype(at::kBool));
       }
     }
     Tensors y = outputs_like(x);
-    update(x, state_, y, {}, keep, 1., eps);
+    update(x, state_, y, mask, keep, 1., eps);
     return y;
   }
 
-  Tensors normalized(const Tensors& x, double eps) const {
+  std::optional<Tensors> normalized(const Tensors& x, double eps) const {
     if (direct_.has_value()) {
       if (auto y = direct_->normalize(x, eps); y.has_value()) {
-        return std::move(*y);
+        return y;
       }
     }
-    return normalize(x, state_, eps);
+    return all_defined(x) ? std::optional(normalize(x, state_, eps)) : std::nullopt;
+  }
+
+  static bool all_defined(const Tensors& x) {
+    return std::all_of(x.begin(), x.end(), [](const Tensor& t) { return t.defined(); });
   }
 
   struct Names {
@@ -338,7 +367,9 @@ PYBIND11_MODULE(_C, m) {
                     std::vector<py::object>, Tensors,
                     std::shared_ptr<shared::SharedState>,
                     std::vector<std::pair<py::object, py::object>>>())
-      .def("call", &Binding::call);
+      .def("call", &Binding::call, py::arg("state_td"), py::arg("td"),
+           py::arg("updating"), py::arg("keep"), py::arg("eps"), py::arg("timeout"),
+           py::arg("tolerant") = false, py::arg("masks") = py::none());
 #ifdef VECNORM_WITH_CUDA
   m.def("cuda_path", &set_cuda_path, py::arg("name"));
   m.def("last_cuda_path", &last_cuda_path);

@@ -18,8 +18,9 @@ from torchrl_vecnorm.statistics.keys import Keys
 from torchrl_vecnorm.statistics.names import as_path
 from torchrl_vecnorm.statistics.store import Store
 
-#: What a common call is made by, the lock that statistics had then, and the user's.
-Bound = tuple[_C.Binding, Any, Any]
+#: What a common call is made by, the lock that statistics had then, the user's, and how
+#: many dimensions the features of each key have.
+Bound = tuple[_C.Binding, Any, Any, list[int]]
 
 
 def bind(
@@ -84,4 +85,4 @@ def bind(
         shared,
         [pair for pair in zip(now, found.given, strict=True) if pair[0] is not None],
     )
-    return binding, store.lock, users_lock
+    return binding, store.lock, users_lock, [m.sum.ndim for m in moments]

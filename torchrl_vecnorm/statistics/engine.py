@@ -179,8 +179,14 @@ class Statistics:
 
     # ------------------------------------------------------------------- the call
 
-    def normalize_again(self, td: TensorDictBase, updating: bool) -> bool:
-        """A call with nothing special: every key there, its state known, no masks.
+    def normalize_again(
+        self,
+        td: TensorDictBase,
+        updating: bool,
+        tolerant: bool = False,
+        mask_of: MaskOf | None = None,
+    ) -> bool:
+        """As :meth:`normalize`, where nothing is special: every state is known.
 
         False when there is something special, or wrong: nothing has happened then.
         """
@@ -189,11 +195,18 @@ class Statistics:
             return False
         if not updating and _ops.needs_plain_torch():
             return False
-        binding, bound_lock, users_lock = bound
+        binding, bound_lock, users_lock, ndims = bound
         store = self.store
         if store.lock is not bound_lock:
             return False
         call = store.td, td, updating, self._decay, self._eps, store.timeout
+        if mask_of is not None and updating:
+            masks = self._masks(td, ndims, mask_of)
+            if masks is None:
+                return False
+            call = *call, tolerant, masks
+        elif tolerant:
+            call = *call, tolerant
         try:
             if users_lock is None:
                 return binding.call(*call)
@@ -201,6 +214,22 @@ class Statistics:
                 return binding.call(*call)
         except NotImplementedError:  # of a kind of tensor that no operator takes
             return False
+
+    def _masks(
+        self, td: TensorDictBase, ndims: list[int], mask_of: MaskOf
+    ) -> list[Tensor | None] | None:
+        """What ``mask_of`` says of each key; None where a value is none to ask it of."""
+        masks = []
+        for key, ndim in zip(self._found.inputs, ndims, strict=True):
+            value = get_entry(td, key.in_key)
+            if value is None:
+                masks.append(None)
+            elif type(value) is Tensor and value.ndim >= ndim:
+                samples = value.shape[: value.ndim - ndim]
+                masks.append(mask_of(key.in_key, samples))
+            else:
+                return None
+        return masks
 
     def normalize(
         self,

@@ -161,6 +161,7 @@ class RunningNorm(Transform):
     def _call(self, next_tensordict: TensorDictBase) -> TensorDictBase:
         partial = self._partial_call() if self._is_extended else None
         if partial is None:
+            # A common call, before anything else.
             updating = self.training and not self.frozen
             if not is_compiling() and self._statistics.normalize_again(
                 next_tensordict, updating
@@ -238,16 +239,15 @@ class RunningNorm(Transform):
 
     def _normalize(self, td: TensorDictBase, partial: Partial) -> TensorDictBase:
         statistics = self._statistics
-        normalize = statistics.normalize
+        mask_of = None if partial.masks_td is None else partial.mask_of
+        call = td, self.training and not self.frozen, partial.tolerant, mask_of
+        if not is_compiling():
+            if statistics.normalize_again(*call):
+                return td
         # Asked here: a frame without a module is none that Dynamo looks into.
-        if is_compiling() and statistics.store.others_update:
-            normalize = statistics.normalize_outside_graph
-        return normalize(
-            td,
-            self.training and not self.frozen,
-            partial.tolerant,
-            None if partial.masks_td is None else partial.mask_of,
-        )
+        elif statistics.store.others_update:
+            return statistics.normalize_outside_graph(*call)
+        return statistics.normalize(*call)
 
     # --------------------------------------------------------- reading the statistics
 
