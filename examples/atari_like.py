@@ -96,7 +96,9 @@ def make_networks() -> tuple[ProbabilisticActor, ValueOperator]:
 
     def network(out: int) -> nn.Sequential:
         return nn.Sequential(
-            ConvNet(4, num_cells=[16, 16, 16], kernel_sizes=[8, 4, 3], strides=[4, 2, 2]),
+            ConvNet(
+                4, num_cells=[16, 16, 16], kernel_sizes=[8, 4, 3], strides=[4, 2, 2]
+            ),
             MLP(16 * 4 * 4, out, num_cells=[128]),
         )
 

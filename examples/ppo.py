@@ -84,7 +84,9 @@ class Run:
     def make(cls, normalizer: str, seed: int) -> Run:
         """A new one."""
         torch.manual_seed(seed)
-        env = TransformedEnv(ParallelEnv(WORKERS, make_gym), make_normalizer(normalizer))
+        env = TransformedEnv(
+            ParallelEnv(WORKERS, make_gym), make_normalizer(normalizer)
+        )
         env.append_transform(RewardSum())
         env.set_seed(seed)
         n_obs = env.observation_spec["observation"].shape[-1]
@@ -201,7 +203,9 @@ def compare(folder: Path, frames: int, seeds: int) -> None:
             curve = [row[2:] for row in rows if row[:2] == (name, seed)]
             label = f"{name}.VecNorm" if seed == 0 else None
             axis.plot(*zip(*curve, strict=True), color=colour, alpha=0.7, label=label)
-    axis.set_title(f"PPO on InvertedPendulum-v5, normalised observations, {seeds} seeds")
+    axis.set_title(
+        f"PPO on InvertedPendulum-v5, normalised observations, {seeds} seeds"
+    )
     axis.set_xlabel("frames (environment steps)")
     axis.set_ylabel("return of an episode (steps, at most 1000)")
     axis.grid(alpha=0.3)
@@ -234,7 +238,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--frames", type=int, default=100 * FRAMES)
+    parser.add_argument("--frames", type=int, default=40 * FRAMES)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=3, help="for --compare")
     parser.add_argument("--out", type=Path, default=Path("demo-output"))
@@ -242,6 +246,7 @@ def main() -> None:
     parser.add_argument("--evaluate", action="store_true")
     parser.add_argument("--compare", action="store_true")
     args = parser.parse_args()
+    torch.set_num_threads(1)  # networks this small are no quicker on more
     checkpoint = args.out / "ppo.pt"
 
     if args.compare:

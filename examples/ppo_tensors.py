@@ -173,6 +173,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("demo-output"))
     args = parser.parse_args()
+    torch.set_num_threads(1)  # networks this small are no quicker on more
 
     torch.manual_seed(args.seed)
     path = args.out / "ppo_tensors.pt"
