@@ -31,7 +31,7 @@ KILLS ?= 100000
 SANITIZED ?= $(addprefix tests/test_,ops.py state.py checkpoints.py machine.py sharing.py \
 	survival.py) --mutations 5000
 COVERED ?= $(filter-out tests/test_bench.py tests/test_long_run.py \
-	tests/test_examples.py %_host.py,$(wildcard tests/test_*.py)) --mutations 5000
+	tests/test_examples.py tests/test_docs.py %_host.py,$(wildcard tests/test_*.py)) --mutations 5000
 
 bin := $(VENV)/bin
 cxx := $(shell find csrc -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu' \

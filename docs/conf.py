@@ -8,7 +8,7 @@ import torchrl_vecnorm
 
 project = "torchrl_vecnorm"
 author = "the torchrl_vecnorm authors"
-copyright = "the torchrl_vecnorm authors"  # noqa: A001
+copyright = "the torchrl_vecnorm authors"
 release = version = torchrl_vecnorm.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
@@ -23,3 +23,14 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 napoleon_numpy_docstring = False
+# The docstring of a named tuple has its fields.
+napoleon_use_ivar = True
+
+
+def setup(app) -> None:
+    """Leaves out what autodoc says of the fields of named tuples."""
+
+    def skip(app, what, name, value, is_skipped, options) -> bool | None:
+        return True if type(value).__name__ == "_tuplegetter" else None
+
+    app.connect("autodoc-skip-member", skip)

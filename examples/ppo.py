@@ -53,7 +53,7 @@ from torchrl_vecnorm import VecNorm
 
 KEYS = ["observation"]
 DECAY, EPS = 0.9999, 1e-4
-WORKERS, FRAMES, EPOCHS, MINIBATCH = 4, 1024, 6, 256
+WORKERS, FRAMES, EPOCHS, MINIBATCH = 4, 1024, 10, 128
 
 
 def make_gym() -> EnvBase:
@@ -191,7 +191,7 @@ def compare(folder: Path, frames: int, seeds: int) -> None:
             run = Run.make(name, seed)
             for returned in train(run, frames):
                 rows.append((name, seed, run.frames, round(returned, 2)))
-            run.env.close()
+            run.env.close(raise_if_closed=False)  # the collector has
             print(f"{name}, seed {seed}: {returned:.0f}")
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "ppo.csv").open("w", newline="") as file:
@@ -238,7 +238,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--frames", type=int, default=40 * FRAMES)
+    parser.add_argument("--frames", type=int, default=32 * FRAMES)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=3, help="for --compare")
     parser.add_argument("--out", type=Path, default=Path("demo-output"))
@@ -255,7 +255,7 @@ def main() -> None:
     try:
         work(run, args, checkpoint)
     finally:
-        run.env.close()  # or its processes would be waited for
+        run.env.close(raise_if_closed=False)  # or its processes would be waited for
 
 
 if __name__ == "__main__":
