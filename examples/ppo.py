@@ -39,6 +39,7 @@ from torchrl.envs import (
     GymEnv,
     ParallelEnv,
     RewardSum,
+    SerialEnv,
     Transform,
     TransformedEnv,
     set_exploration_type,
@@ -81,12 +82,10 @@ class Run:
     frames: int = 0
 
     @classmethod
-    def make(cls, normalizer: str, seed: int) -> Run:
+    def make(cls, normalizer: str, seed: int, batch: type = ParallelEnv) -> Run:
         """A new one."""
         torch.manual_seed(seed)
-        env = TransformedEnv(
-            ParallelEnv(WORKERS, make_gym), make_normalizer(normalizer)
-        )
+        env = TransformedEnv(batch(WORKERS, make_gym), make_normalizer(normalizer))
         env.append_transform(RewardSum())
         env.set_seed(seed)
         n_obs = env.observation_spec["observation"].shape[-1]
@@ -179,7 +178,10 @@ def evaluate(run: Run, episodes: int = 10) -> list[float]:
 
 
 def compare(folder: Path, frames: int, seeds: int) -> None:
-    """The same seeds with both classes: ``ppo.csv`` and ``ppo.png``."""
+    """The same seeds with both classes: ``ppo.csv`` and ``ppo.png``.
+
+    In one process, whose numbers are those of several.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -188,7 +190,7 @@ def compare(folder: Path, frames: int, seeds: int) -> None:
     rows = []
     for name in ("torchrl_vecnorm", "torchrl"):
         for seed in range(seeds):
-            run = Run.make(name, seed)
+            run = Run.make(name, seed, SerialEnv)
             for returned in train(run, frames):
                 rows.append((name, seed, run.frames, round(returned, 2)))
             run.env.close(raise_if_closed=False)  # the collector has
