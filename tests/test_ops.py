@@ -289,14 +289,8 @@ check(x, Moments.zeros([256]))
 """
 
 
-@pytest.mark.parametrize(
-    "capability",
-    [
-        pytest.param("default", marks=pytest.mark.slow),
-        pytest.param("avx2", marks=pytest.mark.slow),
-        "avx512",
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 def test_instruction_sets(capability):
     """Each build of the CPU kernels, where the processor has the instructions."""
     result = subprocess.run(

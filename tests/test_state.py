@@ -1904,7 +1904,11 @@ UNWRITABLE = {
 
 @pytest.mark.parametrize("placed", ["first call", "private", "shared", "mapped"])
 @pytest.mark.parametrize("name", UNWRITABLE)
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    "compiled",
+    [False, pytest.param(True, marks=pytest.mark.slow)],
+    ids=["eager", "compiled"],
+)
 def test_an_output_that_is_not_taken_leaves_the_statistics_alone(
     name, placed, compiled
 ):

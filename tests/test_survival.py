@@ -89,7 +89,14 @@ def update_forever(make, finished):
         finished.add_(1)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way",
+    [
+        "shared",
+        pytest.param("memmap", marks=pytest.mark.slow),
+        pytest.param("EnvCreator", marks=pytest.mark.slow),
+    ],
+)
 def test_workers_are_killed_at_any_moment(way, tmp_path):
     """No update is lost but those that the killed were at, and none is done in part."""
     make = WAYS[way](tmp_path)
