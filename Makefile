@@ -40,7 +40,7 @@ checks := tests/cases.h $(wildcard tests/*_host/*)
 
 # Compilers are called with a screen of flags; which file it is, and how many there are, is
 # what one wants to see.
-files_alone := awk 'length > 200 && / -c / { match($$0, /-c [^ ]+/); \
+files_alone := awk 'length > 200 && / -c / { match($$0, /-c [^- ][^ ]*/); \
 	file = substr($$0, RSTART + 3, RLENGTH - 3); sub(/.*\/csrc\//, "csrc/", file); \
 	print "compiled", (/^\[/ ? $$1 : ""), file; fflush(); next } \
 	length > 200 && / -shared / { next } { print; fflush() }'
