@@ -97,7 +97,7 @@ def make_networks() -> tuple[ProbabilisticActor, ValueOperator]:
     def network(out: int) -> nn.Sequential:
         return nn.Sequential(
             ConvNet(
-                4, num_cells=[16, 16, 16], kernel_sizes=[8, 4, 3], strides=[4, 2, 2]
+                4, num_cells=[8, 16, 16], kernel_sizes=[8, 4, 3], strides=[4, 2, 2]
             ),
             MLP(16 * 4 * 4, out, num_cells=[128]),
         )
@@ -117,7 +117,7 @@ def train(env: TransformedEnv, frames: int) -> Iterator[tuple[int, float]]:
     advantage = GAE(gamma=0.99, lmbda=0.95, value_network=critic, average_gae=True)
     loss = ClipPPOLoss(actor, critic, entropy_coeff=0.01)
     weights = [*actor.parameters(), *critic.parameters()]
-    optimizer = torch.optim.Adam(weights, lr=1e-3)
+    optimizer = torch.optim.Adam(weights, lr=2e-3)
     collector = Collector(
         env,
         actor,
@@ -147,7 +147,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--frames", type=int, default=30 * FRAMES)
+    parser.add_argument("--frames", type=int, default=40 * FRAMES)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("demo-output"))
     args = parser.parse_args()
