@@ -21,7 +21,9 @@ from __future__ import annotations
 
 import argparse
 import csv
+import multiprocessing
 import os
+import signal
 import time
 import warnings
 from collections.abc import Iterator
@@ -59,6 +61,8 @@ WORKERS, FRAMES, EPOCHS, MINIBATCH = 4, 1024, 10, 128
 
 def make_gym() -> EnvBase:
     """One environment; float32, as the policy is."""
+    if multiprocessing.parent_process() is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
     return TransformedEnv(GymEnv("InvertedPendulum-v5"), DoubleToFloat(KEYS))
 
 
