@@ -36,7 +36,6 @@ from torch import nn
 from torchrl.collectors import Collector
 from torchrl.envs import (
     DoubleToFloat,
-    EnvBase,
     ExplorationType,
     GymEnv,
     ParallelEnv,
@@ -59,7 +58,7 @@ DECAY, EPS = 0.9999, 1e-4
 WORKERS, FRAMES, EPOCHS, MINIBATCH = 4, 1024, 10, 128
 
 
-def make_gym() -> EnvBase:
+def make_gym() -> TransformedEnv:
     """One environment; float32, as the policy is."""
     if multiprocessing.parent_process() is not None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
@@ -172,7 +171,8 @@ def evaluate(run: Run, episodes: int = 10) -> list[float]:
 
     The frozen copy follows the statistics, and leaves them alone.
     """
-    env = TransformedEnv(make_gym(), run.env.transform[0].frozen_copy())
+    env = make_gym()
+    env.append_transform(run.env.transform[0].frozen_copy())
     env.set_seed(1000)
     returns = []
     with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
