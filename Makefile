@@ -10,7 +10,9 @@
 #   make coverage which lines of Python and C++ the tests do not run
 #   make soak     kill workers that share statistics, KILLS of them (100,000: twenty minutes),
 #                 then ten million updates by 16 of them
+#   make docs     the documentation, into build/docs/
 #   make build    compile what has changed
+#   make wheel    a wheel for the PyTorch that is here, into dist/
 #   make lint     check style, and types as users see them; make format mends the style
 #   make clean    remove what was built, and the virtual environment
 #
@@ -18,6 +20,8 @@
 #
 #   make gpu-check  on a machine with a CUDA GPU: build, test, sanitize and measure
 
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c
 PYTHON ?= python3
 VENV ?= .venv
 TESTS ?= tests -m "not slow"
@@ -27,14 +31,22 @@ KILLS ?= 100000
 SANITIZED ?= $(addprefix tests/test_,ops.py state.py checkpoints.py machine.py sharing.py \
 	survival.py) --mutations 5000
 COVERED ?= $(filter-out tests/test_bench.py tests/test_long_run.py \
-	tests/test_examples.py %_host.py,$(wildcard tests/test_*.py)) --mutations 5000
+	tests/test_examples.py tests/test_docs.py %_host.py,$(wildcard tests/test_*.py)) --mutations 5000
 
 bin := $(VENV)/bin
 cxx := $(shell find csrc -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu' \
 	-o -name '*.cuh')
 checks := tests/cases.h $(wildcard tests/*_host/*)
 
-.PHONY: demo test test-all bench soak sanitize coverage gpu-check build lint format clean
+# Compilers are called with a screen of flags; which file it is, and how many there are, is
+# what one wants to see.
+files_alone := awk 'length > 200 && / -c / { match($$0, /-c [^- ][^ ]*/); \
+	file = substr($$0, RSTART + 3, RLENGTH - 3); sub(/.*\/csrc\//, "csrc/", file); \
+	print "compiled", (/^\[/ ? $$1 : ""), file; fflush(); next } \
+	length > 200 && / -shared / { next } { print; fflush() }'
+
+.PHONY: demo test test-all bench soak sanitize coverage gpu-check docs build wheel lint \
+	format clean
 
 demo: build
 	$(bin)/python examples/pendulum.py
@@ -91,6 +103,16 @@ build/soak: tests/shared_host/check.cpp $(wildcard csrc/shared/*)
 	$(CXX) -std=c++17 -O2 -pthread -I. -Icsrc/shared -o $@ tests/shared_host/check.cpp \
 		$(wildcard csrc/shared/*.cpp)
 
+docs: build $(VENV)/docs
+	$(bin)/python -m sphinx --quiet --fail-on-warning --keep-going docs build/docs
+	@echo "build/docs/index.html"
+
+wheel: build
+	@echo "compiling a wheel"
+	$(bin)/python -m pip wheel --quiet --disable-pip-version-check --no-build-isolation \
+		--no-deps --wheel-dir dist .
+	@ls -sh dist/*.whl
+
 gpu-check:
 	$(PYTHON) -m bench.gpu_check
 
@@ -112,8 +134,14 @@ clean:
 	rm -f torchrl_vecnorm/*.so
 
 $(VENV)/installed: requirements.txt
+	@echo "installing PyTorch, TorchRL and tools into $(VENV): a minute or two"
 	$(PYTHON) -m venv $(VENV)
 	$(bin)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/docs: $(VENV)/installed docs/requirements.txt
+	@echo "installing Sphinx into $(VENV)"
+	$(bin)/python -m pip install --quiet --disable-pip-version-check -r docs/requirements.txt
 	touch $@
 
 # A peer that cannot be had is shown as such, and tried again the next time.
@@ -127,7 +155,8 @@ $(VENV)/peers: $(VENV)/installed bench/requirements.txt
 # An editable install, so that Python changes need no build; setup.py keeps its object
 # files in build/, so that C++ changes compile only what they touch.
 $(VENV)/built: $(VENV)/installed setup.py pyproject.toml $(cxx)
-	$(bin)/python setup.py --quiet build_ext --inplace
+	@echo "compiling: a minute or two for the CPU, some more where nvcc builds kernels"
+	@$(bin)/python setup.py --quiet build_ext --inplace 2>&1 | $(files_alone)
 	$(bin)/python -m pip install --quiet --disable-pip-version-check \
 		--no-build-isolation --no-deps --editable .
 	touch $@

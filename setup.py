@@ -18,22 +18,33 @@ import sys
 import warnings
 from pathlib import Path
 
-from setuptools import setup
+import setuptools
 
 ROOT = Path(__file__).parent
+
+# A new environment of Python 3.11 has 65, which reads another form of pyproject.toml.
+if int(setuptools.__version__.split(".")[0]) < 77:
+    sys.exit(
+        f"torchrl_vecnorm needs setuptools 77 or newer to be built, and this is "
+        f"{setuptools.__version__}: run `pip install 'setuptools>=77'` first."
+    )
 
 try:
     import torch
     from torch.utils import cpp_extension
+    from torch.utils.cpp_extension import BuildExtension
 except ModuleNotFoundError as err:
     # torch is not a build requirement: an isolated build would fetch a torch of its
-    # own, and the extension would not load with the one that is installed.
-    sys.exit(
-        f"torchrl_vecnorm is compiled against your PyTorch, but this build does not see it "
-        f"({err}).\nInstall PyTorch first, then run:\n\n"
-        f"    pip install setuptools ninja pybind11 && "
-        f"pip install --no-build-isolation {ROOT if ROOT.exists() else '.'}\n"
-    )
+    # own, and the extension would not load with the one that is installed. A source
+    # distribution needs none.
+    if {"egg_info", "sdist"}.isdisjoint(sys.argv):
+        sys.exit(
+            f"torchrl_vecnorm is compiled against your PyTorch, but this build does not see "
+            f"it ({err}).\nInstall PyTorch first, then run:\n\n"
+            f"    pip install 'setuptools>=77' ninja pybind11 && "
+            f"pip install --no-build-isolation {ROOT if ROOT.exists() else '.'}\n"
+        )
+    torch, BuildExtension = None, setuptools.Command
 
 # What is compiled where no GPU tells; a list of torch's own would need one.
 ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
@@ -93,7 +104,7 @@ def sources(pattern: str) -> list[str]:
     return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob(pattern))
 
 
-class build_ext(cpp_extension.BuildExtension):
+class build_ext(BuildExtension):
     """Compiles CUDA kernels with nvcc itself, and records the torch that it built for.
 
     Kernels include no torch header, so they need nothing of torch's own CUDA support,
@@ -157,4 +168,6 @@ def extension():
     return ext
 
 
-setup(ext_modules=[extension()], cmdclass={"build_ext": build_ext})
+setuptools.setup(
+    ext_modules=[extension()] if torch else [], cmdclass={"build_ext": build_ext}
+)

@@ -4,6 +4,7 @@
 # LICENSE file in the root directory of this source tree.
 """What people meet when an installation goes wrong: one sentence that helps."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import torchrl_vecnorm
 from torchrl_vecnorm._load import _C
 
 ROOT = Path(__file__).parents[1]
@@ -35,6 +37,15 @@ def test_build_without_torch(tmp_path):
     assert result.returncode != 0
     assert "Traceback" not in result.stderr
     assert "--no-build-isolation" in result.stderr
+
+
+def test_build_with_an_old_setuptools(tmp_path):
+    """One that a new environment has; it would read pyproject.toml, and not understand."""
+    (tmp_path / "setuptools.py").write_text('__version__ = "65.5.0"')
+    result = run("setup.py", "build_ext", env={"PYTHONPATH": str(tmp_path)})
+    assert result.returncode != 0
+    assert "Traceback" not in result.stderr
+    assert "pip install 'setuptools>=77'" in result.stderr
 
 
 def test_kernels_know_nothing_of_torch():
@@ -121,18 +132,30 @@ def test_wheel_has_all_packages(tmp_path):
 
 
 def test_sdist_has_what_a_build_needs(tmp_path):
-    """CI compiles it; here, that nothing was forgotten."""
-    result = run("setup.py", "--quiet", "sdist", "--dist-dir", str(tmp_path))
+    """CI compiles it, and runs its tests; here, that nothing was forgotten.
+
+    Without torch, as an isolated build of it is.
+    """
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('no torch')")
+    arguments = ["sdist", "--dist-dir", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    result = run("setup.py", "--quiet", *arguments, env=environment)
     assert result.returncode == 0, result.stderr
     (archive,) = tmp_path.glob("*.tar.gz")
+    assert archive.name == f"torchrl_vecnorm-{torchrl_vecnorm.__version__}.tar.gz"
     with tarfile.open(archive) as tar:
         names = {name.split("/", 1)[-1] for name in tar.getnames()}
     for folder, patterns in {
         "csrc": ("*.h", "*.inl", "*.cpp", "*.cu", "*.cuh"),
         "torchrl_vecnorm": ("*.py", "*.pyi", "py.typed"),
+        "tests": ("*.py", "*.h", "*.cpp"),
+        "examples": ("*.py",),
+        "docs": ("*.py", "*.md", "*.rst", "*.txt"),
     }.items():
         for pattern in patterns:
             for source in (ROOT / folder).rglob(pattern):
                 if source.name != "_build.py":
                     assert str(source.relative_to(ROOT)) in names
     assert {"setup.py", "pyproject.toml", "LICENSE", "README.md"} <= names
+    assert {"CHANGELOG.md", "Makefile", "requirements.txt"} <= names
+    assert not [name for name in names if name.endswith(("m/_build.py", ".so", ".pyc"))]

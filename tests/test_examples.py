@@ -2,29 +2,152 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""The examples run; ``make demo`` runs the longer one."""
+"""The examples run, and what trains learns; ``make demo`` runs the longer one."""
 
+import importlib.util
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+pytestmark = pytest.mark.skipif(
+    not EXAMPLES.exists(), reason="away from the source tree"
+)
 
 
-@pytest.mark.skipif(not EXAMPLES.exists(), reason="away from the source tree")
-def test_workers():
-    arguments = ["--workers", "2", "--steps", "100"]
+def run(name: str, *arguments) -> str:
+    """What an example prints."""
     result = subprocess.run(
-        [sys.executable, EXAMPLES / "workers.py", *arguments],
+        [sys.executable, EXAMPLES / f"{name}.py", *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert result.returncode == 0, result.stderr
-    steps = re.search(r"2 workers, one killed half-way: (\d+) steps", result.stdout)
+    return result.stdout
+
+
+def load(name: str):
+    """An example as a module, without the seconds of a process of its own."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_workers():
+    output = run("workers", "--workers", 2, "--steps", 100)
+    steps = re.search(r"2 workers, one killed half-way: (\d+) steps", output)
     # All of the one, some of the other.
     assert 100 <= int(steps[1]) <= 200
-    assert "scale" in result.stdout
+    assert "scale" in output
+
+
+def test_ppo_tensors(tmp_path):
+    """One episode; its checkpoint has moments of every step."""
+    example = load("ppo_tensors")
+    example.train(4, tmp_path / "checkpoint.pt")
+    saved = torch.load(tmp_path / "checkpoint.pt")
+    for name, calls in (("observed", 201), ("returned", 200)):
+        expected = example.PENDULUMS * sum(0.9999**i for i in range(calls))
+        assert saved[name].count.item() == pytest.approx(expected, rel=1e-12)
+    assert -1900 < example.evaluate(tmp_path / "checkpoint.pt") < 0
+
+
+@pytest.mark.slow
+def test_ppo_tensors_learns(tmp_path):
+    """To swing up, which random torques do not: about -1,200 an episode."""
+    example = load("ppo_tensors")
+    first, *_, last = example.train(24, tmp_path / "checkpoint.pt")
+    assert last > first + 300
+    assert example.evaluate(tmp_path / "checkpoint.pt") > first + 300
+
+
+def test_atari_like_pixels():
+    """What the transform makes of bytes, against plain torch."""
+    example = load("atari_like")
+    env = example.make_env(games=3)
+    raw = example.TransformedEnv(
+        example.Catch(3), example.CatFrames(4, dim=-3, in_keys=["pixels"])
+    )
+    seen = []
+    for e in (env, raw):
+        e.set_seed(0)
+        seen.append(e.rollout(9, lambda td: td.set("action", torch.ones(3, dtype=int)),
+                              break_when_any_done=False)["pixels"])  # fmt: skip
+    normalised, pixels = seen
+    assert pixels.dtype == torch.uint8 and pixels.shape == (3, 9, 4, 84, 84)
+    # The first call has seen three frames, of which one pixel's statistics are these.
+    first = pixels[:, 0].double()
+    scale = first.std(0, correction=0).clamp_min(16)
+    expected = ((first - first.mean(0)) / scale).float()
+    torch.testing.assert_close(normalised[:, 0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_atari_like():
+    example = load("atari_like")
+    env = example.make_env(example.GAMES)
+    ((seen, caught),) = example.train(env, example.FRAMES)
+    assert seen == example.FRAMES and 0 <= caught <= 1
+    assert env.transform[1].loc["pixels"].shape == (4, 84, 84)
+
+
+@pytest.mark.slow
+def test_atari_like_learns():
+    """Paddles that move at random catch about one ball in seven."""
+    torch.manual_seed(0)
+    example = load("atari_like")
+    env = example.make_env(example.GAMES)
+    shares = [caught for _, caught in example.train(env, 14 * example.FRAMES)]
+    assert sum(shares[-3:]) / 3 > sum(shares[:3]) / 3 + 0.1
+
+
+@pytest.mark.slow
+def test_ppo_stops_resumes_and_evaluates(tmp_path):
+    """As the README says, with a Ctrl-C from the terminal: for all processes of it."""
+    arguments = [sys.executable, "-u", EXAMPLES / "ppo.py", "--out", tmp_path]
+    with subprocess.Popen(
+        arguments,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        first = [process.stdout.readline() for _ in range(3)]
+        assert all("frames" in line for line in first), first
+        os.killpg(process.pid, signal.SIGINT)
+        rest = process.stdout.read()
+    assert process.returncode == 0, rest
+    assert "--resume goes on" in rest and "Traceback" not in rest
+
+    begin = torch.load(tmp_path / "ppo.pt")["frames"]
+    assert begin >= 3 * 1024
+    output = run("ppo", "--out", tmp_path, "--resume", "--frames", begin + 3 * 1024)
+    saved = torch.load(tmp_path / "ppo.pt")
+    assert saved["frames"] == begin + 3 * 1024
+    # One call for each step of the four environments, and some resets on the way.
+    counts = [v for k, v in saved["env"].items() if "_extra_state" in k and v]
+    count = counts[0]["observation_count"].item()
+    assert 0.8 * saved["frames"] < count < 1.5 * saved["frames"]
+    returns = [float(r) for r in re.findall(r"return (\d+)", output)]
+    assert returns[-1] > 2 * float(re.search(r"return (\d+)", first[0])[1])
+
+    output = run("ppo", "--out", tmp_path, "--evaluate")
+    assert float(re.search(r"mean return of 10: (\d+)", output)[1]) > 20
+
+
+@pytest.mark.slow
+def test_mjlab_ppo(tmp_path):
+    pytest.importorskip("mjlab")
+    arguments = ["--num-envs", 8, "--batches", 2, "--out", tmp_path]
+    output = run("mjlab_ppo", *arguments)
+    assert len(re.findall(r"reward of a step \d", output)) == 2
+    saved = torch.load(tmp_path / "mjlab_ppo.pt")["env"]
+    (state,) = (v for k, v in saved.items() if "_extra_state" in k and v)
+    assert state["actor_sum"].shape == state["critic_sum"].shape == (5,)

@@ -9,4 +9,4 @@ from torchrl_vecnorm.moments import Moments
 from torchrl_vecnorm.transforms import VecNorm
 
 __all__ = ["Moments", "VecNorm", "functional"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
