@@ -603,9 +603,19 @@ __device__ Map<C> get_map(const double* maps, const Place& at, int lane) {
 // `from` is a copy, so that it is loaded at once: `to` may be where it came from.
 template <typename T, typename M, int V>
 __device__ void store_mapped(Vector<T>* to, const Vector<T> from, const M (&map)[V]) {
+  using C = typename Compute<T>::type;
   Vector<T> out;
-  for (int v = 0; v < V; ++v) {
-    out.at[v] = store<T>(map[v](load<typename Compute<T>::type>(from.at[v])));
+  if constexpr (sizeof(T) == 2) {
+    uint32_t pairs[V / 2];
+    for (int v = 0; v < V; v += 2) {
+      pairs[v / 2] = T::round_pair(map[v](load<C>(from.at[v])),
+                                   map[v + 1](load<C>(from.at[v + 1])));
+    }
+    std::memcpy(&out, pairs, sizeof(out));
+  } else {
+    for (int v = 0; v < V; ++v) {
+      out.at[v] = store<T>(map[v](load<C>(from.at[v])));
+    }
   }
   store_streaming(to, out);
 }
