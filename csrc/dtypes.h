@@ -28,6 +28,23 @@ enum class Dtype : int8_t {
   kBool,
 };
 
+VECNORM_HD int size_of(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kFloat64:
+    case Dtype::kInt64:
+      return 8;
+    case Dtype::kFloat32:
+    case Dtype::kInt32:
+      return 4;
+    case Dtype::kFloat16:
+    case Dtype::kBFloat16:
+    case Dtype::kInt16:
+      return 2;
+    default:
+      return 1;
+  }
+}
+
 VECNORM_HD uint32_t bits_of(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof(bits));
@@ -73,7 +90,8 @@ struct BFloat16 {
 
 // GPUs convert in one instruction (and make of a NaN what torch makes of it there). In
 // plain C++ both directions are without branches, so that compilers can vectorise the
-// loops around them; the scaling by powers of two is the one in Giesen's "half to float done quic".
+// loops around them; the scaling by powers of two is the one in Giesen's "half to float
+// done quic".
 struct Float16 {
   uint16_t bits;
 
