@@ -150,7 +150,7 @@ LanePlan plan_two_kernels(const Key& key, Use use, const Limits& limits) {
 }
 
 // The vectors that fit into the shared memory of a fused kernel's block, a thread.
-int slots_of(const Plan& plan, const Key* keys, int size, const Limits& limits) {
+int slots_of(const Plan& plan, int size, const Limits& limits) {
   SharedSize shared;
   for (int i = 0; i < size; ++i) {
     shared.fit(plan.keys[i], kFusedThreads);
@@ -188,7 +188,7 @@ bool plan_cluster(const Key* keys, int size, const Limits& limits, int slab_byte
     k.rows_per_chunk = ceil_div(k.rows, plan->cluster);
     k.chunks = plan->cluster;
   }
-  const int slots = slots_of(*plan, keys, size, limits);
+  const int slots = slots_of(*plan, size, limits);
   if (limits.clusters[log2_of(kMaxCluster) - 1] == 0 || slots < 0) {
     return false;
   }
@@ -280,7 +280,7 @@ bool plan_resident(const Key* keys, int size, const Limits& limits, Plan* plan) 
     cut_rows(&plan->keys[i], groups[i], 1);
     more = std::max(more, overflow(keys[i], plan->keys[i]));
   }
-  const int slots = slots_of(*plan, keys, size, limits);
+  const int slots = slots_of(*plan, size, limits);
   plan->slots = static_cast<int>(std::min<int64_t>(slots, more));
   return limits.cooperative && slots >= 0;
 }

@@ -140,7 +140,7 @@ std::vector<std::vector<Case>> calls(const std::string& extent) {
   one(c);
   // Few rows of many features: a block has its features alone.
   one(make("wide", 1, 3000));
-  one(make("wide", 9, 1500));
+  one(make("wide", 9, 1500, Dtype::kFloat64));
   c = make("padded", 70, 8);
   c.pad = 4;
   one(c);
