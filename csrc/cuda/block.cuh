@@ -110,6 +110,10 @@ struct Column {
   }
 };
 
+// Whether the kernel for T takes keys without vectors.
+template <typename T>
+constexpr bool kTakesValues = std::is_same_v<T, float>;
+
 // Whether float holds every value of a type.
 __device__ inline bool fits_float(Dtype d) {
   return d != Dtype::kFloat64 && d != Dtype::kInt32 && d != Dtype::kInt64;

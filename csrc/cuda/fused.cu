@@ -231,11 +231,12 @@ template <bool kCluster, typename T>
 __device__ __forceinline__ void update_slab(const Params& p) {
   const Shared s{p};
   const Place at = find_place<kFusedThreads, false>(p, static_cast<int>(blockIdx.x));
-  if (at.key->plan.vector == 1) {
-    update_values<kCluster>(p, s, at);
-  } else {
-    update_vectors<kCluster, T>(p, s, at);
+  if constexpr (kTakesValues<T>) {
+    if (at.key->plan.vector == 1) {
+      return update_values<kCluster>(p, s, at);
+    }
   }
+  update_vectors<kCluster, T>(p, s, at);
 }
 
 template <typename T>

@@ -124,8 +124,13 @@ class Arguments {
   Params p_;
 };
 
-// Keys with samples, those of one kernel together; any goes with those without vectors,
-// which come last.
+// The type of the kernel that a key goes to.
+Dtype launch_type(const Key& key) {
+  const Dtype type = kernel_type(key);
+  return type == kNoVectors ? Dtype::kFloat32 : type;
+}
+
+// Keys with samples, those of one kernel together.
 std::vector<Key> in_order(const std::vector<Key>& keys) {
   std::vector<Key> some;
   for (const Key& key : keys) {
@@ -134,7 +139,7 @@ std::vector<Key> in_order(const std::vector<Key>& keys) {
     }
   }
   std::stable_sort(some.begin(), some.end(), [](const Key& a, const Key& b) {
-    return kernel_type(a) < kernel_type(b);
+    return launch_type(a) < launch_type(b);
   });
   return some;
 }
@@ -142,9 +147,7 @@ std::vector<Key> in_order(const std::vector<Key>& keys) {
 // How many of the keys in_order(), from the first on, share a launch.
 int batch_size(const Key* keys, size_t size) {
   size_t n = 1;
-  while (n < size && n < kMaxKeys &&
-         (kernel_type(keys[n]) == kNoVectors ||
-          kernel_type(keys[n]) == kernel_type(keys[0]))) {
+  while (n < size && n < kMaxKeys && launch_type(keys[n]) == launch_type(keys[0])) {
     ++n;
   }
   return static_cast<int>(n);
@@ -168,7 +171,7 @@ cudaError_t apply(Launcher launcher, const Key* keys, int size, const Limits& li
   const Params& p = arguments.get(0);
   Launch shape = arguments.shape(0);
   shape.shared = 3 * sizeof(double) * static_cast<size_t>(p.shared.features);
-  return launcher(kernel_type(keys[0]), shape, stream, p);
+  return launcher(launch_type(keys[0]), shape, stream, p);
 }
 
 cudaError_t apply_all(Launcher launcher, const std::vector<Key>& all, double eps,
@@ -259,7 +262,7 @@ cudaError_t Update::run(const Batch& batch, Workspace* workspace, Stream stream)
   }
   const Params& p = arguments.get(batch.plan.slots);
   Launch shape = arguments.shape(batch.plan.vector_bytes);
-  const Dtype type = kernel_type(batch.keys[0]);
+  const Dtype type = launch_type(batch.keys[0]);
   if (fused) {
     shape.cluster = batch.plan.cluster;
     shape.cooperative = batch.plan.path == Path::kResident;

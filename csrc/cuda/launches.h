@@ -30,7 +30,7 @@ cudaError_t dispatch_kernel(Dtype type, F f) {
   }
 }
 
-// Kernels are for one type of vectors each, and for keys without.
+// Kernels are for one type of vectors each, that of float for keys without as well.
 // two_kernels.cu
 cudaError_t allow_two_kernels(size_t bytes);
 cudaError_t launch_accumulate(Dtype dtype, const Launch& shape, Stream stream,

@@ -57,11 +57,6 @@ int64_t bytes_of(const Key& key) {
 
 int vector_bytes(Dtype type) { return type == Dtype::kUInt8 ? kSmallVector : 16; }
 
-// Values of a vector, 1 where the kernels know none.
-int values_of(Dtype type) {
-  return type == kNoVectors ? 1 : vector_bytes(type) / size_of(type);
-}
-
 // Whether rows follow each other without a gap, from a whole vector on.
 bool dense(const Matrix& m, int64_t features, int vector) {
   return m.feature_stride == 1 && m.row_stride == features &&
@@ -72,6 +67,49 @@ bool dense(const Matrix& m, int64_t features, int vector) {
 bool aligned(const Matrix& m, int vector) {
   return m.feature_stride == 1 && m.row_stride % vector == 0 &&
          reinterpret_cast<uintptr_t>(m.data) % (vector * size_of(m.dtype)) == 0;
+}
+
+// Whether so many samples can be had as rows of `least` samples each.
+bool can_group(int64_t samples, int64_t features, int64_t least, int vector) {
+  return features * least / vector <= kMaxColumns && features <= kMaxGroupedFeatures &&
+         least <= samples;
+}
+
+// Samples that fill whole vectors.
+int64_t least_group(int64_t features, int vector) {
+  return vector / std::gcd(static_cast<int64_t>(vector), features);
+}
+
+// The type that the vectors of a key could have.
+Dtype type_of_vectors(const Key& key) {
+  const bool writes = key.y.data != nullptr;
+  switch (key.x.dtype) {
+    case Dtype::kFloat32:
+    case Dtype::kFloat64:
+    case Dtype::kFloat16:
+    case Dtype::kBFloat16:
+      return !writes || key.y.dtype == key.x.dtype ? key.x.dtype : kNoVectors;
+    case Dtype::kUInt8:
+      return (!writes || key.y.dtype == Dtype::kFloat32) && bytes_of(key) >= kImageBytes
+                 ? Dtype::kUInt8
+                 : kNoVectors;
+    default:
+      return kNoVectors;
+  }
+}
+
+// Whether all of a key can be read, and written, in vectors. A mask has a value a row:
+// rows that have one are not grouped where they are summed.
+bool has_vectors(const Key& key, int vector) {
+  const bool writes = key.y.data != nullptr;
+  const bool packed = dense(key.x, key.features, vector) &&
+                      (!writes || dense(key.y, key.features, vector));
+  if (key.features % vector == 0) {
+    return packed || (aligned(key.x, vector) && (!writes || aligned(key.y, vector)));
+  }
+  return packed && key.mask == nullptr &&
+         can_group(key.samples, key.features, least_group(key.features, vector),
+                   vector);
 }
 
 // What a kernel does with a key.
@@ -86,31 +124,21 @@ LanePlan plan_lanes(const Key& key, Use use, int slab_bytes) {
   const int64_t samples = key.samples;
   const int64_t features = key.features;
   const Dtype type = kernel_type(key);
-  const Dtype out = type == Dtype::kUInt8 ? Dtype::kFloat32 : type;
-  int vector = use.maps && key.y.dtype != out ? 1 : values_of(type);
-  // A mask has a value a row: rows that have one are not grouped.
+  const int vector = type == kNoVectors ? 1 : vector_bytes(type) / size_of(type);
   const bool packed = dense(key.x, features, vector) &&
                       (!use.maps || dense(key.y, features, vector)) &&
                       (!use.sums || key.mask == nullptr);
-  if (!packed && !(aligned(key.x, vector) && (!use.maps || aligned(key.y, vector)))) {
-    vector = 1;
-  }
-  const int values = std::clamp(slab_bytes / 4, kWarp, kMaxColumns);
-  int64_t slab_lanes =
-      vector > 1 ? std::min(slab_bytes / size_of(type), kMaxColumns * vector) : values;
-
+  const int64_t slab_lanes =
+      vector > 1 ? std::min(slab_bytes / size_of(type), kMaxColumns * vector)
+                 : std::clamp(slab_bytes / 4, kWarp, kMaxColumns);
   int64_t group = 1;
   if (vector > 1 && packed && (features < slab_lanes || features % vector != 0)) {
-    const int64_t least = vector / std::gcd(static_cast<int64_t>(vector), features);
-    const int64_t columns = features * least / vector;
-    if (columns <= kMaxColumns && features <= kMaxGroupedFeatures && least <= samples) {
+    const int64_t least = least_group(features, vector);
+    if (can_group(samples, features, least, vector)) {
+      const int64_t columns = features * least / vector;
       const int64_t room = std::max<int64_t>(kGroupColumns, columns);
       group = least * std::min(room / columns, samples / least);
     }
-  }
-  if (features * group % vector != 0) {
-    vector = 1;
-    slab_lanes = values;
   }
   LanePlan plan;
   plan.vector = vector;
@@ -305,19 +333,10 @@ bool suits_residence(const Key* keys, int size, const Plan& plan) {
 }  // namespace
 
 Dtype kernel_type(const Key& key) {
-  switch (key.x.dtype) {
-    case Dtype::kFloat32:
-    case Dtype::kFloat64:
-    case Dtype::kFloat16:
-    case Dtype::kBFloat16:
-      return key.x.dtype;
-    case Dtype::kUInt8: {
-      const bool known = key.y.data == nullptr || key.y.dtype == Dtype::kFloat32;
-      return known && bytes_of(key) >= kImageBytes ? Dtype::kUInt8 : kNoVectors;
-    }
-    default:
-      return kNoVectors;
-  }
+  const Dtype type = type_of_vectors(key);
+  const bool has =
+      type != kNoVectors && has_vectors(key, vector_bytes(type) / size_of(type));
+  return has ? type : kNoVectors;
 }
 
 LanePlan plan_sums(const Key& key, const Limits& limits) {

@@ -105,7 +105,8 @@ struct Plan {
 LanePlan plan_sums(const Key& key, const Limits& limits);
 LanePlan plan_maps(const Key& key, const Limits& limits);
 
-// Kernels are compiled for one type of vectors each, and take keys without any along.
+// Kernels are compiled for one type of vectors each; that of float32 takes keys without
+// any along, of every type.
 constexpr Dtype kNoVectors = Dtype::kBool;
 Dtype kernel_type(const Key& key);
 

@@ -33,8 +33,10 @@ template <typename T>
 __device__ __forceinline__ void accumulate(const Params& p, const Shared& s,
                                            const Place& at) {
   constexpr int kBatch = kSumBatch<T>;
-  if (at.key->plan.vector == 1) {
-    return sum_up_values(p, s, at);
+  if constexpr (kTakesValues<T>) {
+    if (at.key->plan.vector == 1) {
+      return sum_up_values(p, s, at);
+    }
   }
   SumsOf<T> sums(s, at);
   Marks marks;
@@ -114,13 +116,12 @@ __device__ void apply(const Params& p) {
   const Place at =
       find_place<kBlockThreads, true>(p, static_cast<int>(gridDim.x - 1 - blockIdx.x));
   const Key& key = at.key->key;
-  if (at.key->plan.vector == 1) {
-    if (maps_in_float(key)) {
-      map_values<Map, float>(read_maps<Map, float>(p, at), at);
-    } else {
-      map_values<Map, double>(read_maps<Map, double>(p, at), at);
+  if constexpr (kTakesValues<T>) {
+    if (at.key->plan.vector == 1) {
+      return maps_in_float(key)
+                 ? map_values<Map, float>(read_maps<Map, float>(p, at), at)
+                 : map_values<Map, double>(read_maps<Map, double>(p, at), at);
     }
-    return;
   }
   const double* maps = read_maps<Map, C>(p, at);
   Map<C> map[Vector<T>::size];
