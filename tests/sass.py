@@ -7,13 +7,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 _INSTRUCTION = re.compile(
     r"/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][A-Z0-9_.]*)\s*(.*?)\s*;"
 )
-_TYPES = {"f": "float", "d": "double", "h": "uint8", "v": ""}
+_TYPES = {"f": "float", "d": "double", "h": "uint8"}
 
 
 @dataclass(frozen=True)
@@ -114,14 +113,10 @@ def in_flight(code: list[Instruction], opcode: str) -> int:
 
 def _name_of(symbol: str) -> str:
     """``_ZN…15resident_kernelIfEEv…`` is ``resident<float>``."""
-    found = re.search(r"\d([a-z]+)_kernel(?:I(?:N\w*?\d)?([A-Za-z0-9]+?)E)?", symbol)
-    if found is None:
-        return symbol
-    kind = re.sub(r"^\D*\d+vecnorm\d+|^S_\d+", "", found.group(2) or "")
-    kind = re.search(r"(B?Float16)", symbol.split("_kernel")[-1]) or kind
-    kind = kind if isinstance(kind, str) else kind.group(1)
-    kind = _TYPES.get(kind, kind)
-    return f"{found.group(1)}<{kind}>" if kind else found.group(1)
+    name, _, kind = symbol.partition("_kernelI")
+    name = re.sub(r".*\d", "", name)
+    half = re.search(r"B?Float16", kind)
+    return f"{name}<{half.group(0) if half else _TYPES[kind[0]]}>"
 
 
 def parse(text: str) -> dict[str, Kernel]:
@@ -137,13 +132,3 @@ def parse(text: str) -> dict[str, Kernel]:
         elif found := _INSTRUCTION.search(line):
             kernel.code.append(Instruction(*found.groups()[1:]))
     return kernels
-
-
-def loads_of(kernel: Kernel, opcode: str) -> Iterator[tuple[range, int]]:
-    """The innermost loops that load, and how many loads each has under way."""
-    for span in kernel.loops():
-        if n := in_flight(kernel.within(span), opcode):
-            yield span, n
-
-
-Check = Callable[[Kernel], list[str]]

@@ -436,6 +436,25 @@ __device__ inline int rows_of(const Place& at) {
   return at.is_in() && rows > 0 ? (rows + at.rows_apart() - 1) >> at.rows_shift : 0;
 }
 
+template <int kValue>
+struct Constant {
+  __device__ operator int() const { return kValue; }
+};
+
+// Calls step(i, size) for rows i … i + size - 1 of n: whole batches, whose size is
+// known when they are compiled, so that addresses are counted on; then what is left.
+template <int kBatch, typename Step>
+__device__ __forceinline__ void in_batches(int n, Step step) {
+  int i = 0;
+#pragma unroll 1
+  for (; i + kBatch <= n; i += kBatch) {
+    step(i, Constant<kBatch>());
+  }
+  if (i < n) {
+    step(i, n - i);
+  }
+}
+
 // Which of the thread's rows `first` … first + K - 1 the mask lets count, a bit each,
 // and how many of all that were asked for.
 struct Marks {

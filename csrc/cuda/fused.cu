@@ -134,8 +134,8 @@ __device__ __forceinline__ void update_vectors(const Params& p, const Shared& s,
   using C = typename Compute<T>::type;
   constexpr int V = Vector<T>::size;
   constexpr int R = held_of(dtype_of<T>);
-  // One more would spill, of this type.
-  constexpr int kBatch = std::is_same_v<T, BFloat16> ? 3 : cuda::kBatch;
+  // The sums of eight lanes leave fewer registers.
+  constexpr int kBatch = sizeof(T) == 2 ? 3 : cuda::kBatch;
   const Key& key = at.key->key;
   const Walk<T> x(key.x, at);
   const int n = rows_of(at);
@@ -163,14 +163,15 @@ __device__ __forceinline__ void update_vectors(const Params& p, const Shared& s,
       sums.add(held[i].at);
     }
   }
-  for (int first = R; first < n; first += kBatch) {
+  in_batches<kBatch>(n - R, [&](int i, auto size) {
+    const int first = R + i;
     if (first % kFlushRows < kBatch) {
       sums.flush();
     }
     Vector<T> batch[kBatch];
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
-      if (first + j < n) {
+      if (j < size) {
         batch[j] = *x[first + j];
       }
     }
@@ -180,11 +181,11 @@ __device__ __forceinline__ void update_vectors(const Params& p, const Shared& s,
       if (first + j < kept) {
         *slot(first + j) = batch[j];
       }
-      if (first + j < n && (counts >> j & 1) != 0) {
+      if (j < size && (counts >> j & 1) != 0) {
         sums.add(batch[j].at);
       }
     }
-  }
+  });
   add_tail<T>(at, [&](int v, T value) { sums.add_one(v, value); });
   sums.flush();
   sum_up(p, s, at, sums, marks, [&] { sum_again<T>(s, at); });
@@ -196,21 +197,22 @@ __device__ __forceinline__ void update_vectors(const Params& p, const Shared& s,
   const Walk<Output<T>> y(at.key->key.y, at);
   Affine<C> map[V];
   get_maps<Affine>(s.maps(), at, map);
-  for (int last = n - 1; last >= kept; last -= kBatch) {
+  in_batches<kBatch>(n - kept, [&](int i, auto size) {
+    const int last = n - 1 - i;
     Vector<T> batch[kBatch];
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
-      if (last - j >= kept) {
+      if (j < size) {
         batch[j] = *from[last - j];
       }
     }
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
-      if (last - j >= kept) {
+      if (j < size) {
         store_mapped<T>(y[last - j], batch[j], map);
       }
     }
-  }
+  });
 #pragma unroll 2
   for (int i = kept - 1; i >= R; --i) {
     store_mapped<T>(y[i], *slot(i), map);

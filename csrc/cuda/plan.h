@@ -37,7 +37,7 @@ constexpr int kMaxCluster = 8;
 // Vectors that a thread of a fused kernel keeps in registers: of more, some would
 // spill.
 VECNORM_HD constexpr int held_of(Dtype type) {
-  return type == Dtype::kFloat16 ? 3 : type == Dtype::kBFloat16 ? 4 : 9;
+  return type == Dtype::kFloat16 || type == Dtype::kBFloat16 ? 3 : 8;
 }
 // Bytes of the vectors of images: four values.
 constexpr int kSmallVector = 4;

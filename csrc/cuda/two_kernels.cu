@@ -42,26 +42,25 @@ __device__ __forceinline__ void accumulate(const Params& p, const Shared& s,
   Marks marks;
   const Walk<T> x(at.key->key.x, at);
   const int n = rows_of(at);
-#pragma unroll 1
-  for (int i = 0; i < n; i += kBatch) {
+  in_batches<kBatch>(n, [&](int i, auto size) {
     if (i % kFlushRows < kBatch) {
       sums.flush();
     }
     Vector<T> batch[kBatch];
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
-      if (i + j < n) {
+      if (j < size) {
         batch[j] = *x[i + j];
       }
     }
     const unsigned counts = marks.take<kBatch>(at, i, n);
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
-      if (i + j < n && (counts >> j & 1) != 0) {
+      if (j < size && (counts >> j & 1) != 0) {
         sums.add(batch[j].at);
       }
     }
-  }
+  });
   add_tail<T>(at, [&](int v, T value) { sums.add_one(v, value); });
   sums.flush();
   sum_up(p, s, at, sums, marks, [&] { sum_again<T>(s, at); });
@@ -128,22 +127,22 @@ __device__ void apply(const Params& p) {
   get_maps<Map>(maps, at, map);
   const Walk<T> x(key.x, at);
   const Walk<Output<T>> y(key.y, at);
-#pragma unroll 1
-  for (int last = rows_of(at) - 1; last >= 0; last -= kBatch) {
+  const int last = rows_of(at) - 1;
+  in_batches<kBatch>(last + 1, [&](int i, auto size) {
     Vector<T> batch[kBatch];
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
-      if (last - j >= 0) {
-        batch[j] = *x[last - j];
+      if (j < size) {
+        batch[j] = *x[last - i - j];
       }
     }
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
-      if (last - j >= 0) {
-        store_mapped<T>(y[last - j], batch[j], map);
+      if (j < size) {
+        store_mapped<T>(y[last - i - j], batch[j], map);
       }
     }
-  }
+  });
   if (at.has_tail()) {
     map_tail<Map, C>(maps, at);
   }
