@@ -6,6 +6,7 @@
 #   make test-all run all tests, with all that they can be told to try
 #   make bench    measure it against copy_ and other normalisers, into bench/results/
 #                 (make bench BENCH="--quick" for a couple of minutes)
+#   make model    print what an update should take on GPUs, by a model of the kernels
 #   make sanitize run tests of the compiled code under AddressSanitizer and UBSan
 #   make coverage which lines of Python and C++ the tests do not run
 #   make soak     kill workers that share statistics, KILLS of them (100,000: twenty minutes),
@@ -32,9 +33,9 @@ COVERED ?= $(filter-out tests/test_bench.py tests/test_long_run.py \
 bin := $(VENV)/bin
 cxx := $(shell find csrc -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu' \
 	-o -name '*.cuh')
-checks := tests/cases.h $(wildcard tests/*_host/*)
+checks := tests/cases.h bench/plan.cpp $(wildcard tests/*_host/*)
 
-.PHONY: demo test test-all bench soak sanitize coverage gpu-check build lint format clean
+.PHONY: demo test test-all bench soak model sanitize coverage gpu-check build lint format clean
 
 demo: build
 	$(bin)/python examples/pendulum.py
@@ -47,6 +48,9 @@ test-all: build
 
 bench: build $(VENV)/peers
 	$(bin)/python -m bench.run $(BENCH)
+
+model: $(VENV)/installed
+	$(bin)/python -m bench.model
 
 soak: build build/soak
 	build/soak cost

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -30,6 +31,7 @@ from bench import (  # noqa: E402
     goals,
     gpu_check,
     measure,
+    model,
     peers,
     race,
     report,
@@ -391,6 +393,47 @@ def test_steps_of_pendulums_wait_for_no_gpu(name):
 def test_environments_are_environments():
     for one in (env.Still(5, 2, "cpu"), env.Pendulum(5, "cpu")):
         check_env_specs(one)
+
+
+# ------------------------------------------------------------------------- model
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("gpu", model.GPUS, ids=lambda gpu: gpu.name)
+def test_the_plan_is_the_quickest_by_the_model(gpu):
+    """Or close to it: the thresholds of the planner come from the model."""
+    for n, f in (*goals.CUDA_SMALL, *goals.CUDA):
+        for dtype in model.DTYPES:
+            chosen = model.predict(n, f, dtype, gpu)
+            assert chosen.microseconds > chosen.copy
+            for path in model.PATHS[1:]:
+                other = model.predict(n, f, dtype, gpu, path)
+                if other is not None:
+                    assert chosen.microseconds < 1.15 * other.microseconds, (
+                        n,
+                        f,
+                        dtype,
+                    )
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_the_model_knows_what_sizes_mean():
+    predict = model.predict
+    assert predict(1, 28224).blocks <= model.H200.processors
+    assert predict(1, 28224).state > 0.8 * predict(1, 28224).megabytes
+    assert predict(4096, 64).path == "cluster"
+    assert predict(65536, 64).path == "resident"
+    assert predict(1_000_000, 256).path == "two_kernels"
+    assert predict(65536, 64, path="cluster") is None  # it does not fit
+    assert predict(65536, 64, gpu=model.GPUS[1]).path == "resident"
+    assert predict(4096, 64, gpu=model.GPUS[1]).cluster == 1  # no clusters on sm_80
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_the_model_says_that_it_is_one(capsys):
+    assert model.main(["--gpu", "H200"]) == 0
+    out = capsys.readouterr().out
+    assert "not measured" in out and "65536 × 256 float32" in out
 
 
 # --------------------------------------------------------------------- gpu-check

@@ -29,12 +29,20 @@ constexpr int kGroupColumns = std::min(64, std::min(kBlockThreads, kFusedThreads
 constexpr int kMaxColumns = std::min(256, std::min(kBlockThreads, kFusedThreads));
 constexpr int kMaxGroupedFeatures = 256;
 
+// The bytes below come from a model (bench/model.py), not from a measurement.
+//
 // Beyond this a block's share takes longer to read than all blocks take to meet.
 constexpr int64_t kClusterBytes = 64 * 1024;
-// Below this it takes longer to meet one more block than to read its share.
-constexpr int64_t kResidentBytes = 32 * 1024;
+// Below this it takes longer to meet one more block than to read and write its share.
+constexpr int64_t kResidentBytes = 16 * 1024;
+// The same where all blocks meet, as rows are grouped, and each reads the sums of all:
+// beyond so many blocks.
+constexpr int64_t kGroupedBytes = 96 * 1024;
+constexpr int64_t kGroupedBlocks = 16;
 // The resident kernel has to keep this share of x to be worth its few threads.
-constexpr double kKeptShare = 0.2;
+constexpr double kKeptShare = 0.1;
+// What any GPU's L2 cache has room for.
+constexpr double kCachedBytes = 2e6;
 // Images below this go along with keys of other types; others have kernels of their
 // own.
 constexpr int64_t kImageBytes = 16 * 1024;
@@ -263,6 +271,16 @@ bool find_clusters(const Key* keys, int size, const Limits& limits, Plan* plan) 
   return false;
 }
 
+// How many blocks a key is worth where they all wait for each other.
+int64_t worth(const Key& key, const LanePlan& plan) {
+  const int64_t bytes =
+      key.samples * key.features * (size_of(key.x.dtype) + size_of(key.y.dtype)) / 2;
+  const int64_t blocks = ceil_div(bytes, kResidentBytes);
+  return plan.group > 1 ? std::max(std::min(blocks, kGroupedBlocks),
+                                   ceil_div(bytes, kGroupedBytes))
+                        : blocks;
+}
+
 // All blocks of the GPU, in proportion to the size of the keys, but none for too
 // little: false where there are more slabs than blocks.
 bool plan_resident(const Key* keys, int size, const Limits& limits, Plan* plan) {
@@ -276,16 +294,15 @@ bool plan_resident(const Key* keys, int size, const Limits& limits, Plan* plan) 
   int64_t groups[kMaxKeys];
   for (int i = 0; i < size; ++i) {
     const double bytes = static_cast<double>(bytes_of(keys[i]));
-    const double share =
-        std::min(limits.processors * bytes / static_cast<double>(total),
-                 std::ceil(bytes / kResidentBytes));
+    const double fair = limits.processors * bytes / static_cast<double>(total);
     LanePlan& k = plan->keys[i];
     int slab = kSlab;
     k = plan_lanes(keys[i], kBoth, slab);
+    const double share = std::min(fair, static_cast<double>(worth(keys[i], k)));
     if (share > kMaxGroup * k.slabs) {
       k = plan_lanes(keys[i], kBoth, kNarrowSlab);
     }
-    while (k.slabs > std::max(share, 1.) && slab < kWidestSlab) {
+    while (k.slabs > std::max(fair, 1.) && slab < kWidestSlab) {
       slab *= 2;
       k = plan_lanes(keys[i], kBoth, slab);
     }
@@ -313,7 +330,8 @@ bool plan_resident(const Key* keys, int size, const Limits& limits, Plan* plan) 
   return limits.cooperative && slots >= 0;
 }
 
-// Whether enough of x stays on the chip for the second pass to be quicker by it.
+// Whether enough of x stays on the chip, be it in the cache, for the second pass to be
+// quicker by it.
 bool suits_residence(const Key* keys, int size, const Plan& plan) {
   double kept = 0;
   double total = 0;
@@ -327,7 +345,7 @@ bool suits_residence(const Key* keys, int size, const Plan& plan) {
     kept += std::min(bytes, room);
     total += bytes;
   }
-  return kept >= kKeptShare * total;
+  return kept >= kKeptShare * total || total <= kCachedBytes;
 }
 
 }  // namespace
