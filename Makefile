@@ -62,7 +62,8 @@ soak: build build/soak
 # `pytest` program, unlike `python -m pytest`, does not look for packages right here.
 define instrumented
 	mkdir -p build/$(1)/torchrl_vecnorm
-	ln -sf $(CURDIR)/torchrl_vecnorm/*.py build/$(1)/torchrl_vecnorm
+	ln -sfn $(CURDIR)/torchrl_vecnorm/*.py $(CURDIR)/torchrl_vecnorm/*/ \
+		build/$(1)/torchrl_vecnorm
 	rm build/$(1)/torchrl_vecnorm/_build.py
 	DEBUG=1 CFLAGS="$(2)" LDFLAGS="$(2)" $(bin)/python setup.py --quiet build_ext \
 		--build-temp build/$(1)/objects --build-lib build/$(1)

@@ -87,6 +87,27 @@ def test_kernels_know_nothing_of_torch():
     assert found == {"torch"}
 
 
+def test_arrows_run_one_way():
+    """Fronts, engine, functions, operators: none knows what is in front of it."""
+    package = ROOT / "torchrl_vecnorm"
+    imports = re.compile(r"^ *(?:from|import) (torchrl\S*)(?: import (.*))?", re.M)
+
+    def imported(*files: Path) -> set[str]:
+        found = set()
+        for module, names in imports.findall("\n".join(f.read_text() for f in files)):
+            found.add(module)
+            if module == "torchrl_vecnorm":
+                found |= {f"{module}.{name.strip()}" for name in names.split(",")}
+        return found
+
+    below = {f"torchrl_vecnorm.{name}" for name in ("_ops", "oracle", "moments")}
+    functions = imported(package / "functional.py")
+    assert functions <= {"torchrl_vecnorm", "torchrl_vecnorm.moments", *below}
+    engine = imported(*(package / "statistics").glob("*.py"))
+    assert "torchrl_vecnorm.functional" in engine
+    assert not any(re.match(r"torchrl(\.|$)|.*\.transforms", name) for name in engine)
+
+
 @pytest.mark.parametrize(
     "built_for,message",
     [
@@ -96,10 +117,11 @@ def test_kernels_know_nothing_of_torch():
 )
 def test_import_of_another_build(tmp_path, built_for, message):
     package = tmp_path / "torchrl_vecnorm"
-    package.mkdir()
-    for source in (ROOT / "torchrl_vecnorm").glob("*.py"):
-        if source.name != "_build.py":
-            (package / source.name).write_text(source.read_text())
+    shutil.copytree(
+        ROOT / "torchrl_vecnorm",
+        package,
+        ignore=shutil.ignore_patterns("_build.py", "*.so", "__pycache__"),
+    )
     if built_for is not None:
         (package / "_build.py").write_text(f'torch_version = "{built_for}"\n')
     # An editable install of this very source would stand in for what is missing.
@@ -125,6 +147,16 @@ def test_nothing_is_left_to_the_linker():
     )
     found = re.findall(r"undefined symbol: (\S+)", result.stdout + result.stderr)
     assert found and [s for s in found if not s.startswith(("Py", "_Py"))] == []
+
+
+def test_wheel_has_all_packages(tmp_path):
+    """What is not listed in pyproject.toml is left out."""
+    result = run("setup.py", "--quiet", "build_py", "--build-lib", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    for pattern in ("*.py", "*.pyi", "py.typed"):
+        for source in (ROOT / "torchrl_vecnorm").rglob(pattern):
+            if source.name != "_build.py":
+                assert (tmp_path / source.relative_to(ROOT)).exists(), source
 
 
 def test_sdist_has_what_a_build_needs(tmp_path):

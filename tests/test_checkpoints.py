@@ -22,6 +22,7 @@ import zipfile
 from collections import OrderedDict
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from types import MappingProxyType
 
 import pytest
@@ -42,8 +43,9 @@ from torch.distributed import checkpoint as distributed_checkpoint
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torchrl.envs import TransformedEnv, VecNormV2
 
-from torchrl_vecnorm import Moments, VecNorm, sharing
+from torchrl_vecnorm import Moments, VecNorm
 from torchrl_vecnorm import functional as F
+from torchrl_vecnorm.statistics import sharing
 
 NESTED = ("agents", "observation")
 KEYS = ["observation", "reward", NESTED]
@@ -110,7 +112,7 @@ def test_nothing_to_load():
     t = VecNorm(KEYS)
     with pytest.warns(UserWarning, match="no statistics of"):
         t.set_extra_state({})
-    assert t._td is None and not t._others_update
+    assert t._td is None and not t._statistics.store.others_update
 
 
 def shared_state(**changes) -> dict:
@@ -151,7 +153,7 @@ def test_some_tensors_are_shared():
     t = VecNorm(["observation"], decay=1, lock=mp.Lock())
     with pytest.warns(UserWarning, match="are copied"):
         t.set_extra_state(state)
-    assert not t._others_update
+    assert not t._statistics.store.others_update
     t(batch().select("observation"))
     assert state["observation_sum"].eq(0).all() and state["observation_count"] == 0
 
@@ -165,7 +167,9 @@ def test_tensors_that_overlap():
     VecNorm(["observation"]).set_extra_state(through_a_file(state))  # copied
 
 
-@pytest.mark.parametrize("decay", [0.9999, 0.9997])
+@pytest.mark.parametrize(
+    "decay", [pytest.param(0.9999, marks=pytest.mark.slow), 0.9997]
+)
 def test_our_own_checkpoint_after_much_that_is_missing(decay):
     """A constant feature, then NaN for so long that hardly a value is left."""
     t = VecNorm(["o"], decay=decay)
@@ -437,7 +441,7 @@ def test_a_copy_of_a_memory_map(mapped, of, how):
     assert state["observation_count"].item() == 14
     assert all(type(leaf) is torch.Tensor for leaf in state.values())
     # Shared next, it is shared under its own lock, not under a copy of the original's.
-    assert not other.transform._others_update
+    assert not other.transform._statistics.store.others_update
     assert set(before) - set(other.transform._td.keys(True, True)) == {sharing.CONTROL}
 
 
@@ -937,3 +941,29 @@ def test_a_cut_pickle_of_a_transform():
     for at in range(0, len(data), 97):
         with pytest.raises(Exception):  # noqa: B017
             pickle.loads(data[:at])
+
+
+def test_a_pickle_of_before_the_statistics_were_an_object():
+    """Written by 0.1.0 when all of it was in the module ``torchrl_vecnorm.vecnorm``.
+
+    Two calls with ``arange(8).reshape(4, 2) + i`` and rewards ``i``, decay 0.9.
+    """
+    file = Path(__file__).parent / "pickles" / "vecnorm_0.1.0.pickle"
+    t = pickle.loads(file.read_bytes())
+    keys = ["observation", ("agents", "reward")]
+    expected = VecNorm(keys, decay=0.9)
+    for i in range(3):
+        td = TensorDict(
+            observation=torch.arange(8.0).reshape(4, 2) + i,
+            agents=TensorDict(reward=torch.full((4, 1), float(i)), batch_size=[4]),
+            batch_size=[4],
+        )
+        y = expected(td.clone())
+        if i == 1:
+            assert_same_state(snapshot(t), snapshot(expected))
+    assert type(t) is VecNorm
+    assert torch.equal(t(td)["observation"], y["observation"])
+    assert_same_state(snapshot(t), snapshot(expected))
+    again = pickle.loads(pickle.dumps(t))
+    assert_same_state(snapshot(again), snapshot(expected))
+    assert again.__dict__.keys() == expected.__dict__.keys()

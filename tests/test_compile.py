@@ -237,7 +237,14 @@ def test_dtypes_are_those_of_the_last_values(backend):
 
 
 @SLOW_INDUCTOR
-@pytest.mark.parametrize("first", ["a call", "an eager call", "loading"])
+@pytest.mark.parametrize(
+    "first",
+    [
+        "a call",
+        pytest.param("an eager call", marks=pytest.mark.slow),
+        pytest.param("loading", marks=pytest.mark.slow),
+    ],
+)
 def test_statistics_from_inference_mode(backend, first):
     """A graph that is run under it makes tensors that torch refuses to write to later."""
     eager, other, saved = VecNorm(KEYS), VecNorm(KEYS), VecNorm(KEYS)

@@ -131,6 +131,7 @@ def paths_taken(output: str) -> list[int]:
     return [int(n) for n in taken.groups()]
 
 
+@pytest.mark.slow
 def test_paths(runs):
     output = output_of(runs, "paths")
     assert min(paths_taken(output)) > 50, output

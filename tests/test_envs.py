@@ -929,7 +929,9 @@ def start_method():
     mp.set_start_method(before, force=True)
 
 
-@pytest.mark.parametrize("method", ["spawn", "fork"])
+@pytest.mark.parametrize(
+    "method", [pytest.param("spawn", marks=pytest.mark.slow), "fork"]
+)
 def test_multi_sync_collector(start_method, method):
     start_method(method)
     creator = EnvCreator(integers)

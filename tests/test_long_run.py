@@ -73,13 +73,9 @@ def exact_sums(power: int, decay: float) -> list[Fraction]:
 
 
 @needs_proc
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "decay,requires_grad",
-    [
-        (1.0, False),
-        pytest.param(0.9999, False, marks=pytest.mark.slow),
-        pytest.param(0.9999, True, marks=pytest.mark.slow),
-    ],
+    "decay,requires_grad", [(1.0, False), (0.9999, False), (0.9999, True)]
 )
 def test_a_million_calls(decay, requires_grad):
     transform = VecNorm(["observation"], ["normalized"], decay=decay)

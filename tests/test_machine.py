@@ -43,8 +43,9 @@ from samples import batch_strided, padded, strided, transposed
 from tensordict import LazyStackedTensorDict, TensorDict
 from torchrl.data import Composite, Unbounded
 
-from torchrl_vecnorm import Moments, VecNorm, sharing
+from torchrl_vecnorm import Moments, VecNorm
 from torchrl_vecnorm import functional as F
+from torchrl_vecnorm.statistics import sharing
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -391,7 +392,7 @@ def everything(living: Living) -> tuple:
         for name, value in t._td.items(True, True):
             if name != sharing.CONTROL:
                 leaves[name] = value.detach().numpy().tobytes(), value.data_ptr()
-    return leaves, t._td is None, t.training, t.frozen, dict(t._dtypes)
+    return leaves, t._td is None, t.training, t.frozen, dict(t._statistics.dtypes)
 
 
 def entry_name(key, name: str) -> str:

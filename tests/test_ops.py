@@ -289,14 +289,8 @@ check(x, Moments.zeros([256]))
 """
 
 
-@pytest.mark.parametrize(
-    "capability",
-    [
-        pytest.param("default", marks=pytest.mark.slow),
-        pytest.param("avx2", marks=pytest.mark.slow),
-        "avx512",
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 def test_instruction_sets(capability):
     """Each build of the CPU kernels, where the processor has the instructions."""
     result = subprocess.run(
@@ -1263,14 +1257,16 @@ def test_a_state_of_torchrls_layout_is_bound():
     )
     t = VecNorm(["a"], shared_td=zeros.share_memory_())
     t(TensorDict({"a": data((4,), (3,))}, [4]))
-    binding = t._binding
+    binding = t._statistics.binding
     assert binding is not None
-    assert t._common_call(TensorDict({"a": data((4,), (3,))}, [4]))
+    assert t._statistics.normalize_again(TensorDict({"a": data((4,), (3,))}, [4]), True)
     t(TensorDict({"a": data((4,), (3,))}, [4]))
-    assert t._binding is binding
+    assert t._statistics.binding is binding
     # One that comes later is seen.
     t._td.unlock_()["a_nonfinite"] = torch.zeros(2, 3, dtype=torch.float64)
-    assert not t._common_call(TensorDict({"a": data((4,), (3,))}, [4]))
+    assert not t._statistics.normalize_again(
+        TensorDict({"a": data((4,), (3,))}, [4]), True
+    )
 
 
 @pytest.mark.filterwarnings("ignore:Warning only once for all operators")

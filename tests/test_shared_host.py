@@ -133,6 +133,7 @@ def test_crash_points(programs, run):
     assert all(int(n) > 1000 for n in deaths)
 
 
+@pytest.mark.slow
 def test_kills(programs, run):
     """At any time. Some of them have to be with the lock held, or this says little."""
     output = passes(run(programs["plain"], "soak", 400))

@@ -38,6 +38,7 @@ from torchrl.envs import GymEnv, TransformedEnv
 from torchrl.testing.mocking_classes import CountingEnv
 
 from torchrl_vecnorm import VecNorm
+from torchrl_vecnorm.statistics import compute, engine
 
 # A spawned process imports torchrl, which takes longer than its work.
 WORKERS = {"fork": 3, "spawn": 2}
@@ -211,7 +212,7 @@ def test_statistics_on_anothers_gpu_are_refused(monkeypatch):
     """Who else has them cannot be locked out. Where a tensor came from is faked here."""
     sent = []
     monkeypatch.setattr(
-        "torchrl_vecnorm.sharing._C.came_from_another_process",
+        "torchrl_vecnorm.statistics.sharing._C.came_from_another_process",
         lambda leaf: any(leaf is other for other in sent),
     )
     td = built(["next"])
@@ -295,7 +296,7 @@ def test_given_in_the_middle_of_an_update(users_lock):
     td = filled(built(["observation"]), "observation")
     lock = mp.Lock() if users_lock else None
     t = VecNorm(["observation"], shared_td=td, lock=lock)
-    with t._session():
+    with t._statistics.session():
         td["observation_ssq"].fill_(1)
         other = VecNorm(["observation"], shared_td=td, lock=lock)
         td["observation_ssq"].fill_(math.nan)
@@ -562,7 +563,7 @@ def test_a_transform_that_is_sent_to_workers(updates, method="spawn"):
 
 def work_with_one_from_a_queue(queue, barrier, updates):
     t = queue.get(timeout=PATIENCE)
-    assert t._others_update
+    assert t._statistics.store.others_update
     work_with(t, 1, barrier, updates)
 
 
@@ -655,7 +656,7 @@ def test_a_transform_whose_lock_cannot_be_sent(memmap):
     data = bytes(ForkingPickler.dumps(t))  # what a queue does
     with pytest.warns(UserWarning, match="are copied"):
         other = pickle.loads(data)
-    assert not other._others_update
+    assert not other._statistics.store.others_update
     t(values_of(0, 0)), other(values_of(0, 0)), other(values_of(0, 0))
     assert (count(t), count(other), count(other, "reward")) == (4, 6, 6)
     # That of `build_td_for_shared_vecnorm` is in the tensordict.
@@ -708,7 +709,7 @@ def test_a_reader_never_sees_half_an_update(memmap):
 
 
 @pytest.mark.parametrize("updating", [True, False])
-def test_staging(updating):
+def test_staging(monkeypatch, updating):
     """Values elsewhere than the statistics: moments travel, the result is the same.
 
     There is one device here, so the path is entered by hand.
@@ -719,11 +720,12 @@ def test_staging(updating):
     direct, staged = VecNorm(decay=0.9), VecNorm(decay=0.9)
     for t in (direct, staged):
         t(td.clone())
-    staged._compute = lambda entries, *args: staged._compute_from_moments(*args)
-    staged._common_call = lambda td: False
+    staged._statistics.binding = None
     for t in (direct, staged):
         t.train(updating)
-    a, b = direct(td.clone()), staged(td.clone())
+    a = direct(td.clone())
+    monkeypatch.setattr(engine, "compute", compute._compute_from_moments)
+    b = staged(td.clone())
     for key in td.keys():
         torch.testing.assert_close(a[key], b[key])
     for name in direct._td.keys():

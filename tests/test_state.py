@@ -60,6 +60,7 @@ from torchrl.testing.mocking_classes import CountingEnv
 
 from torchrl_vecnorm import VecNorm, functional
 from torchrl_vecnorm.moments import Moments
+from torchrl_vecnorm.statistics.store import Store
 
 NESTED = ("agents", "observation")
 KEYS = ["observation", NESTED, "reward"]
@@ -1577,7 +1578,7 @@ def test_errors_of_operators_name_the_key(monkeypatch, training):
         raise ValueError("key 2: expected something, got key 1's")
 
     monkeypatch.setattr(functional, name, refuses)
-    t._binding = None
+    t._statistics.binding = None
     with pytest.raises(
         ValueError, match=r"key 'reward'.*key \('agents', 'observation'\)"
     ):
@@ -1776,7 +1777,7 @@ def test_a_deepcopy_beside_a_thread_is_whole():
 
     def update():
         while not done.is_set():
-            t._binding = None  # the way that gives other threads their turn
+            t._statistics.binding = None  # the way that gives other threads their turn
             t(observations(torch.full((1, features), 3.0)))
 
     interval = sys.getswitchinterval()
@@ -1904,7 +1905,11 @@ UNWRITABLE = {
 
 @pytest.mark.parametrize("placed", ["first call", "private", "shared", "mapped"])
 @pytest.mark.parametrize("name", UNWRITABLE)
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    "compiled",
+    [False, pytest.param(True, marks=pytest.mark.slow)],
+    ids=["eager", "compiled"],
+)
 def test_an_output_that_is_not_taken_leaves_the_statistics_alone(
     name, placed, compiled
 ):
@@ -1943,7 +1948,7 @@ def test_values_on_two_devices_are_all_or_nothing(monkeypatch):
         raise RuntimeError("CUDA error")
 
     monkeypatch.setattr(functional, "update_", fails)
-    t._binding = None
+    t._statistics.binding = None
     with pytest.raises(RuntimeError, match="CUDA error"):
         t(batch(9))
     assert calls
@@ -2077,7 +2082,7 @@ def other_device(monkeypatch):
     def follow(self, state, device):
         return Moments(*(None if leaf is None else leaf.clone() for leaf in state))
 
-    monkeypatch.setattr(VecNorm, "_follow", follow)
+    monkeypatch.setattr(Store, "follow", follow)
 
 
 @pytest.mark.usefixtures("other_device")
@@ -2088,7 +2093,7 @@ def test_the_first_update_after_a_move_is_not_lost():
     resumed = VecNorm(["observation"], decay=1)
     resumed.load_state_dict(through_a_file(t.state_dict()))
     for n in range(2, 6):
-        resumed._binding = None
+        resumed._statistics.binding = None
         resumed(observations(torch.ones(4, 3)))
         assert count(resumed) == leaf(resumed, field="sum")[0] == 4 * n
 
@@ -2101,7 +2106,7 @@ def test_a_frozen_copy_follows_a_move():
     t(td.clone())
     frozen = t.frozen_copy()
     for _ in range(3):
-        t._binding = None
+        t._statistics.binding = None
         t(td.clone().apply(lambda x: x + 5))
         for key in ("observation", "reward"):
             assert torch.equal(frozen.loc[key], t.loc[key])
@@ -2118,7 +2123,7 @@ def test_only_an_update_moves_the_statistics(how, compiled):
         "frozen copy": VecNorm.frozen_copy,
         "eval": VecNorm.eval,
     }[how](t)
-    called._binding = None
+    called._statistics.binding = None
     torch._dynamo.reset()
     call = torch.compile(called, backend="aot_eager") if compiled else called
     y = call(batch(9))

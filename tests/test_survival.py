@@ -25,7 +25,9 @@ from common import PATIENCE, IntegerEnv, count, started
 from tensordict import TensorDict
 from torch import multiprocessing as mp
 
-from torchrl_vecnorm import VecNorm, sharing
+from torchrl_vecnorm import VecNorm
+from torchrl_vecnorm.statistics import sharing
+from torchrl_vecnorm.statistics.locks import Lock
 
 KEYS = ["observation", "reward"]
 FEATURES = 96  # an update takes long enough to be killed in the middle of one
@@ -89,7 +91,14 @@ def update_forever(make, finished):
         finished.add_(1)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way",
+    [
+        "shared",
+        pytest.param("memmap", marks=pytest.mark.slow),
+        pytest.param("EnvCreator", marks=pytest.mark.slow),
+    ],
+)
 def test_workers_are_killed_at_any_moment(way, tmp_path):
     """No update is lost but those that the killed were at, and none is done in part."""
     make = WAYS[way](tmp_path)
@@ -137,7 +146,7 @@ def test_workers_are_killed_at_any_moment(way, tmp_path):
 
 def stop_with_the_lock(make, taken):
     t = make()
-    with t._session():
+    with t._statistics.session():
         taken.set()
         os.kill(os.getpid(), signal.SIGSTOP)
 
@@ -188,7 +197,7 @@ def test_an_interrupt_is_heard_and_holds_no_lock(tmp_path):
     killer = context.Process(target=interrupt, args=(os.getpid(),))
     killer.start()
     begin = time.monotonic()
-    with holder._session(), pytest.raises(KeyboardInterrupt):
+    with holder._statistics.session(), pytest.raises(KeyboardInterrupt):
         t(values())
     assert time.monotonic() - begin < PATIENCE
     killer.join(PATIENCE)
@@ -242,7 +251,7 @@ def test_the_first_thing_that_a_forked_child_does(what):
 
 def rewards_too(t, updates):
     # In a worker a compiled graph must not take the statistics for its own.
-    assert t._others_update or mp.parent_process() is None
+    assert t._statistics.store.others_update or mp.parent_process() is None
     for _ in range(updates):
         t(values())
 
@@ -293,10 +302,10 @@ def test_transforms_of_one_tensordict_without_a_lock(tmp_path):
     first, second = (VecNorm([key], shared_td=td, decay=1) for key in KEYS)
     for t in (first, second, first):
         t(values())
-    with first._session():
-        first._attached.state.load()
+    with first._statistics.session():
+        first._statistics.store.attached.state.load()
         second(values())
-        first._attached.state.commit()
+        first._statistics.store.attached.state.commit()
     assert (count(first), count(second, "reward")) == (2, 2)
 
 
@@ -324,7 +333,7 @@ def test_a_copy_has_a_journal(copied, recwarn):
     for leaf in t.state_dict()["_extra_state"].values():
         leaf.share_memory_()
     t(values())
-    assert t._attached.state.has_journal
+    assert t._statistics.store.attached.state.has_journal
     assert not [w for w in recwarn if w.category is RuntimeWarning]
     assert assert_whole(t) == 2
 
@@ -346,7 +355,7 @@ def test_adopted_in_inference_mode(tmp_path):
 
 
 def test_a_lock_keeps_its_promises_as_a_lock():
-    lock = sharing.Lock()
+    lock = Lock()
     assert lock.acquire()
     assert not lock.acquire(block=False)
     assert not lock.acquire(timeout=0.05)
@@ -384,7 +393,7 @@ def attached(folder, **kwargs) -> VecNorm:
 def die_with_the_lock(folder):
     t = attached(folder)
     t(values())
-    with t._session():
+    with t._statistics.session():
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -404,7 +413,7 @@ def test_statistics_outlive_their_processes(folder, method):
 def test_a_copy_made_while_the_lock_was_held(folder, tmp_path):
     """The copy is free. The original is not: a second look at it breaks no live lock."""
     t = attached(folder)
-    with t._session():
+    with t._statistics.session():
         shutil.copytree(folder, tmp_path / "copy")
         other = attached(tmp_path / "copy", lock_timeout=0.2)
         other(values())
@@ -428,7 +437,7 @@ def test_a_live_lock_under_another_name(folder):
     )
     link = folder.parent / "link"
     link.symlink_to(folder)
-    with t._session():
+    with t._statistics.session():
         for td in (TensorDict(leaves), TensorDict.load_memmap(link)):
             other = VecNorm(shared_td=td, decay=1, lock_timeout=0.1)
             with pytest.raises(TimeoutError):
@@ -441,7 +450,7 @@ def test_a_folder_that_was_renamed_and_made_anew(folder):
     """The name is another file's now: the old one's lock is not taken for a copy's."""
     td = TensorDict.load_memmap(folder)
     t = VecNorm(shared_td=td, decay=1)
-    with t._session():
+    with t._statistics.session():
         folder.rename(folder.parent / "old")
         env = IntegerEnv(features=FEATURES)
         VecNorm.build_td_for_shared_vecnorm(env, KEYS, folder)
@@ -469,7 +478,7 @@ def test_statistics_set_to_zero_are_no_loss(folder):
 def test_a_clone_made_while_the_lock_was_held(folder):
     td = TensorDict.load_memmap(folder)
     t = VecNorm(shared_td=td, decay=1)
-    with t._session():
+    with t._statistics.session():
         other = VecNorm(shared_td=td.clone().share_memory_(), decay=1, lock_timeout=0.2)
         other(values())
     assert assert_whole(other) == 3

@@ -57,7 +57,7 @@ def check_merge(
     """As check_values, for merge."""
 
 class Binding:
-    """A transform's live statistics and keys; see torchrl_vecnorm.state.bind."""
+    """A transform's live statistics and keys; see torchrl_vecnorm.statistics.binding."""
 
     def __init__(
         self,

@@ -24,8 +24,9 @@ struct Phase {
 };
 
 // Runs phases one after the other, each on any number of threads that share its parts:
-// none begins before the one before it has ended everywhere.
-using RunPhases = void (*)(const std::vector<Phase>& phases);
+// none begins before the one before it has ended everywhere. `values` says how much work
+// they are.
+using RunPhases = void (*)(const std::vector<Phase>& phases, int64_t values);
 
 // Folds each key's batch into its state and writes y with the new statistics.
 void update(const std::vector<Key>& keys, Weights weights, double eps, RunPhases run);

@@ -373,7 +373,7 @@ class Call {
     }
     if (alone < phases.size()) {
       phases.erase(phases.begin(), phases.begin() + static_cast<int64_t>(alone));
-      run(phases);
+      run(phases, values);
     }
   }
 

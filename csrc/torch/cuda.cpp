@@ -222,14 +222,6 @@ void apply_cuda(TensorList x, const States& s, TensorList y, double eps, Apply a
   keys.write_back();
 }
 
-std::vector<Tensor> outputs_like(TensorList x) {
-  std::vector<Tensor> y;
-  for (const Tensor& t : x) {
-    y.push_back(at::empty_like(t, t.options().dtype(output_dtype(t))));
-  }
-  return y;
-}
-
 void normalize_out_cuda(TensorList x, TensorList state, TensorList y, double eps) {
   check_output(x, y, {state}, eps);
   apply_cuda(x, {state}, y, eps, cuda::normalize);

@@ -31,27 +31,25 @@
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <pthread.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
 
 #include <algorithm>
-#include <atomic>
 #include <functional>
 #include <initializer_list>
 #include <utility>
 #include <vector>
 
 #include "../cpu/kernels.h"
+#include "team.h"
 #include "tensors.h"
 
 namespace vecnorm {
@@ -59,31 +57,16 @@ namespace {
 
 // ---------------------------------------------------------------------------- CPU
 
-std::atomic<bool> forked{false};  // in forked children
-
-// One team of threads for all phases, the one that at::parallel_for uses too: starting
-// it anew for each phase would cost as much as a small update.
-void run_phases(const std::vector<cpu::Phase>& phases) {
-#ifdef _OPENMP
-  int64_t parts = 1;
-  for (const cpu::Phase& phase : phases) {
-    parts = std::max(parts, phase.parts);
-  }
-  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-#pragma omp parallel num_threads(static_cast<int>(std::min(threads, parts)))
-  {
-    const int64_t rank = omp_get_thread_num();
-    const int64_t team = omp_get_num_threads();
-    for (const cpu::Phase& phase : phases) {
-      if (&phase != &phases.front()) {
-#pragma omp barrier
-      }
-      phase.body(phase.parts * rank / team, phase.parts * (rank + 1) / team);
-    }
-  }
-#else
-  for (const cpu::Phase& phase : phases) {
-    at::parallel_for(0, phase.parts, 1, phase.body);
+// A large output is fresh from the system, page by page as it is written: huge pages
+// take a fraction of the time.
+void prefer_huge_pages(const Tensor& t) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t page = 2 << 20;
+  if (t.device().is_cpu() && t.nbytes() >= 2 * page) {
+    const auto address = reinterpret_cast<uintptr_t>(t.data_ptr());
+    const uintptr_t begin = (address + page - 1) / page * page;
+    const uintptr_t end = (address + t.nbytes()) / page * page;
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
   }
 #endif
 }
@@ -96,19 +79,6 @@ void update_cpu(TensorList x, TensorList state, TensorList y, TensorList mask,
   const Keys keys(x, y, mask, s);
   cpu::update(keys.keys, {keep, weight}, eps, run_phases);
   keys.write_back();
-}
-
-// Contiguous outputs are allocated without the dispatcher, in a third of the time.
-std::vector<Tensor> outputs_like(TensorList x) {
-  std::vector<Tensor> y;
-  y.reserve(x.size());
-  for (const Tensor& t : x) {
-    const at::ScalarType dtype = output_dtype(t);
-    y.push_back(t.is_contiguous() ? Tensor(at::detail::empty_cpu(t.sizes(), dtype))
-                                  : at::empty_like(t, t.options().dtype(dtype)));
-    prefer_huge_pages(y.back());
-  }
-  return y;
 }
 
 void normalize_out_cpu(TensorList x, TensorList state, TensorList y, double eps) {
@@ -489,22 +459,19 @@ void merge_trace(TensorList, TensorList, double, double) { refuse_trace("merge")
 
 }  // namespace
 
-void leave_the_pool_after_fork() {
-  if (forked.exchange(false)) {
-    at::set_num_threads(1);
+std::vector<Tensor> outputs_like(TensorList x) {
+  const bool is_eager = !c10::impl::dispatch_mode_enabled();
+  std::vector<Tensor> y;
+  y.reserve(x.size());
+  for (const Tensor& t : x) {
+    const at::ScalarType dtype = output_dtype(t);
+    // Without the dispatcher, in a third of the time.
+    y.push_back(is_eager && is_plain(t) && t.is_contiguous()
+                    ? Tensor(at::detail::empty_cpu(t.sizes(), dtype))
+                    : at::empty_like(t, t.options().dtype(dtype)));
+    prefer_huge_pages(y.back());
   }
-}
-
-void prefer_huge_pages(const Tensor& t) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t page = 2 << 20;
-  if (t.device().is_cpu() && t.nbytes() >= 2 * page) {
-    const auto address = reinterpret_cast<uintptr_t>(t.data_ptr());
-    const uintptr_t begin = (address + page - 1) / page * page;
-    const uintptr_t end = (address + t.nbytes()) / page * page;
-    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-  }
-#endif
+  return y;
 }
 
 void update(TensorList x, TensorList state, TensorList y, TensorList mask, double keep,
@@ -521,7 +488,6 @@ void normalize_out(TensorList x, TensorList state, TensorList y, double eps) {
 }
 
 TORCH_LIBRARY(torchrl_vecnorm, m) {
-  pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
   m.def(
       "update(Tensor[] x, Tensor(a!)[] state, Tensor(b!)[] y, Tensor[] mask, "
       "float keep, float weight, float eps) -> ()");

@@ -24,13 +24,8 @@ std::vector<at::Tensor> normalize(at::TensorList x, at::TensorList state, double
 void normalize_out(at::TensorList x, at::TensorList state, at::TensorList y,
                    double eps);
 
-// A large output is fresh from the system, page by page as it is written: huge pages
-// take a fraction of the time.
-void prefer_huge_pages(const at::Tensor& t);
-
-// In a forked child the thread pool of its parent is gone, and whatever would use it, a
-// copy of torch's too, waits for it for ever. The operators call this themselves.
-void leave_the_pool_after_fork();
+// New tensors for the normalised values: integers come out in the default dtype.
+std::vector<at::Tensor> outputs_like(at::TensorList x);
 
 // In builds with CUDA kernels, for tests and benchmarks: which of them update() is to
 // take where it can, and which it took last.

@@ -8,7 +8,6 @@
 // the same from tensordict to tensordict; and statistics in shared memory.
 // torchrl_vecnorm/_C.pyi describes it.
 
-#include <ATen/EmptyTensor.h>
 #include <ATen/Functions.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/Dtype.h>
@@ -22,8 +21,10 @@
 #include <utility>
 #include <vector>
 
+#include "direct.h"
 #include "ops.h"
 #include "shared_state.h"
+#include "team.h"
 #include "tensors.h"
 
 namespace py = pybind11;
@@ -32,26 +33,6 @@ namespace vecnorm {
 namespace {
 
 using Tensors = std::vector<Tensor>;
-
-// A contiguous CPU tensor that no mode and no transform looks into. Allocating another
-// for it without the dispatcher takes a third of the time.
-bool is_simple(const Tensor& t) {
-  const auto backend = t.key_set() - c10::autograd_dispatch_keyset_with_ADInplaceOrView;
-  return backend == c10::DispatchKeySet(c10::DispatchKey::CPU) && t.is_contiguous() &&
-         !c10::impl::dispatch_mode_enabled();
-}
-
-Tensors outputs_like(const Tensors& x) {
-  Tensors y;
-  y.reserve(x.size());
-  for (const Tensor& t : x) {
-    const at::ScalarType dtype = output_dtype(t);
-    y.push_back(is_simple(t) ? Tensor(at::detail::empty_cpu(t.sizes(), dtype))
-                             : at::empty_like(t, t.options().dtype(dtype)));
-    prefer_huge_pages(y.back());
-  }
-  return y;
-}
 
 // Whether functorch or forward-mode derivatives look into a tensor: they know plain
 // torch only.
@@ -127,6 +108,7 @@ class Binding {
         state_(std::move(state)),
         shared_(std::move(shared)),
         watched_(std::move(watched)),
+        direct_(Direct::of(state_)),
         default_dtype_(c10::get_default_dtype_as_scalartype()) {
     for (const py::object& dtype : dtypes) {
       dtypes_.push_back(reinterpret_cast<THPDtype*>(dtype.ptr())->scalar_type);
@@ -175,13 +157,12 @@ class Binding {
         }
       }
       if (updating) {
-        y = outputs_like(x);
-        update(x, state_, y, {}, keep, 1., eps);
+        y = updated(x, keep, eps);
         if (shared_ != nullptr) {
           shared_->commit();
         }
       } else {
-        y = normalize(x, state_, eps);
+        y = normalized(x, eps);
       }
       guard.release();
     } catch (const c10::ValueError&) {
@@ -201,6 +182,26 @@ class Binding {
 
  private:
   using Dicts = std::vector<py::object>;
+
+  Tensors updated(const Tensors& x, double keep, double eps) const {
+    if (direct_.has_value()) {
+      if (auto y = direct_->update(x, keep, eps); y.has_value()) {
+        return std::move(*y);
+      }
+    }
+    Tensors y = outputs_like(x);
+    update(x, state_, y, {}, keep, 1., eps);
+    return y;
+  }
+
+  Tensors normalized(const Tensors& x, double eps) const {
+    if (direct_.has_value()) {
+      if (auto y = direct_->normalize(x, eps); y.has_value()) {
+        return std::move(*y);
+      }
+    }
+    return normalize(x, state_, eps);
+  }
 
   struct Names {
     py::str dict = py::str("_tensordict");
@@ -290,7 +291,8 @@ class Binding {
   Tensors state_;
   std::shared_ptr<shared::SharedState> shared_;  // where others update: its copies
   std::vector<std::pair<py::object, py::object>> watched_;  // now, and as they were
-  at::ScalarType default_dtype_;                            // what integers come out in
+  std::optional<Direct> direct_;
+  at::ScalarType default_dtype_;  // what integers come out in
 };
 
 }  // namespace

@@ -25,6 +25,14 @@ namespace vecnorm {
 using at::Tensor;
 using at::TensorList;
 
+// A CPU tensor that no subclass and no transform looks into.
+inline bool is_plain(const Tensor& t) {
+  constexpr c10::DispatchKeySet everywhere =
+      c10::autograd_dispatch_keyset_with_ADInplaceOrView |
+      c10::autocast_dispatch_keyset;
+  return t.key_set() - everywhere == c10::DispatchKeySet(c10::DispatchKey::CPU);
+}
+
 // ------------------------------------------------------------------------- checks
 
 // Whether a tensor of an optional list, or an optional leaf, is there.
@@ -412,9 +420,10 @@ inline Dtype dtype_of(at::ScalarType type) {
   }
 }
 
-// Types without a kernel (uint16, float8, …) are read as double.
-inline Tensor readable(const Tensor& x) {
-  switch (x.scalar_type()) {
+// Whether kernels read values of this type; others (uint16, float8, …) are read as
+// double.
+inline bool has_kernel(at::ScalarType type) {
+  switch (type) {
     case at::kFloat:
     case at::kDouble:
     case at::kHalf:
@@ -425,10 +434,14 @@ inline Tensor readable(const Tensor& x) {
     case at::kLong:
     case at::kByte:
     case at::kBool:
-      return x;
+      return true;
     default:
-      return x.to(at::kDouble);
+      return false;
   }
+}
+
+inline Tensor readable(const Tensor& x) {
+  return has_kernel(x.scalar_type()) ? x : x.to(at::kDouble);
 }
 
 // One stride for the dimensions [begin, end) of a tensor, if one describes them.

@@ -17,6 +17,15 @@ def as_path(key: NestedKey) -> tuple[str, ...]:
     return (key,) if isinstance(key, str) else tuple(key)
 
 
+#: The separator of flattened nested keys in a state_dict: keys may contain points.
+SEP = "-<.>-"
+
+
+def flat_name(key: NestedKey) -> str:
+    """The name of an entry in a state_dict."""
+    return SEP.join(as_path(key))
+
+
 class StateNames(NamedTuple):
     """The entries of one key, in the order of :class:`Moments`.
 

@@ -1,0 +1,497 @@
+# Copyright (c) the torchrl_vecnorm authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""The statistics of named keys, and the calls that update and use them."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from copy import copy, deepcopy
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.utils import NestedKey
+from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
+from torch.compiler import is_compiling
+
+from torchrl_vecnorm import _ops, functional
+from torchrl_vecnorm._load import _C
+from torchrl_vecnorm.moments import Moments
+from torchrl_vecnorm.statistics import checkpoints, sharing
+from torchrl_vecnorm.statistics.binding import Bound, bind
+from torchrl_vecnorm.statistics.compute import (
+    Entry,
+    MaskOf,
+    called,
+    compute,
+    find_entries,
+)
+from torchrl_vecnorm.statistics.entries import get_entry, restore_moments, set_entry
+from torchrl_vecnorm.statistics.keys import Key, Keys, find_keys
+from torchrl_vecnorm.statistics.locks import LOCK_TIMEOUT, Lock, Session
+from torchrl_vecnorm.statistics.modes import are_fake, without_functorch
+from torchrl_vecnorm.statistics.names import flat_name
+from torchrl_vecnorm.statistics.shared_td import advise, check_shared_td
+from torchrl_vecnorm.statistics.store import Store
+from torchrl_vecnorm.statistics.values import (
+    check_value,
+    check_writable,
+    features_of,
+    identity,
+    number,
+)
+
+
+class Statistics:
+    """Running statistics of keys of tensordicts.
+
+    Args:
+        in_keys: where the values are.
+        out_keys: where they are written to, normalised.
+        td: statistics in shared memory, to be updated in place; None begins with none.
+        lock: what they are updated under; None is one of their own.
+        decay: what the old moments are multiplied by, once a call, in (0, 1].
+        eps: lower bound of the standard deviation.
+        shapes: the shape of the features of each in_key: by default all dimensions that
+            are not the tensordict's batch size.
+        lock_timeout: seconds to wait for the lock.
+        names: the key under whose name the statistics of an in_key are kept.
+
+    The lists of keys, shapes and names may be changed in place, or replaced by
+    :meth:`set_keys`; the other options may be set. All hold from the next call on.
+
+    Raises:
+        ValueError, TypeError: an option is none that can be used.
+        RuntimeError, KeyError: ``td`` is not shared, or lacks entries, see
+            :func:`torchrl_vecnorm.statistics.shared_td.check_shared_td`.
+    """
+
+    def __init__(
+        self,
+        in_keys: Sequence[NestedKey],
+        out_keys: Sequence[NestedKey],
+        td: TensorDictBase | None = None,
+        lock: Any = None,
+        decay: float = 0.9999,
+        eps: float = 1e-4,
+        shapes: Sequence[torch.Size] | None = None,
+        lock_timeout: float = LOCK_TIMEOUT,
+        names: Mapping[NestedKey, NestedKey] | None = None,
+    ) -> None:
+        self.in_keys, self.out_keys = in_keys, out_keys
+        self.shapes, self.names = shapes, names
+        self.decay = decay
+        self.eps = eps
+        #: The short way of a common call, and the lock that it is made under.
+        self.binding: Bound | None = None
+        # The dtype of the normalised values of each in_key, once one was seen.
+        self.dtypes: dict[NestedKey, torch.dtype] = {}
+        self._warned = False
+        self._found = find_keys(in_keys, out_keys, shapes, names)
+        if td is not None:
+            check_shared_td(td, self._found.sets, has_lock=lock is not None)
+        self.store = Store(td, lock, [key.names for key in self._found.sets])
+        self.lock_timeout = lock_timeout
+        if td is not None:
+            self._check_given(td, lock)
+
+    def _check_given(self, td: TensorDictBase, lock: Any) -> None:
+        store = self.store
+        if lock is None:
+            store.reserve()
+        store.protection()  # refuses a lock of another kind of machine
+        if isinstance(lock, Lock) and store.attached is not None:
+            store.attached.warn_without_journal()
+        try:
+            checkpoints.check_live(self, {key.in_key: key.names for key in self.keys})
+        except ValueError as error:
+            raise ValueError(advise(str(error), td)) from None
+
+    # --------------------------------------------------------------------- options
+
+    @property
+    def decay(self) -> float:
+        """What the old moments are multiplied by, once a call, in (0, 1]."""
+        return self._decay
+
+    @decay.setter
+    def decay(self, value: float) -> None:
+        self._decay = number("decay", value, lambda v: 0 < v <= 1, "in (0, 1]")
+
+    @property
+    def eps(self) -> float:
+        """The lower bound of the standard deviation, positive and finite."""
+        return self._eps
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        self._eps = number(
+            "eps", value, lambda v: 0 < v < math.inf, "positive and finite"
+        )
+
+    @property
+    def lock_timeout(self) -> float:
+        """Seconds to wait for the lock of shared statistics, positive."""
+        return self.store.timeout
+
+    @lock_timeout.setter
+    def lock_timeout(self, value: float) -> None:
+        self.store.timeout = number("lock_timeout", value, lambda v: v > 0, "positive")
+
+    @property
+    def td(self) -> TensorDictBase | None:
+        """The live statistics, None before any data came."""
+        return self.store.td
+
+    @td.setter
+    def td(self, td: TensorDictBase | None) -> None:
+        self.store.td = td
+
+    def set_keys(self, **changes: Any) -> None:
+        """Replaces ``in_keys``, ``out_keys``, ``shapes`` or ``names``."""
+        self.__dict__.update(changes)
+        self.binding = None  # it watches the lists that were there
+
+    def look_up(self) -> Keys:
+        """The keys as they are now; the lists may have been changed in place."""
+        given = self.in_keys, self.out_keys, self.shapes, self.names
+        if self._found.given != given:
+            self._found = find_keys(*given)
+            self.store.names = [key.names for key in self._found.sets]
+            self.binding = self.store.attached = None
+        return self._found
+
+    @property
+    def keys(self) -> list[Key]:
+        """One for each set of statistics, with the key that they are kept under."""
+        return self.look_up().sets
+
+    def session(self) -> AbstractContextManager[Session | None]:
+        """Holds the locks; None in a compiled graph, where they mean nothing."""
+        self.look_up()
+        return self.store.session()
+
+    # ------------------------------------------------------------------- the call
+
+    def normalize_again(self, td: TensorDictBase, updating: bool) -> bool:
+        """A call with nothing special: every key there, its state known, no masks.
+
+        False when there is something special, or wrong: nothing has happened then.
+        """
+        bound = self.binding  # another thread may take it away
+        if bound is None:
+            return False
+        if not updating and _ops.needs_plain_torch():
+            return False
+        binding, bound_lock, users_lock = bound
+        store = self.store
+        if store.lock is not bound_lock:
+            return False
+        call = store.td, td, updating, self._decay, self._eps, store.timeout
+        try:
+            if users_lock is None:
+                return binding.call(*call)
+            with Session(users_lock, None, store.timeout):
+                return binding.call(*call)
+        except NotImplementedError:  # of a kind of tensor that no operator takes
+            return False
+
+    def normalize(
+        self,
+        td: TensorDictBase,
+        updating: bool,
+        tolerant: bool = False,
+        mask_of: MaskOf | None = None,
+    ) -> TensorDictBase:
+        """Normalises the in_keys of ``td`` into its out_keys.
+
+        Args:
+            td: entries ``in_keys``, each ``[*samples, *features]``.
+            updating: whether the statistics take in the values first.
+            tolerant: whether keys may be missing.
+            mask_of: says which samples count for the statistics.
+
+        Returns:
+            ``td``. After an error the statistics are what they were.
+
+        Raises:
+            KeyError: an in_key is missing.
+            ValueError: the features of a value have another shape than ``shapes``, the
+                statistics, or another in_key that shares them.
+            TypeError: a value is complex, sparse, quantized or a nested tensor.
+        """
+        inputs = self.look_up().inputs
+        values = []
+        for key in inputs:
+            value = get_entry(td, key.in_key)
+            if value is not None:
+                values.append((key, value))
+            elif not tolerant:
+                raise KeyError(
+                    f"VecNorm: key {key.in_key!r} is not in the tensordict, which has "
+                    f"{sorted(map(str, td.keys(True, True)))}"
+                )
+        if not values:
+            return td
+        for key, value in values:
+            check_value(key.in_key, value)
+            check_writable(td, key.out_key)
+        store = self.store
+        if are_fake(value for _, value in values):
+            for key, value in values:
+                features_of(key, value, td.batch_dims, store.moments(key.names))
+                td.set(key.out_key, identity(value))
+            return td
+        with store.session() as session:
+            attached = store.attached if session is not None and updating else None
+            if attached is not None:
+                attached.state.load()
+            entries = find_entries(store, values, td.batch_dims, updating, mask_of)
+            if not updating and not self._warned and not is_compiling():
+                self._warn_identity(entries)
+            known = [e for e in entries if e.state is not None]
+            if attached is not None:
+                for e in known:
+                    e.state = attached.copy_of(e.state, e.key.names)
+            with self._all_or_nothing(known if updating else []):
+                normalized = compute(entries, updating, self._decay, self._eps)
+                self._write_outputs(td, [e.key for e in entries], normalized)
+                if updating:
+                    self._keep_new(known)
+                if attached is not None:
+                    attached.state.commit()
+            is_common = len(known) == len(inputs) and type(td) is TensorDict
+            if (
+                is_common
+                and not is_compiling()
+                and (self.binding is None or mask_of is None)
+            ):
+                # Lists that are changed in place do not say so.
+                now = self.in_keys, self.out_keys, self.shapes, self.names
+                self.binding = bind(store, self._found, known, now)
+        return td
+
+    @torch.compiler.disable(
+        reason="VecNorm: statistics that other processes update need their lock, and "
+        "a compiled graph works on copies. Compile without fullgraph=True."
+    )
+    def normalize_outside_graph(self, *args) -> TensorDictBase:
+        """As :meth:`normalize`, for statistics that others update."""
+        return self.normalize(*args)
+
+    def _warn_identity(self, entries: list[Entry]) -> None:
+        counts = [None if e.state is None else e.state.count for e in entries]
+        if any(c is None or (c.device.type == "cpu" and c.item() <= 0) for c in counts):
+            self._warned = True
+            warnings.warn(
+                "VecNorm has no statistics yet and does not collect any (it is frozen "
+                "or in eval mode): values are passed on as they are.",
+                stacklevel=2,
+            )
+
+    @contextmanager
+    def _all_or_nothing(self, known: list[Entry]) -> Iterator[None]:
+        """Puts the statistics back if the call fails, whatever it was that failed."""
+        if is_compiling():
+            yield
+            return
+        store = self.store
+        td, dtypes = store.td, self.dtypes
+        states = {e.key.names: e.state for e in known}
+        new = {e.key.names: store.moments(e.key.names) for e in known if e.is_new}
+        with without_functorch():
+            copies = {
+                names: state.to(state.sum.device, copy=True)
+                for names, state in states.items()
+                if names not in new
+            }
+        try:
+            yield
+        except BaseException:  # an interrupt too
+            with without_functorch():
+                for names, copied in copies.items():
+                    for leaf, value in zip(states[names], copied, strict=True):
+                        if leaf is not None:
+                            leaf.copy_(value)
+            store.td, self.dtypes, self.binding = td, dtypes, None
+            if td is not None:
+                for names, old in new.items():
+                    restore_moments(td, names, old)
+            raise
+
+    def _write_outputs(
+        self, td: TensorDictBase, keys: list[Key], normalized: list[Tensor]
+    ) -> None:
+        for key, y in zip(keys, normalized, strict=True):  # may fail
+            set_entry(td, key.out_key, y)
+        for key, y in zip(keys, normalized, strict=True):
+            if self.dtypes.get(key.in_key) is not y.dtype:
+                # Clones were given the dictionary as it was.
+                self.dtypes = {**self.dtypes, key.in_key: y.dtype}
+                self.binding = None  # of other dtypes, which it would not say
+
+    def _keep_new(self, known: list[Entry]) -> None:
+        """Makes new and moved states those of the tensordict of the statistics."""
+        new = {e.key.names: e.state for e in known if e.is_new}
+        # Who traces with fake tensors gets a graph, and no statistics.
+        is_export = not torch.compiler.is_dynamo_compiling() and any(
+            is_fake(state.sum) for state in new.values()
+        )
+        if new and not is_export:
+            self.store.add(new)
+
+    def denormalize(self, td: TensorDictBase) -> TensorDictBase:
+        """The inverse of :meth:`normalize`, without an update.
+
+        Args:
+            td: normalised values in ``out_keys``; those that are missing are skipped.
+
+        Returns:
+            A shallow copy of ``td``, with the original values in ``in_keys``.
+
+        Raises:
+            RuntimeError: a key was not seen yet.
+        """
+        td = td.copy()
+        keys, values, states = [], [], []
+        with self.session():
+            for key in self._found.inputs:
+                value = get_entry(td, key.out_key)
+                if value is None:
+                    continue
+                check_value(key.out_key, value)
+                state = self.store.moments(key.names)
+                if state is None:
+                    raise RuntimeError(
+                        f"VecNorm must have seen key {key.in_key!r} before calling denorm."
+                    )
+                keys.append(key)
+                values.append(value)
+                states.append(state)
+            if are_fake(values):
+                originals = list(map(identity, values))
+            else:
+                pairs = zip(states, values, strict=True)
+                states = [state.to(value.device) for state, value in pairs]
+                originals = called(
+                    keys, functional.denormalize, values, states, eps=self._eps
+                )
+        for key, original in zip(keys, originals, strict=True):
+            td.set(key.in_key, original)
+        return td
+
+    # ----------------------------------------------------- reading the statistics
+
+    def seen(self) -> Iterator[tuple[Key, Moments]]:
+        """Each set of statistics, with the key that it is kept under."""
+        return self._seen(self.look_up().sets)
+
+    def _seen(self, keys: list[Key]) -> Iterator[tuple[Key, Moments]]:
+        for key in keys:
+            state = self.store.moments(key.names)
+            if state is not None:
+                yield key, state
+
+    def loc_scale(self) -> tuple[TensorDict, TensorDict]:
+        """The mean and the standard deviation of each in_key seen so far.
+
+        In the dtype of the normalised values, the default dtype before any was seen.
+        """
+        loc, scale = TensorDict(), TensorDict()
+        with self.session():
+            for key, state in self._seen(self._found.inputs):
+                dtype = self.dtypes.get(key.in_key, torch.get_default_dtype())
+                both = functional.loc_scale(state, eps=self._eps)
+                for td, value in zip((loc, scale), both, strict=True):
+                    td.set(key.in_key, value.to(dtype))
+        return loc, scale
+
+    def nonfinite(self) -> TensorDict:
+        """How many values of each in_key were left out, int64 ``[*features]``."""
+        td = TensorDict()
+        with self.session():
+            for key, state in self._seen(self._found.inputs):
+                if state.nonfinite is not None:
+                    td.set(key.in_key, state.nonfinite[1].to(torch.int64))
+        return td
+
+    # -------------------------------------------- checkpoints, moving and copying
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The live tensors, flat; those of a memory map are saved and copied by value."""
+        # Whoever asks may put them into shared memory, and others may update them then.
+        self.binding = None
+        # A plain dict of tensors: EnvCreator drops the tensors of an OrderedDict.
+        state = {
+            flat_name(name): sharing.portable(leaf)
+            for key, moments in self.seen()
+            for name, leaf in zip(key.names, moments, strict=True)
+            if leaf is not None
+        }
+        sharing.note_lock(state.values(), self.store.lock)
+        return state
+
+    def load(self, state: Mapping[str, Tensor] | None) -> None:
+        """Loads a state_dict, also one of torchrl's ``VecNorm`` or ``VecNormV2``.
+
+        Private tensors are copied; what is shared under our lock becomes ours as it is.
+
+        Raises:
+            KeyError: ``state`` is None or lacks an entry of a key that has statistics.
+            ValueError: an entry is none that data can have given. In both cases the
+                statistics are what they were.
+        """
+        if state is None:
+            if self.store.td is not None:
+                raise KeyError("Could not find a tensordict in the state_dict.")
+            self.store.lock_was_set = False
+            return
+        _C.leave_the_pool_after_fork()
+        # Nothing could update statistics from inside of inference_mode outside of it.
+        with torch.inference_mode(False):
+            found = checkpoints.find_statistics(self, state)
+            if checkpoints.is_shared_with_us(self, found):
+                checkpoints.adopt(self, found)
+            elif self.store.td is None:
+                checkpoints.load_new(self, found)
+            else:
+                checkpoints.load_in_place(self, found)
+        self.store.lock_was_set = False
+
+    def to(self, device: torch.device) -> None:
+        """Moves the statistics; shared ones stay where they are."""
+        store = self.store
+        if store.td is not None and not store.others_update:
+            with torch.inference_mode(False), self.session():
+                for names, moments in list(store.seen()):
+                    store.move(names, moments, device)
+
+    def __copy__(self) -> Statistics:
+        # Of the same tensordict, until one of them has another.
+        copied = type(self).__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        copied.store = copy(self.store)
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Statistics:
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        with torch.inference_mode(False), self.session():  # no half of an update
+            state = deepcopy(self.__getstate__(), memo)
+        copied.__setstate__(state)
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Sending tensors to another process shares them.
+        self.look_up()
+        self.binding = None
+        return self.__dict__.copy()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
