@@ -176,12 +176,8 @@ cudaError_t apply(Launcher launcher, const Key* keys, int size, const Limits& li
 
 cudaError_t apply_all(Launcher launcher, const std::vector<Key>& all, double eps,
                       Stream stream) {
-  int device = 0;
   Limits limits;
-  if (const cudaError_t error = current_device(&device)) {
-    return error;
-  }
-  if (const cudaError_t error = known().find(device, &limits)) {
+  if (const cudaError_t error = current_limits(&limits)) {
     return error;
   }
   const std::vector<Key> keys = in_order(all);
@@ -272,6 +268,12 @@ cudaError_t Update::run(const Batch& batch, Workspace* workspace, Stream stream)
     return error;
   }
   return apply(launch_normalize, batch.keys, batch.size, limits_, eps_, stream);
+}
+
+cudaError_t current_limits(Limits* limits) {
+  int device = 0;
+  const cudaError_t error = current_device(&device);
+  return error != cudaSuccess ? error : known().find(device, limits);
 }
 
 cudaError_t normalize(const std::vector<Key>& keys, double eps, Stream stream) {

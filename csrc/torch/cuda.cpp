@@ -276,6 +276,21 @@ std::string last_cuda_path() {
   return "auto";
 }
 
+std::string cuda_limits() {
+  cuda::Limits limits;
+  check_launch(cuda::current_limits(&limits));
+  std::string text = std::to_string(limits.processors) + " processors, " +
+                     std::to_string(limits.shared) +
+                     " bytes of shared memory a block, ";
+  int size = 1;
+  for (int clusters : limits.clusters) {
+    size *= 2;
+    text += std::to_string(clusters) + " clusters of " + std::to_string(size) + ", ";
+  }
+  return text +
+         (limits.cooperative ? "cooperative launches" : "no cooperative launches");
+}
+
 TORCH_LIBRARY_IMPL(torchrl_vecnorm, CUDA, m) {
   m.impl("update", update_cuda);
   m.impl("normalize", normalize_cuda);
