@@ -23,10 +23,12 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <random>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "csrc/cuda/launch.h"
@@ -58,6 +60,8 @@ inline const vecnorm::cuda::Limits devices[] = {{7, 24 * 1024, {4, 3, 2}, true},
                                                 {5, 64 * 1024, {}, false},
                                                 {9, 96 * 1024, {4, 2, 2}, true}};
 inline int device = 0;
+// Shared memory that kernels may have, on each device, where it is not 48 KB.
+inline std::map<std::pair<int, void*>, size_t> allowed;
 // Launches of blocks that need each other are refused, as they are when another process
 // holds processors.
 inline bool busy = false;
@@ -339,7 +343,8 @@ inline cudaError_t query(int device, Limits* limits) {
 }
 
 template <typename Params>
-cudaError_t allow_shared(void (*)(Params), size_t) {
+cudaError_t allow_shared(void (*kernel)(Params), size_t bytes) {
+  emulation::allowed[{emulation::device, reinterpret_cast<void*>(kernel)}] = bytes;
   return cudaSuccess;
 }
 
@@ -377,13 +382,19 @@ cudaError_t launch(void (*kernel)(Params), const Launch& shape, Stream,
   if (emulation::busy && (shape.cooperative || shape.cluster > 1)) {
     return cudaErrorCooperativeLaunchTooLarge;
   }
-  // Every real GPU has 64 KB; the emulated ones have less, for what adapts to it.
-  const bool adapts = shape.cooperative || shape.cluster > 1;
-  if (shape.shared > (adapts ? limits.shared : 64 * 1024) ||
-      shape.blocks % shape.cluster != 0 || (shape.cooperative && !limits.cooperative) ||
+  const auto allowed =
+      emulation::allowed.find({emulation::device, reinterpret_cast<void*>(kernel)});
+  const size_t shared =
+      allowed == emulation::allowed.end() ? 48 * 1024 : allowed->second;
+  if (shape.shared > shared || shape.blocks % shape.cluster != 0 ||
+      (shape.cooperative && !limits.cooperative) ||
       (shape.cluster > 1 && limits.clusters[log2_of(shape.cluster) - 1] == 0) ||
       (shape.cooperative && shape.blocks > limits.processors)) {
-    std::fprintf(stderr, "a launch that a GPU would refuse\n");
+    std::fprintf(
+        stderr,
+        "a launch that a GPU would refuse: %d blocks, clusters of %d, %zu bytes "
+        "of shared memory\n",
+        shape.blocks, shape.cluster, shape.shared);
     std::abort();
   }
   emulation::block_dim.x = static_cast<unsigned>(shape.threads);
