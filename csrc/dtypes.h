@@ -28,7 +28,8 @@ enum class Dtype : int8_t {
   kBool,
 };
 
-VECNORM_HD int size_of(Dtype dtype) {
+// Bytes of a value.
+VECNORM_HD int value_size(Dtype dtype) {
   switch (dtype) {
     case Dtype::kFloat64:
     case Dtype::kInt64:

@@ -76,7 +76,7 @@ struct Column {
 
   __device__ __forceinline__ void load_from(const Matrix& m, int64_t first,
                                             int64_t step, int n) {
-    switch (size_of(m.dtype)) {
+    switch (value_size(m.dtype)) {
       case 1:
         return fetch(static_cast<const uint8_t*>(m.data) + first, step, n);
       case 2:

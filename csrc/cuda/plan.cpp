@@ -60,7 +60,7 @@ int64_t power_of_two_from(int64_t n) {
 }
 
 int64_t bytes_of(const Key& key) {
-  return key.samples * key.features * size_of(key.x.dtype);
+  return key.samples * key.features * value_size(key.x.dtype);
 }
 
 int vector_bytes(Dtype type) { return type == Dtype::kUInt8 ? kSmallVector : 16; }
@@ -68,13 +68,13 @@ int vector_bytes(Dtype type) { return type == Dtype::kUInt8 ? kSmallVector : 16;
 // Whether rows follow each other without a gap, from a whole vector on.
 bool dense(const Matrix& m, int64_t features, int vector) {
   return m.feature_stride == 1 && m.row_stride == features &&
-         reinterpret_cast<uintptr_t>(m.data) % (vector * size_of(m.dtype)) == 0;
+         reinterpret_cast<uintptr_t>(m.data) % (vector * value_size(m.dtype)) == 0;
 }
 
 // Whether every row starts at a whole vector.
 bool aligned(const Matrix& m, int vector) {
   return m.feature_stride == 1 && m.row_stride % vector == 0 &&
-         reinterpret_cast<uintptr_t>(m.data) % (vector * size_of(m.dtype)) == 0;
+         reinterpret_cast<uintptr_t>(m.data) % (vector * value_size(m.dtype)) == 0;
 }
 
 // Whether so many samples can be had as rows of `least` samples each.
@@ -132,12 +132,12 @@ LanePlan plan_lanes(const Key& key, Use use, int slab_bytes) {
   const int64_t samples = key.samples;
   const int64_t features = key.features;
   const Dtype type = kernel_type(key);
-  const int vector = type == kNoVectors ? 1 : vector_bytes(type) / size_of(type);
+  const int vector = type == kNoVectors ? 1 : vector_bytes(type) / value_size(type);
   const bool packed = dense(key.x, features, vector) &&
                       (!use.maps || dense(key.y, features, vector)) &&
                       (!use.sums || key.mask == nullptr);
   const int64_t slab_lanes =
-      vector > 1 ? std::min(slab_bytes / size_of(type), kMaxColumns * vector)
+      vector > 1 ? std::min(slab_bytes / value_size(type), kMaxColumns * vector)
                  : std::clamp(slab_bytes / 4, kWarp, kMaxColumns);
   int64_t group = 1;
   if (vector > 1 && packed && (features < slab_lanes || features % vector != 0)) {
@@ -247,7 +247,7 @@ bool suits_clusters(const Key* keys, int size, const Limits& limits, const Plan&
     const LanePlan& k = plan.keys[i];
     blocks += static_cast<int64_t>(k.slabs) * k.chunks;
     const int64_t width = k.group > 1 ? k.lanes : k.slab_lanes;
-    most = std::max(most, k.rows_per_chunk * width * size_of(keys[i].x.dtype));
+    most = std::max(most, k.rows_per_chunk * width * value_size(keys[i].x.dtype));
   }
   const int at_once = plan.cluster == 1
                           ? limits.processors
@@ -273,8 +273,8 @@ bool find_clusters(const Key* keys, int size, const Limits& limits, Plan* plan) 
 
 // How many blocks a key is worth where they all wait for each other.
 int64_t worth(const Key& key, const LanePlan& plan) {
-  const int64_t bytes =
-      key.samples * key.features * (size_of(key.x.dtype) + size_of(key.y.dtype)) / 2;
+  const int64_t bytes = key.samples * key.features *
+                        (value_size(key.x.dtype) + value_size(key.y.dtype)) / 2;
   const int64_t blocks = ceil_div(bytes, kResidentBytes);
   return plan.group > 1 ? std::max(std::min(blocks, kGroupedBlocks),
                                    ceil_div(bytes, kGroupedBytes))
@@ -353,7 +353,7 @@ bool suits_residence(const Key* keys, int size, const Plan& plan) {
 Dtype kernel_type(const Key& key) {
   const Dtype type = type_of_vectors(key);
   const bool has =
-      type != kNoVectors && has_vectors(key, vector_bytes(type) / size_of(type));
+      type != kNoVectors && has_vectors(key, vector_bytes(type) / value_size(type));
   return has ? type : kNoVectors;
 }
 
