@@ -6,6 +6,9 @@
 #   make test-all run all tests, with all that they can be told to try
 #   make bench    measure it against copy_ and other normalisers, into bench/results/
 #                 (make bench BENCH="--quick" for a couple of minutes)
+#   make cuda-torch  build against a CUDA build of torch, and test that build on the CPU (five
+#                 gigabytes to download, no GPU needed)
+#   make model    print what an update should take on GPUs, by a model of the kernels
 #   make sanitize run tests of the compiled code under AddressSanitizer and UBSan
 #   make coverage which lines of Python and C++ the tests do not run
 #   make soak     kill workers that share statistics, KILLS of them (100,000: twenty minutes),
@@ -36,7 +39,7 @@ COVERED ?= $(filter-out tests/test_bench.py tests/test_long_run.py \
 bin := $(VENV)/bin
 cxx := $(shell find csrc -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu' \
 	-o -name '*.cuh')
-checks := tests/cases.h $(wildcard tests/*_host/*)
+checks := tests/cases.h bench/plan.cpp $(wildcard tests/*_host/*)
 
 # Compilers are called with a screen of flags; which file it is, and how many there are, is
 # what one wants to see.
@@ -45,8 +48,8 @@ files_alone := awk 'length > 200 && / -c / { match($$0, /-c [^- ][^ ]*/); \
 	print "compiled", (/^\[/ ? $$1 : ""), file; fflush(); next } \
 	length > 200 && / -shared / { next } { print; fflush() }'
 
-.PHONY: demo test test-all bench soak sanitize coverage gpu-check docs build wheel lint \
-	format clean
+.PHONY: demo test test-all bench soak model cuda-torch sanitize coverage gpu-check docs build \
+	wheel lint format clean
 
 demo: build
 	$(bin)/python examples/pendulum.py
@@ -60,11 +63,36 @@ test-all: build
 bench: build $(VENV)/peers
 	$(bin)/python -m bench.run $(BENCH)
 
+model: $(VENV)/installed
+	$(bin)/python -m bench.model
+
 soak: build build/soak
 	build/soak cost
 	build/soak soak $(KILLS)
 	$(bin)/python -m pytest tests/test_sharing.py -k "is_lost and fork-shared" \
 		--workers 16 --updates 625000
+
+# With setuptools as that torch wants them. The source is a copy: the builds have one name.
+CUDA_TORCH ?= torch===2.11.0
+cuda-torch: build/cuda-torch/installed
+	rm -rf build/cuda-torch/source build/cuda-torch/tests
+	mkdir -p build/cuda-torch/source
+	cp -r csrc torchrl_vecnorm setup.py pyproject.toml README.md LICENSE build/cuda-torch/source
+	rm -f build/cuda-torch/source/torchrl_vecnorm/*.so
+	cd build/cuda-torch/source && env -u FORCE_CUDA ../bin/python setup.py --quiet \
+		build_ext --inplace --build-temp ../objects
+	cp -r tests build/cuda-torch/source
+	cd build/cuda-torch/source && ../bin/python -c "import torch; \
+		from torchrl_vecnorm import _C, _build; \
+		assert torch.version.cuda and _build.has_cuda and hasattr(_C, 'cuda_path')" && \
+		../bin/python -m pytest --quiet -p no:cacheprovider -m "not slow" tests/test_ops.py
+
+build/cuda-torch/installed: requirements.txt
+	$(PYTHON) -m venv build/cuda-torch
+	grep -v '^torch==\|^setuptools==' requirements.txt > build/cuda-torch/requirements.txt
+	build/cuda-torch/bin/python -m pip install --quiet --disable-pip-version-check \
+		"$(CUDA_TORCH)" "setuptools>=77,<82" -r build/cuda-torch/requirements.txt
+	touch $@
 
 # The extension once more, with flags $(2), in a package of its own in build/$(1). The
 # `pytest` program, unlike `python -m pytest`, does not look for packages right here.

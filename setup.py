@@ -47,7 +47,8 @@ except ModuleNotFoundError as err:
     torch, BuildExtension = None, setuptools.Command
 
 # What is compiled where no GPU tells; a list of torch's own would need one.
-ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+# PTX of 9.0 is for those between, like 11.0.
+ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0+PTX;10.0;12.0+PTX"
 
 
 def flag(name: str) -> bool:
@@ -58,15 +59,20 @@ def flag(name: str) -> bool:
 def cuda_home() -> Path | None:
     """The CUDA toolkit, also where torch is a CPU build and does not look for one."""
     home = os.getenv("CUDA_HOME") or os.getenv("CUDA_PATH") or cpp_extension.CUDA_HOME
-    if home is None and (nvcc := shutil.which("nvcc")):
+    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
+    if nvcc is None:
+        return None
+    home = Path(home or Path(nvcc).resolve().parents[1])
+    if not (home / "include" / "cuda_runtime_api.h").is_file():
+        # A script in the place of nvcc starts another one, which knows where it is.
         dryrun = subprocess.run(
             [nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True
         )
         found = re.search(r"TOP=(\S+)", dryrun.stderr)
-        home = found.group(1) if found else Path(nvcc).resolve().parents[1]
-    if home is None or not (Path(home) / "bin" / "nvcc").is_file():
-        return None
-    return Path(home).resolve()
+        if found is None:
+            return None
+        home = Path(found.group(1))
+    return home.resolve()
 
 
 def nvcc_version(home: Path) -> str | None:

@@ -2,11 +2,13 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""Builds, tests, sanitizes and measures on a machine with a CUDA GPU.
+"""Builds, tests, sanitizes and measures on a machine with a CUDA GPU, in eight minutes.
 
-Needs torch, torchrl, nvcc and no network, and uses the interpreter that runs it. Every
-step is a process of its own with a time limit, so that none stops the next. Results go
-to bench/results/<device>/ or to the folder that the variable OUT names.
+Needs torch, torchrl and no network, nvcc only where the extension does not load as it is,
+and uses the interpreter that runs it. Every stage is a process of its own with a time
+limit, so that none stops the next, and can be run alone (``--only probe``); the first ones
+say most. Results go to bench/results/<device>/ or to the folder that the variable OUT names,
+as they come.
 
 Exit status: 0 if all is well, 1 if the build, a test, compute-sanitizer or a result is
 not, 2 if nothing can run here. Speed goals that are missed do not count.
@@ -35,17 +37,27 @@ from bench import results_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 
-#: The seconds of each step. What a step does not need, later ones may.
+#: The seconds of each stage, what says most first. What is not needed, later ones may use.
 SECONDS = {
-    "build": 100,
-    "tests": 130,
-    "memcheck": 35,
-    "racecheck": 35,
-    "initcheck": 35,
-    "synccheck": 35,
-    "bench": 100,
+    "build": 200,
+    "probe": 20,
+    "figures": 110,
+    "tests": 110,
+    "memcheck": 40,
+    "racecheck": 40,
+    "rest": 100,
+    "initcheck": 30,
+    "synccheck": 30,
 }
+#: All of them together.
+TOTAL = 440
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+STAGES = {"sanitize": TOOLS}  # several under one name
+#: Sections of bench.run: what the goals need, then the others.
+FIGURES = ("correctness", "main", "paths", "dtypes", "pair")
+REST = ("step", "pendulum", "memory", "accuracy", "precision", "keys", "samples")
+#: A test that takes longer hangs: it alone is given up.
+SECONDS_A_TEST = 60
 
 PASSED, FAILED, DID_NOT_RUN = "passed", "FAILED", "did not run"
 
@@ -69,8 +81,11 @@ class Finished:
 
 
 def run(command: list[str], limit: float, env: dict[str, str], log: Path) -> Finished:
-    """Runs a command for at most ``limit`` seconds; its output is logged and returned."""
-    with tempfile.TemporaryFile("w+", errors="replace") as file:
+    """Runs a command for at most ``limit`` seconds; its output goes to the log at once."""
+    with log.open("a+", errors="replace") as file:
+        file.write(f"\n===== {' '.join(command)}\n")
+        file.flush()
+        start = file.tell()
         process = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -92,10 +107,9 @@ def run(command: list[str], limit: float, env: dict[str, str], log: Path) -> Fin
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        file.seek(0)
+        file.seek(start)
         output = file.read()
-    with log.open("a") as file:
-        file.write(f"\n===== {' '.join(command)}\n{output}")
+        file.seek(0, os.SEEK_END)
         file.write(
             f"===== exit status {'none: out of time' if code is None else code}\n"
         )
@@ -176,7 +190,10 @@ def initcheck_reports(output: str) -> tuple[int, int]:
 
 
 def build(limit: float, folder: Path, log: Path) -> tuple[str, str]:
-    """Compiles in place, for this GPU alone unless the environment says otherwise."""
+    """Compiles in place for this GPU alone, unless there is a build that runs here."""
+    probe = [sys.executable, "-m", "bench.probe", "--short"]
+    if run(probe, 60, {}, log).code == 0:
+        return PASSED, "the extension was there"
     import torch
 
     capability = ".".join(map(str, torch.cuda.get_device_capability()))
@@ -193,31 +210,44 @@ def build(limit: float, folder: Path, log: Path) -> tuple[str, str]:
     return PASSED, f"TORCH_CUDA_ARCH_LIST={env['TORCH_CUDA_ARCH_LIST']}"
 
 
+def probe(limit: float, folder: Path, log: Path) -> tuple[str, str]:
+    """What the GPU lets run at once, and whether each kind of kernel is right."""
+    finished = run([sys.executable, "-m", "bench.probe"], limit, {}, log)
+    lines = [line for line in finished.output.splitlines() if line.startswith("probe:")]
+    detail = "; ".join(line.partition(": ")[2] for line in lines)
+    if finished.code != 0:
+        why = "out of time" if finished.code is None else tail(finished.output)
+        return FAILED, "; ".join(filter(None, [detail, why]))
+    return PASSED, detail
+
+
 def tests(limit: float, folder: Path, log: Path) -> tuple[str, str]:
-    """The whole suite, those that need a GPU included."""
-    # Those that only a GPU can run come first, in case time runs out.
-    files = sorted((ROOT / "tests").glob("test_*.py"))
-    files.sort(key=lambda file: file.name != "test_cuda.py")
+    """The tests that need a GPU; one that hangs costs itself alone."""
     with tempfile.TemporaryDirectory() as scratch:
         xml = Path(scratch) / "tests.xml"
-        command = [sys.executable, "-m", "pytest", *map(str, files), "-q"]
-        command += [f"--junitxml={xml}"]
-        # A test file that misses a package must not stop the others.
-        command += ["-p", "no:cacheprovider", "--continue-on-collection-errors"]
+        command = [sys.executable, "-m", "pytest", "tests/test_cuda.py", "-q"]
+        command += [f"--junitxml={xml}", "-p", "no:cacheprovider"]
+        # A kernel that waits for ever lets no signal through: its process has to go, and
+        # xdist starts another one.
         if importlib.util.find_spec("xdist"):
-            command += ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2)))]
+            command += ["-n", "2", "--max-worker-restart", "20"]
+            if importlib.util.find_spec("pytest_timeout"):
+                command += [f"--timeout={SECONDS_A_TEST}", "--timeout-method=thread"]
         finished = run(command, limit, {}, log)
         return judge_tests(xml, finished)
 
 
 def compute_sanitizer() -> str | None:
-    """Where the tool is: on the path, or beside nvcc."""
-    from torch.utils.cpp_extension import CUDA_HOME
-
-    beside = Path(CUDA_HOME or "") / "bin"
-    return shutil.which("compute-sanitizer") or shutil.which(
-        "compute-sanitizer", path=str(beside)
-    )
+    """Where the tool is: on the path, or in the toolkit."""
+    program = shutil.which("compute-sanitizer")
+    if program is None and (nvcc := shutil.which("nvcc")):
+        # It may be a script that starts another one.
+        dryrun = subprocess.run(
+            [nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True
+        )
+        if found := re.search(r"TOP=(\S+)", dryrun.stderr):
+            program = shutil.which("compute-sanitizer", path=f"{found.group(1)}/bin")
+    return program
 
 
 def sanitize(tool: str, limit: float, folder: Path, log: Path) -> tuple[str, str]:
@@ -247,14 +277,15 @@ def sanitize(tool: str, limit: float, folder: Path, log: Path) -> tuple[str, str
     return judge_sanitizer(tool, finished, done)
 
 
-def bench(limit: float, folder: Path, log: Path) -> tuple[str, str]:
-    """What `make bench` does, in short; a result that is wrong fails it."""
+def measure(sections: tuple[str, ...], limit: float, folder: Path, log: Path):
+    """Sections of `make bench`, in short; a result that is wrong fails it."""
     numbers = folder / "results.json"
-    numbers.unlink(missing_ok=True)
     command = [sys.executable, "-m", "bench.run", "--quick", "--device", "cuda"]
-    finished = run([*command, "--out", str(folder)], limit, {}, log)
+    command += ["--only", *sections, "--out", str(folder)]
+    finished = run(command, limit, {}, log)
     if not numbers.exists():
-        return FAILED, tail(finished.output)
+        why = "out of time" if finished.code is None else tail(finished.output)
+        return FAILED, why
     records = json.loads(numbers.read_text())["records"]
     checks = [r for r in records if r["section"] == "correctness"]
     wrong = sum(not r["passed"] for r in checks)
@@ -267,21 +298,44 @@ def bench(limit: float, folder: Path, log: Path) -> tuple[str, str]:
     return (PASSED if good else FAILED), detail
 
 
+def figures(limit: float, folder: Path, log: Path) -> tuple[str, str]:
+    """What the goals need."""
+    (folder / "results.json").unlink(missing_ok=True)
+    return measure(FIGURES, limit, folder, log)
+
+
+def rest(limit: float, folder: Path, log: Path) -> tuple[str, str]:
+    """What else the benchmark has, beside the figures."""
+    return measure(REST, limit, folder, log)
+
+
 def check(folder: Path, only: list[str]) -> list[Outcome]:
     """Runs the steps; a note in the folder after each, whatever happens to the next."""
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "gpu-check.log"
-    log.write_text("")
-    functions = {"build": build, "tests": tests, "bench": bench}
+    if set(only) == set(SECONDS):  # else beside what other stages have left
+        log.write_text("")
+        (folder / "gpu-check.md").unlink(missing_ok=True)
+    functions = {
+        "build": build,
+        "probe": probe,
+        "figures": figures,
+        "tests": tests,
+        "rest": rest,
+    }
     outcomes: list[Outcome] = []
-    begin, until = time.monotonic(), 0.0
+    begin, spare = time.monotonic(), 0.0
     for step, seconds in SECONDS.items():
-        until += seconds
         if step not in only:
             continue
         print(f"{step} …", flush=True)
         start = time.monotonic()
-        limit = begin + until - start
+        left = begin + TOTAL - start
+        if left < 5:
+            outcomes.append(Outcome(step, DID_NOT_RUN, "no time was left"))
+            write(folder, outcomes)
+            continue
+        limit = min(seconds + spare, left)
         try:
             if step in TOOLS:
                 state, detail = sanitize(step, limit, folder, log)
@@ -290,6 +344,8 @@ def check(folder: Path, only: list[str]) -> list[Outcome]:
         except Exception as error:
             state, detail = FAILED, f"{type(error).__name__}: {error}"
         took = time.monotonic() - start
+        if step != "build":  # most of whose time is not needed
+            spare = max(spare + seconds - took, 0.0)
         outcomes.append(Outcome(step, state, detail, took))
         print(f"{step}: {state} in {took:.0f} s: {detail}", flush=True)
         write(folder, outcomes)
@@ -300,13 +356,52 @@ def check(folder: Path, only: list[str]) -> list[Outcome]:
 
 
 def write(folder: Path, outcomes: list[Outcome]) -> None:
-    """The steps, in Markdown."""
-    lines = ["# GPU check", "", "| step | | seconds | |", "|---|---|---|---|"]
+    """The steps, in Markdown; those of other runs stay."""
+    report = folder / "gpu-check.md"
+    rows = {}
+    if report.exists():
+        found = re.findall(r"^\| (\w+) \| .*$", report.read_text(), re.MULTILINE)
+        lines = re.findall(r"^\| \w+ \| .*$", report.read_text(), re.MULTILINE)
+        rows = {s: row for s, row in zip(found, lines, strict=True) if s in SECONDS}
     for o in outcomes:
         detail = o.detail.replace("|", "\\|").replace("\n", " ")
-        lines.append(f"| {o.step} | {o.state} | {o.seconds:.0f} | {detail} |")
+        rows[o.step] = f"| {o.step} | {o.state} | {o.seconds:.0f} | {detail} |"
+    lines = ["# GPU check", "", "| step | | seconds | |", "|---|---|---|---|"]
+    lines += [rows[step] for step in SECONDS if step in rows]
+    lines += ["", *predicted(folder)]
     lines += ["", "Figures are in [README.md](README.md), output in gpu-check.log."]
-    (folder / "gpu-check.md").write_text("\n".join(lines) + "\n")
+    report.write_text("\n".join(lines) + "\n")
+
+
+def predicted(folder: Path) -> list[str]:
+    """What a model says (model.py) beside what was measured, in Markdown."""
+    numbers = folder / "results.json"
+    if not numbers.exists():
+        return []
+    from bench import goals, model, peers
+
+    saved = json.loads(numbers.read_text())
+    gpus = [g for g in model.GPUS if g.name in saved["about"].get("device", "")]
+    gpu = gpus[0] if gpus else model.H200
+    lines = [f"| model of {gpu.name} | predicted µs | measured |", "|---|---|---|"]
+    for record in saved["records"]:
+        dtype = record.get("dtype")
+        known = record.get("name") == peers.OPERATOR and dtype in model.DTYPES
+        if not known or record.get("method") != "graph" or "microseconds" not in record:
+            continue
+        if record["section"] not in (goals.MAIN, goals.DTYPES, "paths"):
+            continue
+        n, f, path = record["samples"], record["features"], record.get("path", "auto")
+        try:
+            found = model.predict(n, f, dtype, gpu, path)
+        except (OSError, subprocess.CalledProcessError) as error:
+            return [f"no predictions: {error}"]
+        if found is not None:
+            what = f"{n} × {f} {dtype} {path}"
+            lines.append(
+                f"| {what} | {found.microseconds:.1f} | {record['microseconds']:.1f} |"
+            )
+    return lines
 
 
 def show_figures(folder: Path) -> None:
@@ -357,9 +452,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--only",
         nargs="+",
-        choices=tuple(SECONDS),
+        choices=(*SECONDS, *STAGES),
         default=list(SECONDS),
-        help="some of the steps, which get the time of those before them too",
+        help="some of the stages",
     )
     args = parser.parse_args(arguments)
     if why := why_nothing_runs():
@@ -370,8 +465,9 @@ def main(arguments: list[str] | None = None) -> int:
         import torch
 
         folder = results_folder(torch.cuda.get_device_name())
-    outcomes = check(folder.resolve(), args.only)
-    if "bench" in args.only:
+    only = [step for name in args.only for step in STAGES.get(name, (name,))]
+    outcomes = check(folder.resolve(), only)
+    if {"figures", "rest"} & set(only):
         try:
             show_figures(folder)
         except Exception as error:  # after a build that failed, say

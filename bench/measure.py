@@ -191,6 +191,11 @@ def last_path() -> str | None:
     return _C.last_cuda_path() if has_paths() else None
 
 
+def limits() -> str:
+    """What the GPU runs at once, as the kernels see it."""
+    return _C.cuda_limits() if hasattr(_C, "cuda_limits") else "limits are not known"
+
+
 # -------------------------------------------------------------------------- memory
 
 

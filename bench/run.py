@@ -17,7 +17,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -466,10 +466,11 @@ def tasks(plan: Plan, device: str) -> list[Task]:
     return found
 
 
-def run(plan: Plan, device: str, folder: Path, only: str | None = None) -> list[dict]:
+def run(plan: Plan, device: str, folder: Path, only: Sequence[str] = ()) -> list[dict]:
     """Measures everything and writes it into a folder, as it goes.
 
-    ``only`` one section is measured anew beside what the folder has of the others.
+    ``only`` some sections are measured anew, in this order, beside what the folder has
+    of the others.
     """
     folder.mkdir(parents=True, exist_ok=True)
     about = report.about(device)
@@ -477,9 +478,9 @@ def run(plan: Plan, device: str, folder: Path, only: str | None = None) -> list[
     numbers = folder / "results.json"
     if only and numbers.exists():
         before = json.loads(numbers.read_text())
-        records = [r for r in before["records"] if r["section"] != only]
+        records = [r for r in before["records"] if r["section"] not in only]
         again = f"{about['date']}, commit {about['commit']}"
-        about = {**before["about"], f"{only} measured": again}
+        about = {**before["about"], f"{', '.join(only)} measured": again}
     if device == "cpu" and os.getloadavg()[0] > 0.5:
         busy = (
             "other programs are running: threads that wait for each other will show it"
@@ -487,7 +488,9 @@ def run(plan: Plan, device: str, folder: Path, only: str | None = None) -> list[
         print(busy, file=sys.stderr)
     gc.freeze()  # modules are here to stay: collections need not look at them
     begin = time.perf_counter()
-    todo = [t for t in tasks(plan, device) if only in (None, t.section)]
+    todo = tasks(plan, device)
+    if only:
+        todo = [t for section in only for t in todo if t.section == section]
     with tqdm(todo, unit="task") as bar:
         for i, task in enumerate(bar):
             bar.set_description(f"{task.section}: {task.label}")
@@ -495,7 +498,7 @@ def run(plan: Plan, device: str, folder: Path, only: str | None = None) -> list[
             last = i + 1 == len(todo) or todo[i + 1].section != task.section
             if last:  # what a run that is cut short leaves behind
                 report.write_numbers(folder, about, records)
-    if only is None:
+    if not only:
         about["minutes"] = round((time.perf_counter() - begin) / 60, 1)
     report.write_numbers(folder, about, records)
     report.write(folder, about, records, device)
@@ -508,8 +511,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="a couple of minutes")
     parser.add_argument(
         "--only",
-        choices=dict.fromkeys(t.section for t in tasks(FULL, "cpu")),
-        help="one section, beside what the folder has of the others; with precision, "
+        nargs="+",
+        default=[],
+        choices=dict.fromkeys(
+            t.section for device in ("cpu", "cuda") for t in tasks(FULL, device)
+        ),
+        help="some sections, beside what the folder has of the others; with precision, "
         "the project's README gets its table",
     )
     parser.add_argument(
@@ -538,7 +545,7 @@ def main(arguments: list[str] | None = None) -> int:
         plan = on_cuda(plan)
     folder = args.out or results_folder(report.device_name(args.device))
     records = run(plan, args.device, folder, args.only)
-    if args.only == "precision" and args.out is None and not args.quick:
+    if args.only == ["precision"] and args.out is None and not args.quick:
         text = report.readme(report.README.read_text(), records, folder.name)
         report.README.write_text(text)
     report.show(records, args.device)

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -30,7 +31,9 @@ from bench import (  # noqa: E402
     goals,
     gpu_check,
     measure,
+    model,
     peers,
+    probe,
     race,
     report,
     run,
@@ -411,6 +414,47 @@ def test_environments_are_environments():
         check_env_specs(one)
 
 
+# ------------------------------------------------------------------------- model
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("gpu", model.GPUS, ids=lambda gpu: gpu.name)
+def test_the_plan_is_the_quickest_by_the_model(gpu):
+    """Or close to it: the thresholds of the planner come from the model."""
+    for n, f in (*goals.CUDA_SMALL, *goals.CUDA):
+        for dtype in model.DTYPES:
+            chosen = model.predict(n, f, dtype, gpu)
+            assert chosen.microseconds > chosen.copy
+            for path in model.PATHS[1:]:
+                other = model.predict(n, f, dtype, gpu, path)
+                if other is not None:
+                    assert chosen.microseconds < 1.15 * other.microseconds, (
+                        n,
+                        f,
+                        dtype,
+                    )
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_the_model_knows_what_sizes_mean():
+    predict = model.predict
+    assert predict(1, 28224).blocks <= model.H200.processors
+    assert predict(1, 28224).state > 0.8 * predict(1, 28224).megabytes
+    assert predict(4096, 64).path == "cluster"
+    assert predict(65536, 64).path == "resident"
+    assert predict(1_000_000, 256).path == "two_kernels"
+    assert predict(65536, 64, path="cluster") is None  # it does not fit
+    assert predict(65536, 64, gpu=model.GPUS[1]).path == "resident"
+    assert predict(4096, 64, gpu=model.GPUS[1]).cluster == 1  # no clusters on sm_80
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_the_model_says_that_it_is_one(capsys):
+    assert model.main(["--gpu", "H200"]) == 0
+    out = capsys.readouterr().out
+    assert "not measured" in out and "65536 × 256 float32" in out
+
+
 # --------------------------------------------------------------------- gpu-check
 
 
@@ -441,15 +485,128 @@ def test_steps_do_not_stop_each_other(monkeypatch, tmp_path):
 
     monkeypatch.setattr(gpu_check, "build", crash)
     monkeypatch.setattr(gpu_check, "tests", slow)
-    monkeypatch.setattr(gpu_check, "bench", fine)
+    for name in ("probe", "figures", "rest"):
+        monkeypatch.setattr(gpu_check, name, fine)
     monkeypatch.setattr(gpu_check, "compute_sanitizer", lambda: None)
     outcomes = gpu_check.check(tmp_path, list(gpu_check.SECONDS))
     assert [o.step for o in outcomes] == list(gpu_check.SECONDS)
-    states = [o.state for o in outcomes]
-    assert states[:2] == [gpu_check.FAILED] * 2
-    assert states[2:6] == [gpu_check.DID_NOT_RUN] * 4 and states[6] == gpu_check.PASSED
+    states = {o.step: o.state for o in outcomes}
+    for step, state in states.items():
+        want = gpu_check.PASSED
+        if step in gpu_check.TOOLS:
+            want = gpu_check.DID_NOT_RUN
+        elif step in ("build", "tests"):
+            want = gpu_check.FAILED
+        assert state == want, step
     text = (tmp_path / "gpu-check.md").read_text()
     assert "OSError: no compiler" in text and "out of time" in text
+
+
+class FakeGpu:
+    """Stands in for the processes of gpu-check: they end well, badly, or not at all."""
+
+    def __init__(self, end: str, built: bool):
+        self.end, self.built = end, built
+        self.commands = []
+
+    def __call__(self, command, limit, env, log):
+        self.commands.append((command, limit))
+        what = " ".join(map(str, command))
+        if "--short" in what and not self.built:
+            return gpu_check.Finished(1, "ImportError")
+        code = {"well": 0, "badly": 1, "never": None}[self.end]
+        if self.end != "never":
+            if "bench.run" in what:
+                folder = Path(command[command.index("--out") + 1])
+                check = {"section": "correctness", "passed": self.end == "well"}
+                ours = timing("main", (4096, 64), peers.OPERATOR, 9.0, method="graph")
+                records = [check, ours]
+                (folder / "results.json").write_text(
+                    json.dumps({"about": {"device": "NVIDIA H200"}, "records": records})
+                )
+            for word in command:
+                if str(word).startswith("--junitxml="):
+                    bad = "<failure/>" if code else ""
+                    Path(word.partition("=")[2]).write_text(
+                        f'<suite><testcase classname="t" name="n">{bad}</testcase></suite>'
+                    )
+        errors = 0 if self.end == "well" else 3
+        output = (
+            f"probe: H200\n{sanitize.DONE}\n"
+            f"RACECHECK SUMMARY: {errors} hazards displayed ({errors} errors, 0 warnings)\n"
+            f"ERROR SUMMARY: {errors} errors\n"
+        )
+        return gpu_check.Finished(code, output)
+
+
+@pytest.mark.parametrize("built", [True, False], ids=["prebuilt", "not built"])
+@pytest.mark.parametrize("end", ["well", "badly", "never"])
+def test_stages_on_a_fake_gpu(end, built, monkeypatch, tmp_path):
+    fake = FakeGpu(end, built)
+    monkeypatch.setattr(gpu_check, "run", fake)
+    monkeypatch.setattr(gpu_check, "compute_sanitizer", lambda: "compute-sanitizer")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    outcomes = gpu_check.check(tmp_path, list(gpu_check.SECONDS))
+    states = {o.step: o.state for o in outcomes}
+    assert list(states) == list(gpu_check.SECONDS)
+    compiled = any("build_ext" in command for command, _ in fake.commands)
+    if built and end == "well":
+        assert not compiled
+    elif not built:
+        assert compiled
+    assert max(limit for _, limit in fake.commands) <= gpu_check.TOTAL
+    for step, state in states.items():
+        if end == "well":
+            assert state == gpu_check.PASSED, step
+        elif end == "never" and step in gpu_check.TOOLS:
+            assert state == gpu_check.DID_NOT_RUN
+        elif step != "initcheck":  # what it reports has to name our kernels
+            assert state == gpu_check.FAILED, step
+    text = (tmp_path / "gpu-check.md").read_text()
+    assert all(f"| {step} |" in text for step in states)
+    if end != "never":
+        assert "| 4096 × 64 float32 auto | " in text  # predicted beside measured
+    assert len(list(tmp_path.iterdir())) <= 8
+
+
+def test_a_stage_alone_leaves_the_others(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_check, "run", FakeGpu("badly", True))
+    gpu_check.check(tmp_path, ["tests"])
+    monkeypatch.setattr(gpu_check, "run", FakeGpu("well", True))
+    gpu_check.check(tmp_path, ["probe"])
+    text = (tmp_path / "gpu-check.md").read_text()
+    assert "| probe | passed" in text and "| tests | FAILED" in text
+
+
+def test_what_has_no_time_left_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_check, "TOTAL", 1)
+    (outcome,) = gpu_check.check(tmp_path, ["probe"])
+    assert outcome.state == gpu_check.DID_NOT_RUN and "no time" in outcome.detail
+
+
+def test_output_is_in_the_log_before_the_end(tmp_path):
+    log = tmp_path / "log"
+    script = (
+        "import sys, time; print('half a result', flush=True); "
+        "seen = open(sys.argv[1]).read(); print('seen' if 'half' in seen else 'lost')"
+    )
+    finished = gpu_check.run([sys.executable, "-c", script, str(log)], 20, {}, log)
+    assert finished.code == 0 and finished.output.split()[-1] == "seen"
+    assert "exit status 0" in log.read_text()
+
+
+def test_probe(monkeypatch, capsys):
+    assert probe.probe("cpu", short=True) == probe.probe("cpu", short=False) == 0
+    update = probe.F.update_
+
+    def wrong(x, state):
+        y = update(x, state)
+        return y + 1 if x.dtype is torch.float16 and len(calls) % 2 else y
+
+    calls = []
+    monkeypatch.setattr(probe.F, "update_", lambda x, s: calls.append(0) or wrong(x, s))
+    assert probe.probe("cpu", short=False) == 1
+    assert "float16" in capsys.readouterr().out
 
 
 def test_the_record_of_tests(tmp_path):

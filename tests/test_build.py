@@ -4,6 +4,7 @@
 # LICENSE file in the root directory of this source tree.
 """What people meet when an installation goes wrong: one sentence that helps."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -46,6 +47,43 @@ def test_build_with_an_old_setuptools(tmp_path):
     assert result.returncode != 0
     assert "Traceback" not in result.stderr
     assert "pip install 'setuptools>=77'" in result.stderr
+
+
+@pytest.fixture
+def setup_py(monkeypatch):
+    """setup.py as a module, which sets nothing up."""
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    for name in ("CUDA_HOME", "CUDA_PATH", "FORCE_CUDA"):
+        monkeypatch.delenv(name, raising=False)
+    spec = importlib.util.spec_from_file_location("setup_py", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize("how", ["variable", "torch", "path"])
+def test_nvcc_may_be_a_script(setup_py, how, tmp_path, monkeypatch):
+    """The toolkit is where headers are; a script in a bin/ is none, though it runs."""
+    script = tmp_path / "bin" / "nvcc"
+    script.parent.mkdir()
+    script.write_text(f'#!/bin/sh\nexec "{shutil.which("nvcc")}" "$@"\n')
+    script.chmod(0o755)
+    monkeypatch.setattr(setup_py.cpp_extension, "CUDA_HOME", None)
+    if how == "variable":
+        monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    elif how == "torch":
+        monkeypatch.setattr(setup_py.cpp_extension, "CUDA_HOME", str(tmp_path))
+    else:
+        monkeypatch.setenv("PATH", f"{script.parent}:{os.environ['PATH']}")
+    home = setup_py.cuda_home()
+    assert (home / "include" / "cuda_runtime_api.h").is_file()
+    assert setup_py.nvcc_version(home) is not None
+
+
+def test_no_toolkit(setup_py, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert setup_py.cuda_home() is None
 
 
 def test_kernels_know_nothing_of_torch():

@@ -139,6 +139,72 @@ def test_samples_agree_with_the_cpu():
                 torch.testing.assert_close(a, b.cpu(), rtol=1e-6, atol=1e-6)
 
 
+EVERY_HALF = torch.arange(-(2**15), 2**15).to(torch.int16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_halves_are_converted_as_torch_does(dtype):
+    """Every one of them to float, and floats of every size to them, bit for bit."""
+    x = EVERY_HALF.view(dtype)
+    # A zero comes out as +0.
+    x = (x[x.isfinite()] + 0).cuda()[:, None].expand(-1, 8).contiguous()
+    state = zeros([8])
+    state.count.fill_(1)  # loc 0, scale 1: y = x
+    for name, value in state._asdict().items():
+        if name in ("ssq", "central"):
+            value.fill_(1)
+    y = F.normalize(x, state)
+    assert torch.equal(y.view(torch.int16), x.view(torch.int16))
+    # Rounding: x * 2^-k of all exponents is what torch makes of the float.
+    for power in range(-30, 16):
+        scale = zeros([8])
+        scale.count.fill_(1)
+        for name, value in scale._asdict().items():
+            if name in ("ssq", "central"):
+                value.fill_(4.0**power)
+        want = (x.float() * torch.tensor(2.0**-power, device="cuda")).to(dtype)
+        got = F.normalize(x, scale, eps=1e-30)
+        assert torch.equal(got.view(torch.int16), want.view(torch.int16)), power
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 28224), (8, 28224), (64, 28224), (500, 5000), (4096, 28)], **ids
+)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32], ids=str)
+def test_wide_features_and_images(shape, dtype):
+    state = zeros(shape[1:])
+    for _ in range(2):
+        check(data(shape[:1], shape[1:], dtype).cuda(), state)
+
+
+def test_more_than_two_billion_values():
+    n = 2**31 // 64 + 1000
+    if torch.cuda.mem_get_info()[0] < 16 * n * 64 // 2:
+        pytest.skip("needs 17 GB of memory")
+    x = torch.randn(n, 64, dtype=torch.bfloat16, device="cuda")
+    x[-1] = 100
+    state = zeros([64])
+    y = F.update_(x, state)
+    assert state.count.item() == n
+    sums = sum(part.double().sum(0) for part in x.split(2**22))
+    torch.testing.assert_close(state.sum, sums, rtol=1e-6, atol=1e-3)
+    assert (y[-1] > 50).all()
+    F.update_(x, state, out=x)
+    assert (x[-1] > 50).all()
+
+
+@pytest.mark.parametrize("path", PATHS, indirect=True)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_in_place_with_nan(path, dtype):
+    x = data((3000,), (40,), dtype).cuda()
+    x[torch.rand(3000, 40, device="cuda") < 0.01] = float("nan")
+    one, other = zeros([40]), zeros([40])
+    want = F.update_(x, one)
+    F.update_(x, other, out=x)
+    assert torch.equal(want.nan_to_num(-1), x.nan_to_num(-1))
+    assert_same(one, other)
+
+
 def test_33_keys():
     xs = [data((50,), (k % 5 + 1,)).cuda() for k in range(33)]
     states, alone = ([zeros(x.shape[1:]) for x in xs] for _ in range(2))
@@ -156,6 +222,67 @@ def test_deterministic():
         results.append([F.update_(x, state), F.update_(x, state), *state])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_nothing_is_allocated_beside_the_outputs():
+    """After two calls; and 10,000 leave nothing behind."""
+    x, state = data((4096,), (64,)).cuda(), zeros([64])
+    y = torch.empty_like(x)
+    for _ in range(2):
+        F.update_(x, state, out=y)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()
+    for _ in range(10_000):
+        F.update_(x, state, out=y)
+    torch.cuda.synchronize()
+    after = torch.cuda.memory_stats()
+    for name in ("allocation.all.allocated", "allocated_bytes.all.current"):
+        assert after[name] == before[name], name
+
+
+def test_many_states_leave_nothing_behind():
+    x = data((64,), (8,)).cuda()
+
+    def some(n):
+        for _ in range(n):
+            state = zeros([8])
+            for _ in range(3):
+                F.update_(x, state)
+
+    some(50)
+    before = torch.cuda.memory_allocated()
+    some(500)
+    assert torch.cuda.memory_allocated() <= before + 2**20
+
+
+def test_a_frozen_call_moves_nothing():
+    t = VecNorm(["observation"], decay=1)
+    t(batch())
+    leaves = dict(t._td.items())
+    frozen = t.frozen_copy()
+    frozen(batch().cpu())
+    t.eval()(batch().cpu())
+    assert all(t._td[key] is leaf for key, leaf in leaves.items())
+    assert all(leaf.is_cuda for leaf in leaves.values())
+
+
+def captures_first(results):
+    """In a process that has run no kernel of ours."""
+    x, state = torch.randn(64, 8, device="cuda"), zeros([8])
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = F.normalize(x, state)
+        back = F.denormalize(y, state)
+    graph.replay()
+    results.put(torch.equal(y, x) and torch.equal(back, x))
+
+
+def test_a_capture_may_come_first():
+    context = mp.get_context("spawn")
+    results = context.Queue()
+    with started(context, captures_first, [(results,)]):
+        assert results.get(timeout=PATIENCE)
 
 
 def test_nothing_reads_the_host():
@@ -232,6 +359,66 @@ def test_compile(mode):
         want, got = eager(source.clone()), compiled(source.clone())
         for key in want.keys():
             torch.testing.assert_close(want[key], got[key])
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_compile_functional_again_and_again(mode):
+    """States that are born anew, as torch.compile's own graphs have them."""
+
+    def fresh(x):
+        state = F.Moments(*(torch.zeros_like(leaf) for leaf in zeros([8])))
+        return F.update_(x, state), state.count
+
+    compiled = torch.compile(fresh, mode=mode)
+    for _ in range(5):
+        torch.compiler.cudagraph_mark_step_begin()
+        x = torch.randn(300, 8, device="cuda")
+        y, count = (t.clone() for t in compiled(x))
+        want = F.update_(x, zeros([8]))
+        torch.testing.assert_close(y, want)
+        assert count.item() == 300
+
+
+def test_compiled_before_any_eager_call():
+    """A first call that is compiled: its statistics are those of the graph, not of its pool."""
+    eager, other = VecNorm(), VecNorm()
+    compiled = torch.compile(other)
+    for _ in range(4):
+        source = batch()
+        want, got = eager(source.clone()), compiled(source.clone())
+        for key in want.keys():
+            torch.testing.assert_close(want[key], got[key])
+
+
+def test_resident_beside_a_long_kernel():
+    """A grid whose blocks wait for each other gets its processors in the end."""
+    x, state = data((65536,), (64,)).cuda(), zeros([64])
+    want = F.update_(x, zeros([64]))
+    other = torch.cuda.Stream(priority=-1)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(other):
+        a = torch.randn(8192, 8192, device="cuda")
+        for _ in range(20):
+            a = (a @ a).clamp(-1, 1)
+    y = F.update_(x, state)
+    torch.cuda.synchronize()
+    assert torch.equal(y, want)
+
+
+@pytest.mark.parametrize("path", PATHS, indirect=True)
+def test_one_state_on_two_streams(path):
+    """In turn: its workspace goes along."""
+    x, state, alone = data((20000,), (64,)).cuda(), zeros([64]), zeros([64])
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    for _ in range(20):
+        for stream in streams:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                F.update_(x, state)
+            torch.cuda.current_stream().wait_stream(stream)
+        F.update_(x, alone), F.update_(x, alone)
+    torch.cuda.synchronize()
+    assert_same(state, alone)
 
 
 def test_gradients():

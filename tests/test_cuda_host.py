@@ -20,11 +20,9 @@ ROOT = Path(__file__).parents[1]
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 #: Without and with clusters; CI compiles for all.
 FEW_ARCHITECTURES = (80, 90)
-#: Bytes of registers that a thread may spill, all outside of the loops over rows.
-SPILL_LIMIT = 64
-#: two_kernels.cu: accumulate, normalize, denormalize. fused.cu: cluster and resident, for
-#: four types each.
-KERNELS = {"csrc/cuda/two_kernels.cu": 3, "csrc/cuda/fused.cu": 8}
+#: two_kernels.cu: accumulate, normalize, denormalize. fused.cu: cluster and resident. For
+#: five types each.
+KERNELS = {"csrc/cuda/two_kernels.cu": 15, "csrc/cuda/fused.cu": 10}
 
 COMPILER = shutil.which("g++") or shutil.which("c++")
 NVCC = shutil.which("nvcc")
@@ -165,7 +163,7 @@ BARRIER = "__syncthreads();"
     "mutation",
     [
         pytest.param(
-            ("two_kernels.cu", "i < flush; ++i", "i <= flush; ++i", 0), id="row"
+            ("block.cuh", "step(i, n - i);", "step(i, n - i - 1);", 0), id="row"
         ),
         pytest.param(
             ("fused.cu", "if (i < n) {", "if (i < n - 1) {", 0), id="last row"
@@ -174,7 +172,9 @@ BARRIER = "__syncthreads();"
             ("fused.cu", "    cluster_arrive();\n    cluster_wait();\n", "", 0),
             id="cluster barrier",
         ),
-        pytest.param(("fused.cu", "    cluster_wait();\n", "", 1), id="cluster leave"),
+        pytest.param(
+            ("fused.cu", "      cluster_wait();\n", "", 0), id="cluster leave"
+        ),
         pytest.param(
             ("fused.cu", "    wait_for_slab(", "    (void)(", 0), id="slab barrier"
         ),
@@ -240,4 +240,4 @@ def test_compiles_without_spills(tmp_path, request):
     )
     (ROOT / "build").mkdir(exist_ok=True)
     (ROOT / "build" / "cuda-registers.txt").write_text(table)
-    assert max(spilled for _, _, spilled, _, _ in rows) <= SPILL_LIMIT, table
+    assert not any(spilled for _, _, spilled, _, _ in rows), table

@@ -96,6 +96,9 @@ def cuda_path(name: str) -> None:
     two_kernels.
     """
 
+def cuda_limits() -> str:
+    """What the current GPU runs at once; only in a build with the kernels."""
+
 def last_cuda_path() -> str:
     """How the last update on a GPU ran (in builds with CUDA kernels)."""
 

@@ -8,6 +8,7 @@
 
 #pragma once
 
+#include <cstring>
 #include <type_traits>
 
 #include "../moments.h"
@@ -21,13 +22,31 @@ namespace cuda {
 constexpr int kFlushRows = 64;
 // Vectors that a thread has under way at once.
 constexpr int kBatch = 4;
+// Single values.
+constexpr int kValuesAtOnce = 8;
 
-// 16 bytes, loaded at once.
+// What a thread loads at once: 16 bytes, or four bytes of images, whose outputs are 16.
 template <typename T>
-struct alignas(16) Vector {
-  static constexpr int size = 16 / sizeof(T);
+struct alignas(sizeof(T) == 1 ? 4 : 16) Vector {
+  static constexpr int size = sizeof(T) == 1 ? 4 : 16 / sizeof(T);
   T at[size];
 };
+static_assert(sizeof(Vector<uint8_t>) == kSmallVector && sizeof(Vector<float>) == 16);
+
+template <typename T>
+constexpr Dtype dtype_of = Dtype::kFloat32;
+template <>
+constexpr Dtype dtype_of<double> = Dtype::kFloat64;
+template <>
+constexpr Dtype dtype_of<Float16> = Dtype::kFloat16;
+template <>
+constexpr Dtype dtype_of<BFloat16> = Dtype::kBFloat16;
+template <>
+constexpr Dtype dtype_of<uint8_t> = Dtype::kUInt8;
+
+// What T comes out as.
+template <typename T>
+using Output = std::conditional_t<std::is_same_v<T, uint8_t>, float, T>;
 
 // ----------------------------------------------------------------------- one value
 
@@ -50,12 +69,61 @@ __device__ inline void store_any(const Matrix& m, int64_t row, int64_t feature,
   });
 }
 
+// Up to kValuesAtOnce values of a column of any type: loaded as they are, so that all
+// are under way before the first one is converted.
+struct Column {
+  uint64_t bits[kValuesAtOnce];
+
+  __device__ __forceinline__ void load_from(const Matrix& m, int64_t first,
+                                            int64_t step, int n) {
+    switch (value_size(m.dtype)) {
+      case 1:
+        return fetch(static_cast<const uint8_t*>(m.data) + first, step, n);
+      case 2:
+        return fetch(static_cast<const uint16_t*>(m.data) + first, step, n);
+      case 4:
+        return fetch(static_cast<const uint32_t*>(m.data) + first, step, n);
+      default:
+        return fetch(static_cast<const uint64_t*>(m.data) + first, step, n);
+    }
+  }
+
+  template <typename Bits>
+  __device__ void fetch(const Bits* from, int64_t step, int n) {
+#pragma unroll
+    for (int j = 0; j < kValuesAtOnce; ++j) {
+      bits[j] = j < n ? from[j * step] : 0;
+    }
+  }
+
+  template <typename C>
+  __device__ void convert(Dtype dtype, C (&to)[kValuesAtOnce]) const {
+    dispatch_any(dtype, [&](auto type) {
+      using T = typename decltype(type)::type;
+#pragma unroll
+      for (int j = 0; j < kValuesAtOnce; ++j) {
+        T value;
+        std::memcpy(&value, &bits[j], sizeof(value));  // GPUs are little-endian
+        to[j] = load<C>(value);
+      }
+    });
+  }
+};
+
+// Whether the kernel for T takes keys without vectors.
+template <typename T>
+constexpr bool kTakesValues = std::is_same_v<T, float>;
+
+// Whether float holds every value of a type.
+__device__ inline bool fits_float(Dtype d) {
+  return d != Dtype::kFloat64 && d != Dtype::kInt32 && d != Dtype::kInt64;
+}
+
 // The running mean, or a sample while there is none.
 __device__ inline double shift_of(const Key& key, const Moments& state, int64_t row,
                                   int64_t f) {
   double shift = state.used > 0 ? state.loc() : load_any(key.x, row, f);
-  const Dtype d = key.x.dtype;
-  if (d != Dtype::kFloat64 && d != Dtype::kInt32 && d != Dtype::kInt64) {
+  if (fits_float(key.x.dtype)) {
     shift = static_cast<double>(static_cast<float>(shift));
   }
   return usable(shift) ? shift : 0.;
@@ -68,15 +136,23 @@ struct Place {
   int chunk;
   int slab;
   int first_lane;
-  int width;     // lanes of the slab
-  int features;  // of the slab; lane i is feature i % features
-  int lane;      // the thread's first one, within the slab
-  int row;       // the thread's first one, within the chunk
-  int rows_apart;
-  int64_t begin;  // rows of the chunk
-  int64_t end;
+  int width;       // lanes of the slab
+  int features;    // of the slab; lane i is feature i % features
+  int lane;        // the thread's first one, within the slab
+  int row;         // the thread's first one, within the chunk
+  int rows_shift;  // its rows are 1 << rows_shift apart
+  int rows;        // of the chunk
+  int64_t begin;   // the first one
 
   __device__ bool is_in() const { return lane < width; }
+  __device__ int rows_apart() const { return 1 << rows_shift; }
+  // The feature of the thread's first lane, and the one of the lane after that of f.
+  __device__ int first_feature() const {
+    return key->plan.group > 1 ? lane - key->by_features.divide(lane) * features : lane;
+  }
+  __device__ int next_feature(int f) const { return f + 1 == features ? 0 : f + 1; }
+  // The block that writes what its slab has found: the one that has the fewest rows.
+  __device__ bool leads() const { return chunk == key->plan.chunks - 1; }
   __device__ int64_t feature(int f) const {
     return key->plan.group > 1 ? f : first_lane + f;
   }
@@ -91,7 +167,9 @@ struct Place {
 };
 
 // Blocks count through the slabs of a chunk first, or through the chunks of a slab.
-__device__ inline Place find_place(const Params& p, int block, bool slabs_first) {
+// Without a division: dozens of instructions each, before the first value is asked for.
+template <int kThreads, bool kSlabsFirst>
+__device__ __forceinline__ Place find_place(const Params& p, int block) {
   int k = 0;
   while (block >= p.ends[k]) {
     ++k;
@@ -100,8 +178,10 @@ __device__ inline Place find_place(const Params& p, int block, bool slabs_first)
   Place at;
   at.key = &p.keys[k];
   const LanePlan& plan = at.key->plan;
-  at.chunk = slabs_first ? piece / plan.slabs : piece % plan.chunks;
-  at.slab = slabs_first ? piece % plan.slabs : piece / plan.chunks;
+  const int whole = at.key->by_inner.divide(piece);
+  const int part = piece - whole * (kSlabsFirst ? plan.slabs : plan.chunks);
+  at.chunk = kSlabsFirst ? whole : part;
+  at.slab = kSlabsFirst ? part : whole;
   at.first_lane = at.slab * plan.slab_lanes;
   at.width = plan.lanes - at.first_lane;
   if (at.width > plan.slab_lanes) {
@@ -109,40 +189,42 @@ __device__ inline Place find_place(const Params& p, int block, bool slabs_first)
   }
   at.features = plan.group > 1 ? plan.features : at.width;
   const int thread = static_cast<int>(threadIdx.x);
-  at.lane = thread % plan.columns * plan.vector;
-  at.row = thread / plan.columns;
-  at.rows_apart = static_cast<int>(blockDim.x) / plan.columns;
+  at.lane = (thread & (plan.columns() - 1)) * plan.vector;
+  at.row = thread >> plan.columns_shift;
+  at.rows_shift = log2_of(kThreads) - plan.columns_shift;
   at.begin = at.chunk * plan.rows_per_chunk;
-  at.end = at.begin + plan.rows_per_chunk;
-  if (at.end > plan.rows) {
-    at.end = plan.rows;
-  }
+  const int64_t left = plan.rows - at.begin;
+  at.rows = static_cast<int>(left < plan.rows_per_chunk ? left : plan.rows_per_chunk);
   return at;
 }
 
 // ------------------------------------------------------------------- shared memory
 
 // Everything in double. `mine` and `total` are n, d1, d2 of each feature of the slab,
-// one after the other, then the number of samples; `old` is sum, ssq, missing, var,
-// then the count.
+// one after the other, then the number of samples; `old` is sum, ssq, missing, var and
+// the values left out so far, then the count.
 struct Shared {
   const Params& p;
 
   __device__ double* at(int n) const {
     return reinterpret_cast<double*>(shared_memory()) + n;
   }
+  // Words of the kernels with and without a barrier.
+  __device__ unsigned* phase() const { return reinterpret_cast<unsigned*>(at(0)); }
   __device__ double* flag() const { return at(0); }
-  __device__ double* shift() const { return at(1); }
-  // The state as it was before the call.
-  __device__ double* old() const { return at(1 + p.shared.features); }
+  // The count as folded.
+  __device__ double* count() const { return at(1); }
+  __device__ double* shift() const { return at(2); }
+  // The state as it was before the call, then as folded, but for the count.
+  __device__ double* old() const { return at(2 + p.shared.features); }
   // What this block has found.
-  __device__ double* mine() const { return at(2 + 5 * p.shared.features); }
+  __device__ double* mine() const { return at(3 + 6 * p.shared.features); }
   // What all blocks of the slab have found.
-  __device__ double* total() const { return at(3 + 8 * p.shared.features); }
+  __device__ double* total() const { return at(4 + 9 * p.shared.features); }
   // Coefficients of the output.
-  __device__ double* maps() const { return at(4 + 11 * p.shared.features); }
-  __device__ double* scratch() const { return at(4 + 14 * p.shared.features); }
-  // 16-byte vectors.
+  __device__ double* maps() const { return at(5 + 12 * p.shared.features); }
+  __device__ double* scratch() const { return at(5 + 15 * p.shared.features); }
+  // Vectors.
   __device__ char* kept() const { return shared_memory() + p.shared_bytes; }
 };
 
@@ -183,8 +265,11 @@ __device__ inline void prepare(const Shared& s, const Place& at) {
     s.old()[n + f] = state.ssq;
     s.old()[2 * n + f] = state.missing;
     s.old()[3 * n + f] = state.var;
+    s.old()[4 * n + f] = key.state.nonfinite.data != nullptr
+                             ? key.state.nonfinite.read(key.features + at.feature(f))
+                             : 0.;
     if (f == 0) {
-      s.old()[4 * n] = state.count;
+      s.old()[5 * n] = state.count;
     }
   }
   __syncthreads();
@@ -215,11 +300,11 @@ template <int Q, int kUnroll, typename Find>
 __device__ __forceinline__ void sum_block(const Shared& s, const Place& at,
                                           const int (&to)[Q], int lanes, Find find) {
   const int thread = static_cast<int>(threadIdx.x);
-  const int columns = at.key->plan.columns;
+  const int columns = at.key->plan.columns();
   // The threads of a warp that have the same lanes go together first.
   const bool in_warp = columns < kWarp;
-  const int sharing = in_warp ? kWarp : columns;
-  const int rows = static_cast<int>(blockDim.x) / sharing;
+  const int sharing = in_warp ? log2_of(kWarp) : at.key->plan.columns_shift;
+  const int rows = static_cast<int>(blockDim.x) >> sharing;
   const int apart = rows * at.width;
   const bool writes = at.is_in() && (!in_warp || thread % kWarp < columns);
 #pragma unroll kUnroll
@@ -233,7 +318,7 @@ __device__ __forceinline__ void sum_block(const Shared& s, const Place& at,
       }
     }
     if (writes) {
-      const int i = thread / sharing * at.width + at.lane + v;
+      const int i = (thread >> sharing) * at.width + at.lane + v;
 #pragma unroll
       for (int q = 0; q < Q; ++q) {
         s.scratch()[q * apart + i] = values[q];
@@ -242,7 +327,7 @@ __device__ __forceinline__ void sum_block(const Shared& s, const Place& at,
   }
   __syncthreads();
   // Lanes of one feature are `features` apart, and so are its rows.
-  sum_rows(s.scratch(), Q, apart, apart / at.features, at.features);
+  sum_rows(s.scratch(), Q, apart, rows * at.key->plan.group, at.features);
   for (int f = thread; f < at.features; f += blockDim.x) {
 #pragma unroll
     for (int q = 0; q < Q; ++q) {
@@ -263,9 +348,10 @@ struct FloatSums {
   double d2[V] = {};
 
   __device__ FloatSums(const Shared& s, const Place& at) {
+    int f = at.first_feature();
     for (int v = 0; v < V; ++v) {
-      shift[v] =
-          at.is_in() ? static_cast<float>(s.shift()[(at.lane + v) % at.features]) : 0.f;
+      shift[v] = at.is_in() ? static_cast<float>(s.shift()[f]) : 0.f;
+      f = at.next_feature(f);
     }
   }
 
@@ -301,8 +387,10 @@ struct DoubleSums {
   Partial sum[V];
 
   __device__ DoubleSums(const Shared& s, const Place& at) {
+    int f = at.first_feature();
     for (int v = 0; v < V; ++v) {
-      shift[v] = at.is_in() ? s.shift()[(at.lane + v) % at.features] : 0.;
+      shift[v] = at.is_in() ? s.shift()[f] : 0.;
+      f = at.next_feature(f);
     }
   }
 
@@ -321,10 +409,6 @@ template <typename T>
 using SumsOf = std::conditional_t<std::is_same_v<T, double>, DoubleSums<2>,
                                   FloatSums<Vector<T>::size>>;
 
-__device__ inline bool counts(const Key& key, int64_t row) {
-  return key.mask == nullptr || key.mask[row];
-}
-
 // Where the thread's first vector is, and how far apart its vectors are.
 template <typename T>
 struct Walk {
@@ -335,7 +419,7 @@ struct Walk {
     const int64_t row_stride = at.key->plan.group * m.row_stride;
     data = static_cast<T*>(m.data) + (at.begin + at.row) * row_stride + at.first_lane +
            at.lane;
-    step = at.rows_apart * row_stride;
+    step = row_stride << at.rows_shift;
   }
   __device__ Vector<T>* operator[](int i) const {
     return reinterpret_cast<Vector<T>*>(data + i * step);
@@ -343,28 +427,100 @@ struct Walk {
 };
 
 __device__ inline int64_t row_of(const Place& at, int i) {
-  return at.begin + at.row + static_cast<int64_t>(i) * at.rows_apart;
+  return at.begin + at.row + (static_cast<int64_t>(i) << at.rows_shift);
 }
 
 // How many rows of its lanes the thread has.
 __device__ inline int rows_of(const Place& at) {
-  const int64_t rows = at.end - at.begin - at.row;
-  return at.is_in() && rows > 0
-             ? static_cast<int>((rows + at.rows_apart - 1) / at.rows_apart)
-             : 0;
+  const int rows = at.rows - at.row;
+  return at.is_in() && rows > 0 ? (rows + at.rows_apart() - 1) >> at.rows_shift : 0;
 }
 
-// The thread's rows, one value of any type and stride at a time.
-__device__ __forceinline__ DoubleSums<1> sum_values(const Shared& s, const Place& at) {
-  DoubleSums<1> sums(s, at);
-  const int n = rows_of(at);
-  for (int i = 0; i < n; ++i) {
-    const int64_t row = row_of(at, i);
-    if (counts(at.key->key, row)) {
-      sums.add({load_any(at.key->key.x, row, at.first_lane + at.lane)});
-    }
+template <int kValue>
+struct Constant {
+  __device__ operator int() const { return kValue; }
+};
+
+// Calls step(i, size) for rows i … i + size - 1 of n: whole batches, whose size is
+// known when they are compiled, so that addresses are counted on; then what is left.
+template <int kBatch, typename Step>
+__device__ __forceinline__ void in_batches(int n, Step step) {
+  int i = 0;
+#pragma unroll 1
+  for (; i + kBatch <= n; i += kBatch) {
+    step(i, Constant<kBatch>());
   }
-  return sums;
+  if (i < n) {
+    step(i, n - i);
+  }
+}
+
+// Which of the thread's rows `first` … first + K - 1 the mask lets count, a bit each,
+// and how many of all that were asked for.
+struct Marks {
+  int taken = 0;
+
+  template <int K>
+  __device__ __forceinline__ unsigned take(const Place& at, int first, int n) {
+    const bool* const mask = at.key->key.mask;
+    if (mask == nullptr) {
+      return ~0u;
+    }
+    bool marks[K];
+#pragma unroll
+    for (int j = 0; j < K; ++j) {
+      marks[j] = first + j < n && mask[row_of(at, first + j)];
+    }
+    unsigned bits = 0;
+#pragma unroll
+    for (int j = 0; j < K; ++j) {
+      taken += marks[j];
+      bits |= static_cast<unsigned>(marks[j]) << j;
+    }
+    return bits;
+  }
+
+  // The samples of the block's rows that count, and the tail's.
+  __device__ double samples(const Shared& s, const Place& at) const {
+    const Key& key = at.key->key;
+    double rows = at.rows > 0 ? at.rows : 0;
+    if (key.mask != nullptr) {
+      s.scratch()[threadIdx.x] = at.lane == 0 ? taken : 0;
+      __syncthreads();
+      sum_rows(s.scratch(), 1, 0, static_cast<int>(blockDim.x), 1);
+      rows = s.scratch()[0];
+      __syncthreads();
+    }
+    const int64_t tail = at.has_tail() ? key.samples - at.tail() : 0;
+    return rows * at.key->plan.group + static_cast<double>(tail);
+  }
+};
+
+// The thread's rows, one value of any type and stride at a time, in the arithmetic of
+// C.
+template <typename C, typename Sums>
+__device__ __forceinline__ void sum_values(const Place& at, Sums* sums, Marks* marks) {
+  const Matrix& x = at.key->key.x;
+  const int n = rows_of(at);
+  const int64_t step = x.row_stride << at.rows_shift;
+  int64_t from = row_of(at, 0) * x.row_stride +
+                 static_cast<int64_t>(at.first_lane + at.lane) * x.feature_stride;
+#pragma unroll 1
+  for (int i = 0; i < n; i += kValuesAtOnce) {
+    Column column;
+    column.load_from(x, from, step, n - i);
+    const unsigned counts = marks->take<kValuesAtOnce>(at, i, n);
+    C values[kValuesAtOnce];
+    column.convert(x.dtype, values);
+#pragma unroll
+    for (int j = 0; j < kValuesAtOnce; ++j) {
+      if (i + j < n && (counts >> j & 1) != 0) {
+        sums->add_one(0, values[j]);
+      }
+    }
+    sums->flush();
+    from += kValuesAtOnce * step;
+  }
 }
 
 // The tail, as one more row that is not whole.
@@ -382,69 +538,93 @@ __device__ __forceinline__ void add_tail(const Place& at, Add add) {
   }
 }
 
-// The thread's rows in double, for what float cannot sum. It is rare, and runs where
-// others need their registers: one lane at a time, in two passes.
+// The thread's rows in double, for what float cannot sum: a few lanes at a time, since
+// others need their registers.
 template <typename T>
 __device__ __forceinline__ void sum_again(const Shared& s, const Place& at) {
   constexpr int V = Vector<T>::size;
+  constexpr int kLanes = 2;
+  constexpr int kAtOnce = 2;
   const Walk<T> x(at.key->key.x, at);
   const int n = rows_of(at);
-  const auto sum = [&](int v) {
-    const double shift = at.is_in() ? s.shift()[(at.lane + v) % at.features] : 0.;
-    Partial sum;
+  int used[V];
+  double d1[kLanes];
+  double d2[kLanes];
+  const auto sum_lanes = [&](int first) {
+    float shift[kLanes];
+    int f = at.first_feature();
+    for (int v = 0; v < first + kLanes; ++v) {
+      if (v >= first) {
+        shift[v - first] = at.is_in() ? static_cast<float>(s.shift()[f]) : 0.f;
+      }
+      f = at.next_feature(f);
+    }
+    for (int v = 0; v < kLanes; ++v) {
+      used[first + v] = 0;
+      d1[v] = 0;
+      d2[v] = 0;
+    }
+    const auto add = [&](int v, T value) {
+      const double wide = load<double>(value);
+      const bool is_usable = usable(wide);
+      const double d = is_usable ? wide - shift[v] : 0.;
+      used[first + v] += is_usable;
+      d1[v] += d;
+      d2[v] += d * d;
+    };
+    Marks marks;
 #pragma unroll 1
-    for (int i = 0; i < n; ++i) {
-      if (counts(at.key->key, row_of(at, i))) {
-        sum = reduce(sum, load<double>(x[i]->at[v]), shift);
+    for (int i = 0; i < n; i += kAtOnce) {
+      Vector<T> batch[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        if (i + j < n) {
+          batch[j] = *x[i + j];
+        }
+      }
+      const unsigned counts = marks.take<kAtOnce>(at, i, n);
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        if (i + j < n && (counts >> j & 1) != 0) {
+#pragma unroll
+          for (int v = 0; v < kLanes; ++v) {
+            add(v, batch[j].at[first + v]);
+          }
+        }
       }
     }
     add_tail<T>(at, [&](int lane, T value) {
-      if (lane == v) {
-        sum = reduce(sum, load<double>(value), shift);
+      if (lane >= first && lane < first + kLanes) {
+        add(lane - first, value);
       }
     });
-    return sum;
   };
-  sum_block<2, 1>(s, at, {1, 2}, V, [&](int v, double (&values)[2]) {
-    const Partial p = sum(v);
-    values[0] = p.d1;
-    values[1] = p.d2;
-  });
-  sum_block<1, 1>(s, at, {0}, V,
-                  [&](int v, double (&values)[1]) { values[0] = sum(v).n; });
-}
-
-// The samples of the block's rows, those that count, and the tail's.
-__device__ inline double samples_in(const Place& at) {
-  const Key& key = at.key->key;
-  int64_t rows = at.end > at.begin ? at.end - at.begin : 0;
-  if (key.mask != nullptr) {
-    rows = 0;
-    for (int64_t r = at.begin; r < at.end; r += blockDim.x) {
-      const int64_t mine = r + static_cast<int>(threadIdx.x);
-      rows += __syncthreads_count(mine < at.end && key.mask[mine]);
+  sum_block<2, V>(s, at, {1, 2}, V, [&](int v, double (&values)[2]) {
+    if (v % kLanes == 0) {
+      sum_lanes(v);
     }
-  }
-  const int64_t tail = at.has_tail() ? key.samples - at.tail() : 0;
-  return static_cast<double>(rows * at.key->plan.group + tail);
+    values[0] = d1[v % kLanes];
+    values[1] = d2[v % kLanes];
+  });
+  sum_block<1, V>(s, at, {0}, V,
+                  [&](int v, double (&values)[1]) { values[0] = used[v]; });
 }
 
-// Brings what the threads have summed into s.mine(); again, if float sums cannot be
-// trusted.
-template <typename T>
+// Brings what the threads have summed into s.mine(); again() does so, if float sums
+// cannot be trusted.
+template <int V, typename Again>
 __device__ __forceinline__ void sum_up(const Params& p, const Shared& s,
-                                       const Place& at,
-                                       const FloatSums<Vector<T>::size>& sums) {
-  constexpr int V = Vector<T>::size;
+                                       const Place& at, const FloatSums<V>& sums,
+                                       const Marks& marks, Again again) {
   const int n = at.features;
-  const double samples = samples_in(at);
+  const double samples = marks.samples(s, at);
   sum_block<2, V>(s, at, {1, 2}, V, [&](int v, double (&values)[2]) {
     values[0] = sums.d1[v];
     values[1] = sums.d2[v];
   });
   bool bad = false;
   for (int f = static_cast<int>(threadIdx.x); f < n; f += blockDim.x) {
-    const double used = Moments::used_of(s.old()[4 * n], s.old()[2 * n + f]);
+    const double used = Moments::used_of(s.old()[5 * n], s.old()[2 * n + f]);
     const bool is_anchored =
         anchored(used, static_cast<double>(at.key->key.samples), p.weights);
     s.mine()[f] = samples;
@@ -455,14 +635,15 @@ __device__ __forceinline__ void sum_up(const Params& p, const Shared& s,
     s.mine()[3 * n] = samples;
   }
   if (__syncthreads_or(bad)) {
-    sum_again<T>(s, at);
+    again();
   }
 }
 
-template <typename T, int V>
+template <int V, typename Again>
 __device__ __forceinline__ void sum_up(const Params&, const Shared& s, const Place& at,
-                                       const DoubleSums<V>& sums) {
-  const double samples = samples_in(at);
+                                       const DoubleSums<V>& sums, const Marks& marks,
+                                       Again) {
+  const double samples = marks.samples(s, at);
   if (threadIdx.x == 0) {
     s.mine()[3 * at.features] = samples;
   }
@@ -474,31 +655,59 @@ __device__ __forceinline__ void sum_up(const Params&, const Shared& s, const Pla
                   [&](int v, double (&values)[1]) { values[0] = sums.sum[v].n; });
 }
 
+// All of this for a key without vectors.
+__device__ __forceinline__ void sum_up_values(const Params& p, const Shared& s,
+                                              const Place& at) {
+  const auto in_double = [&] {
+    Marks marks;
+    DoubleSums<1> sums(s, at);
+    sum_values<double>(at, &sums, &marks);
+    sum_up(p, s, at, sums, marks, [] {});
+  };
+  if (!fits_float(at.key->key.x.dtype)) {
+    return in_double();
+  }
+  Marks marks;
+  FloatSums<1> sums(s, at);
+  sum_values<float>(at, &sums, &marks);
+  sum_up(p, s, at, sums, marks, in_double);
+}
+
 // Adds up what the blocks of a slab have found: find(chunk, i) for each value i. The
-// threads that share a value each take every so-many-th chunk.
-template <typename Find>
+// threads that share a value each take every so-many-th chunk, kAtOnce of them under
+// way.
+template <int kAtOnce, typename Find>
 __device__ void sum_chunks(const Shared& s, const Place& at, Find find) {
   const int values = 3 * at.features + 1;
   const int chunks = at.key->plan.chunks;
   const int thread = static_cast<int>(threadIdx.x);
-  const int threads = static_cast<int>(blockDim.x);
-  int width = 1;
-  while (width < values && width < threads) {
-    width *= 2;
+  int shift = 0;
+  while (1 << shift < values && 1 << shift < static_cast<int>(blockDim.x)) {
+    ++shift;
   }
+  const int width = 1 << shift;
+  const int apart = static_cast<int>(blockDim.x) >> shift;
   for (int base = 0; base < values; base += width) {
-    const int i = base + thread % width;
+    const int i = base + (thread & (width - 1));
     double sum = 0;
     if (i < values) {
-#pragma unroll 4
-      for (int c = thread / width; c < chunks; c += threads / width) {
-        sum += find(c, i);
+#pragma unroll 1
+      for (int c = thread >> shift; c < chunks; c += kAtOnce * apart) {
+        double found[kAtOnce];
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+          found[j] = c + j * apart < chunks ? find(c + j * apart, i) : 0.;
+        }
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+          sum += found[j];
+        }
       }
     }
     __syncthreads();
     s.scratch()[thread] = sum;
     __syncthreads();
-    sum_rows(s.scratch(), 1, 0, threads / width, width);
+    sum_rows(s.scratch(), 1, 0, apart, width);
     if (thread < width && i < values) {
       s.total()[i] = s.scratch()[thread];
     }
@@ -506,11 +715,13 @@ __device__ void sum_chunks(const Shared& s, const Place& at, Find find) {
   __syncthreads();
 }
 
+// The top bit of a counter: the resident kernel's barrier flips it.
+constexpr unsigned kPhase = 0x80000000u;
+
 // Whether the caller is the last of `all` to come here. What the others wrote before
 // they came can be read after it.
 __device__ inline bool comes_last(unsigned* counter, unsigned all) {
-  // The top bit belongs to the barrier of the resident kernel.
-  const bool last = (fetch_add(counter, 1u) & 0x7fffffffu) == all - 1;
+  const bool last = (fetch_add(counter, 1u) & ~kPhase) == all - 1;
   if (last) {
     *counter = 0;
   }
@@ -531,8 +742,9 @@ __device__ inline bool block_comes_last(const Shared& s, unsigned* counter,
 // ------------------------------------------------------------------------- the fold
 
 // The state of the slab's feature f with the batch folded in, as it reads once written.
+// It is kept for write_features() and write_count().
 __device__ inline Moments fold_feature(const Params& p, const Shared& s,
-                                       const Place& at, int f, double* left_out) {
+                                       const Place& at, int f) {
   const int n = at.features;
   const State& to = at.key->key.state;
   const Partial sum{s.total()[f], s.total()[n + f], s.total()[2 * n + f]};
@@ -541,41 +753,65 @@ __device__ inline Moments fold_feature(const Params& p, const Shared& s,
   state.ssq = s.old()[n + f];
   state.missing = s.old()[2 * n + f];
   state.var = s.old()[3 * n + f];
-  state.count = s.old()[4 * n];
+  state.count = s.old()[5 * n];
   state.weigh();
   Moments batch = unshift(sum, s.shift()[f], s.total()[3 * n]);
-  *left_out = batch.missing;
+  const double left_out = batch.missing;
   if (to.nonfinite.data == nullptr) {
     batch = impute(batch, state);
   }
-  return rounded(to, fold(state, batch, p.weights));
+  const Moments folded = rounded(to, fold(state, batch, p.weights));
+  s.old()[f] = folded.sum;
+  s.old()[n + f] = folded.ssq;
+  s.old()[2 * n + f] = folded.missing;
+  s.old()[3 * n + f] = folded.var;
+  s.old()[4 * n + f] += left_out;
+  if (f == 0) {
+    *s.count() = folded.count;
+  }
+  return folded;
 }
 
-// Folds the batch into the state of the slab's features, but for the count, which other
-// slabs may not have read yet.
-__device__ inline void write_features(const Params& p, const Shared& s,
-                                      const Place& at) {
-  if (!(s.total()[3 * at.features] > 0)) {
-    return;
+// Writes the state of the slab's features as folded, but for the count, which other
+// slabs may not have read yet. Each thread writes what it has folded itself.
+__device__ inline void write_features(const Shared& s, const Place& at) {
+  const int n = at.features;
+  if (!(s.total()[3 * n] > 0)) {
+    return;  // no samples: nothing has changed
   }
   const State& to = at.key->key.state;
-  for (int f = static_cast<int>(threadIdx.x); f < at.features; f += blockDim.x) {
-    double left_out;
-    const Moments state = fold_feature(p, s, at, f, &left_out);
-    write_state(to, at.feature(f), at.key->key.features, state, left_out);
+  for (int i = static_cast<int>(threadIdx.x); i < n; i += blockDim.x) {
+    const int64_t f = at.feature(i);
+    to.sum.write(f, s.old()[i]);
+    to.ssq.write(f, s.old()[n + i]);
+    if (to.nonfinite.data != nullptr) {
+      to.nonfinite.write(f, s.old()[2 * n + i]);
+      to.nonfinite.write(at.key->key.features + f, s.old()[4 * n + i]);
+    }
+    if (to.central.data != nullptr) {
+      to.central.write(f, s.old()[3 * n + i]);
+    }
   }
 }
 
-// Called by one block of each slab once every block of it has read the state: the last
-// of them writes the count. One thread does it, the others have better things to do.
-__device__ inline void write_count(const Params& p, const Shared& s, const Place& at) {
+// Says, for a slab, that all its blocks have the count that they read in shared memory:
+// nothing has to be ordered for that. Returns how many slabs have said so before.
+__device__ inline unsigned give_up_count(const Place& at) {
   const int slabs = at.key->plan.slabs;
-  if (threadIdx.x == 0 &&
-      (slabs == 1 ||
-       comes_last(at.key->counters + slabs, static_cast<unsigned>(slabs))) &&
-      s.total()[3 * at.features] > 0) {
-    double unused;
-    at.key->key.state.count.write(0, fold_feature(p, s, at, 0, &unused).count);
+  return slabs == 1 ? 0 : fetch_add_relaxed(at.key->counters + slabs, 1u) & ~kPhase;
+}
+
+// The last slab to give it up writes the count.
+__device__ inline void write_count(const Shared& s, const Place& at, unsigned before) {
+  const int slabs = at.key->plan.slabs;
+  if (before != static_cast<unsigned>(slabs - 1)) {
+    return;
+  }
+  if (slabs > 1) {
+    at.key->counters[slabs] = 0;
+  }
+  if (s.total()[3 * at.features] > 0) {
+    at.key->key.state.count.write(0, *s.count());
   }
 }
 
@@ -594,33 +830,80 @@ __device__ void set_map(double* maps, const Place& at, int f, const Moments& sta
 }
 
 template <template <typename> class Map, typename C>
-__device__ Map<C> get_map(const double* maps, const Place& at, int lane) {
+__device__ Map<C> get_map(const double* maps, const Place& at, int f) {
   const C* from = reinterpret_cast<const C*>(maps);
-  const int f = lane % at.features;
   return {from[f], from[at.features + f], from[2 * at.features + f]};
+}
+
+// Those of the thread's lanes.
+template <template <typename> class Map, typename C, int V>
+__device__ void get_maps(const double* maps, const Place& at, Map<C> (&map)[V]) {
+  if (at.is_in()) {
+    int f = at.first_feature();
+    for (int v = 0; v < V; ++v) {
+      map[v] = get_map<Map, C>(maps, at, f);
+      f = at.next_feature(f);
+    }
+  }
 }
 
 // `from` is a copy, so that it is loaded at once: `to` may be where it came from.
 template <typename T, typename M, int V>
-__device__ void store_mapped(Vector<T>* to, const Vector<T> from, const M (&map)[V]) {
-  Vector<T> out;
-  for (int v = 0; v < V; ++v) {
-    out.at[v] = store<T>(map[v](load<typename Compute<T>::type>(from.at[v])));
+__device__ void store_mapped(Vector<Output<T>>* to, const Vector<T> from,
+                             const M (&map)[V]) {
+  using C = typename Compute<T>::type;
+  Vector<Output<T>> out;
+  if constexpr (sizeof(T) == 2) {
+    uint32_t pairs[V / 2];
+    for (int v = 0; v < V; v += 2) {
+      pairs[v / 2] = T::round_pair(map[v](load<C>(from.at[v])),
+                                   map[v + 1](load<C>(from.at[v + 1])));
+    }
+    std::memcpy(&out, pairs, sizeof(out));
+  } else {
+    for (int v = 0; v < V; ++v) {
+      out.at[v] = store<Output<T>>(map[v](load<C>(from.at[v])));
+    }
   }
   store_streaming(to, out);
 }
 
+// The arithmetic of the outputs of a key without vectors: what its vectors would have.
+__device__ inline bool maps_in_float(const Key& key) {
+  return fits_float(key.x.dtype) && key.y.dtype != Dtype::kFloat64;
+}
+
 // The block's values, one at a time.
-template <template <typename> class Map>
-__device__ void map_values(const double* maps, const Place& at) {
+template <template <typename> class Map, typename C>
+__device__ __forceinline__ void map_values(const double* maps, const Place& at) {
   if (!at.is_in()) {
     return;
   }
   const Key& key = at.key->key;
-  const auto map = get_map<Map, double>(maps, at, at.lane);
+  const auto map = get_map<Map, C>(maps, at, at.first_feature());
+  const int n = rows_of(at);
   const int64_t f = at.first_lane + at.lane;
-  for (int64_t r = at.begin + at.row; r < at.end; r += at.rows_apart) {
-    store_any(key.y, r, f, map(load_any(key.x, r, f)));
+  const int64_t x_step = key.x.row_stride << at.rows_shift;
+  const int64_t y_step = key.y.row_stride << at.rows_shift;
+  int64_t x = row_of(at, 0) * key.x.row_stride + f * key.x.feature_stride;
+  int64_t y = row_of(at, 0) * key.y.row_stride + f * key.y.feature_stride;
+#pragma unroll 1
+  for (int i = 0; i < n; i += kValuesAtOnce) {
+    Column column;
+    column.load_from(key.x, x, x_step, n - i);
+    C values[kValuesAtOnce];
+    column.convert(key.x.dtype, values);
+    dispatch_float(key.y.dtype, [&](auto type) {
+      using T = typename decltype(type)::type;
+#pragma unroll
+      for (int j = 0; j < kValuesAtOnce; ++j) {
+        if (i + j < n) {
+          static_cast<T*>(key.y.data)[y + j * y_step] = store<T>(map(values[j]));
+        }
+      }
+    });
+    x += kValuesAtOnce * x_step;
+    y += kValuesAtOnce * y_step;
   }
 }
 

@@ -12,9 +12,6 @@
 #include VECNORM_CUDA_ON_HOST
 #else
 
-#ifdef __CUDACC__
-#include <cooperative_groups.h>
-#endif
 #include <cuda_runtime_api.h>
 
 #include <utility>
@@ -45,6 +42,16 @@ class OutsideCapture {
   cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
 };
 
+// Whether a launch was refused because other processes hold a part of the GPU, or
+// because it cannot be had there: nothing has run then. Other errors are of what ran
+// before.
+inline bool is_refusal(cudaError_t error) {
+  return error == cudaErrorCooperativeLaunchTooLarge ||
+         error == cudaErrorLaunchOutOfResources ||
+         error == cudaErrorInvalidClusterSize ||
+         error == cudaErrorInvalidConfiguration || error == cudaErrorNotSupported;
+}
+
 inline cudaError_t query(int device, Limits* limits) {
   int shared = 0;
   int cooperative = 0;
@@ -60,7 +67,9 @@ inline cudaError_t query(int device, Limits* limits) {
   }
   limits->shared = static_cast<size_t>(shared);
   limits->cooperative = cooperative != 0;
-  limits->clusters = clusters;
+  for (int& of_a_size : limits->clusters) {
+    of_a_size = clusters;
+  }
   return cudaSuccess;
 }
 
@@ -96,6 +105,13 @@ template <typename Params>
 cudaError_t allow_shared(void (*kernel)(Params), size_t bytes) {
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                               static_cast<int>(bytes));
+}
+
+// Has a kernel loaded now, and not by its first launch: that may be captured.
+template <typename Params>
+cudaError_t load_now(void (*kernel)(Params)) {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, kernel);
 }
 
 // How many such blocks run at once on one processor of the current GPU.
@@ -150,12 +166,19 @@ __device__ __forceinline__ void store_streaming(T* to, const T& value) {
   __stcs(reinterpret_cast<int4*>(to), *reinterpret_cast<const int4*>(&value));
 }
 
+// The same number, but the compiler does not know: what is computed from it is computed
+// anew, and takes no register until then.
+__device__ __forceinline__ int opaque(unsigned x) {
+  asm volatile("" : "+r"(x));
+  return static_cast<int>(x);
+}
+
 __device__ __forceinline__ double shuffle_xor(double value, int lanes) {
   return __shfl_xor_sync(0xffffffffu, value, lanes);
 }
 
-// Adds to a word that other blocks wait for. What the thread wrote before can be read
-// by those who have seen the sum, and what they wrote before, by the thread.
+// Adds to a word that other blocks read. What the thread wrote before can be read by
+// those who have seen the sum, and what they wrote before, by the thread.
 __device__ __forceinline__ unsigned fetch_add(unsigned* to, unsigned value) {
   unsigned before;
   asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
@@ -163,6 +186,29 @@ __device__ __forceinline__ unsigned fetch_add(unsigned* to, unsigned value) {
                : "l"(to), "r"(value)
                : "memory");
   return before;
+}
+
+// The same for threads that have nothing to tell.
+__device__ __forceinline__ unsigned fetch_add_relaxed(unsigned* to, unsigned value) {
+  unsigned before;
+  asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(to), "r"(value));
+  return before;
+}
+
+// The same for one that does not care what the others wrote: it waits for no answer.
+__device__ __forceinline__ void add_release(unsigned* to, unsigned value) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;"
+               :
+               : "l"(to), "r"(value)
+               : "memory");
+}
+
+__device__ __forceinline__ unsigned load_relaxed(const unsigned* from) {
+  unsigned value;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(from));
+  return value;
 }
 
 __device__ __forceinline__ unsigned load_acquire(const unsigned* from) {
@@ -181,24 +227,42 @@ __device__ __forceinline__ void pause() {}
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 constexpr bool kHasClusters = true;
 
-// All threads of the cluster's blocks arrive, later they wait for each other. What they
-// wrote before they arrived can be read after.
+// All threads of the cluster's blocks arrive, later they wait for each other. What a
+// block wrote before a barrier of its own and this can be read after: one warp says so
+// for all, a fence takes as long as the slowest store.
 __device__ __forceinline__ void cluster_arrive() {
-  cooperative_groups::this_cluster().barrier_arrive();
+  if (threadIdx.x < kWarp) {
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  } else {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+  }
+}
+// The same for blocks that have written nothing others read.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 __device__ __forceinline__ void cluster_wait() {
-  cooperative_groups::this_cluster().barrier_wait();
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// Where another block of the cluster has what this one has at `mine`.
-__device__ __forceinline__ const double* peer(double* mine, int rank) {
-  return cooperative_groups::this_cluster().map_shared_rank(mine, rank);
+// What another block of the cluster has where this one has `mine`.
+__device__ __forceinline__ double load_peer(const double* mine, int rank) {
+  const unsigned here = static_cast<unsigned>(__cvta_generic_to_shared(mine));
+  unsigned there;
+  double value;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
+  asm volatile("ld.shared::cluster.f64 %0, [%1];"
+               : "=d"(value)
+               : "r"(there)
+               : "memory");
+  return value;
 }
 #else
 constexpr bool kHasClusters = false;
 __device__ inline void cluster_arrive() {}
+__device__ inline void cluster_arrive_relaxed() {}
 __device__ inline void cluster_wait() {}
-__device__ inline const double* peer(double* mine, int) { return mine; }
+__device__ inline double load_peer(const double* mine, int) { return *mine; }
 #endif
 
 #endif  // __CUDACC__

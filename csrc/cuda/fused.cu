@@ -15,7 +15,9 @@
 //             far as that goes.
 //
 // Every block of a slab adds up all sums, in the order of the plan, and folds them into
-// the state that it read before it met the others; one of them writes the state.
+// the state that it read before it met the others; the one with the fewest rows writes
+// the state, when it has written its outputs. A block that has a slab alone meets
+// nobody.
 
 #include "block.cuh"
 #include "launches.h"
@@ -24,15 +26,25 @@ namespace vecnorm {
 namespace cuda {
 namespace {
 
+// Reads the state, and the phase of the slab's barrier, before this block adds to it.
+template <bool kCluster>
+__device__ __forceinline__ void prepare_slab(const Shared& s, const Place& at) {
+  const bool waits = !kCluster && threadIdx.x == 0;
+  const unsigned phase = waits ? load_relaxed(at.key->counters + at.slab) & kPhase : 0;
+  prepare(s, at);
+  if (waits) {
+    *s.phase() = phase;
+  }
+}
+
 // Waits for all blocks of a slab. One adds what takes the sum of all to 2³¹: the top
 // bit flips, the others are zero again, and the next call finds a barrier like this.
-__device__ void wait_for_slab(unsigned* word, int chunk, int chunks) {
+__device__ void wait_for_slab(const Shared& s, unsigned* word, int chunk, int chunks) {
   __syncthreads();
   if (threadIdx.x == 0) {
-    const unsigned add =
-        chunk == 0 ? 0x80000000u - static_cast<unsigned>(chunks - 1) : 1u;
-    const unsigned before = fetch_add(word, add);
-    while (((before ^ load_acquire(word)) & 0x80000000u) == 0) {
+    const unsigned phase = *s.phase();
+    add_release(word, chunk == 0 ? kPhase - static_cast<unsigned>(chunks - 1) : 1u);
+    while (((load_acquire(word) ^ phase) & kPhase) == 0) {
       pause();
     }
   }
@@ -42,74 +54,90 @@ __device__ void wait_for_slab(unsigned* word, int chunk, int chunks) {
 // From mine() of the slab's blocks to total() of each.
 template <bool kCluster>
 __device__ __forceinline__ void exchange(const Shared& s, const Place& at) {
+  constexpr int kAtOnce = 8;
   const LanePlan& plan = at.key->plan;
-  if constexpr (kCluster) {
+  const int values = 3 * at.features + 1;
+  if (plan.chunks == 1) {
+    for (int i = static_cast<int>(threadIdx.x); i < values; i += blockDim.x) {
+      s.total()[i] = s.mine()[i];
+    }
+    __syncthreads();
+  } else if constexpr (kCluster) {
     cluster_arrive();
     cluster_wait();
-    sum_chunks(s, at, [&](int chunk, int i) { return peer(s.mine(), chunk)[i]; });
+    sum_chunks<kAtOnce>(
+        s, at, [&](int chunk, int i) { return load_peer(s.mine() + i, chunk); });
     // No block may end, and its memory with it, while others read s.mine(): leave().
-    cluster_arrive();
+    cluster_arrive_relaxed();
   } else {
-    const int values = 3 * at.features + 1;
     double* const slab =
         at.key->partials + static_cast<int64_t>(at.slab) * plan.chunks * plan.values();
     for (int i = static_cast<int>(threadIdx.x); i < values; i += blockDim.x) {
       slab[static_cast<int64_t>(at.chunk) * values + i] = s.mine()[i];
     }
-    wait_for_slab(at.key->counters + at.slab, at.chunk, plan.chunks);
-    sum_chunks(s, at, [&](int chunk, int i) {
+    wait_for_slab(s, at.key->counters + at.slab, at.chunk, plan.chunks);
+    sum_chunks<kAtOnce>(s, at, [&](int chunk, int i) {
       return slab[static_cast<int64_t>(chunk) * values + i];
     });
   }
 }
 
+// Writes the state, in the block that leads its slab.
 template <bool kCluster>
-__device__ __forceinline__ void leave(const Params& p, const Shared& s,
-                                      const Place& at) {
-  if (at.chunk == 0) {
-    write_features(p, s, at);
+__device__ __forceinline__ void leave(const Shared& s, const Place& at,
+                                      unsigned before) {
+  if (at.leads()) {
+    write_features(s, at);
+    if (threadIdx.x == 0) {
+      write_count(s, at, before);
+    }
   }
   if constexpr (kCluster) {
-    cluster_wait();
+    if (at.key->plan.chunks > 1) {
+      cluster_wait();
+    }
   }
 }
 
-// The new statistics, in every block. The first one of the slab writes them: the count
-// now, the rest when it has written its outputs.
+// The new statistics, in every block. Returns what leave() needs to know: asked for
+// here, the answer is there when the outputs are written.
 template <typename C>
-__device__ __forceinline__ void fold_slab(const Params& p, const Shared& s,
-                                          const Place& at) {
+__device__ __forceinline__ unsigned fold_slab(const Params& p, const Shared& s,
+                                              const Place& at) {
   for (int f = static_cast<int>(threadIdx.x); f < at.features; f += blockDim.x) {
-    double unused;
-    set_map<Affine, C>(s.maps(), at, f, fold_feature(p, s, at, f, &unused), p.eps);
+    set_map<Affine, C>(s.maps(), at, f, fold_feature(p, s, at, f), p.eps);
   }
   __syncthreads();
-  if (at.chunk == 0) {
-    write_count(p, s, at);
-  }
+  return at.leads() && threadIdx.x == 0 ? give_up_count(at) : 0;
 }
 
 template <bool kCluster>
 __device__ __forceinline__ void update_values(const Params& p, const Shared& s,
                                               const Place& at) {
-  prepare(s, at);
-  sum_up<double>(p, s, at, sum_values(s, at));
+  prepare_slab<kCluster>(s, at);
+  sum_up_values(p, s, at);
   exchange<kCluster>(s, at);
-  fold_slab<double>(p, s, at);
-  map_values<Affine>(s.maps(), at);
+  unsigned before;
+  if (maps_in_float(at.key->key)) {
+    before = fold_slab<float>(p, s, at);
+    map_values<Affine, float>(s.maps(), at);
+  } else {
+    before = fold_slab<double>(p, s, at);
+    map_values<Affine, double>(s.maps(), at);
+  }
+  leave<kCluster>(s, at, before);
 }
 
 template <bool kCluster, typename T>
 __device__ __forceinline__ void update_vectors(const Params& p, const Shared& s,
-                                               const Place& at) {
+                                               Place at) {
   using C = typename Compute<T>::type;
   constexpr int V = Vector<T>::size;
-  constexpr int R = sizeof(T) == 2 ? kHeldHalf : kHeld;
-  // Sums of eight lanes leave fewer registers.
-  constexpr int kBatch = sizeof(T) == 2 ? 2 : cuda::kBatch;
+  constexpr int R = held_of(dtype_of<T>);
+  // The sums of eight lanes leave fewer registers.
+  constexpr int kBatch = sizeof(T) == 2 ? 3 : cuda::kBatch;
   const Key& key = at.key->key;
   const Walk<T> x(key.x, at);
-  const Walk<T> y(key.y, at);
   const int n = rows_of(at);
   const int kept = n < R + p.slots ? n : R + p.slots;
   // The thread's own slots: no other thread reads them.
@@ -125,87 +153,92 @@ __device__ __forceinline__ void update_vectors(const Params& p, const Shared& s,
       held[i] = *x[i];
     }
   }
-  prepare(s, at);  // while those are under way
+  prepare_slab<kCluster>(s, at);  // while those are under way
+  Marks marks;
+  const unsigned counts = marks.take<R>(at, 0, n);
   SumsOf<T> sums(s, at);
 #pragma unroll
   for (int i = 0; i < R; ++i) {
-    if (i < n && counts(key, row_of(at, i))) {
+    if (i < n && (counts >> i & 1) != 0) {
       sums.add(held[i].at);
     }
   }
-  for (int first = R; first < n; first += kBatch) {
+  in_batches<kBatch>(n - R, [&](int i, auto size) {
+    const int first = R + i;
     if (first % kFlushRows < kBatch) {
       sums.flush();
     }
     Vector<T> batch[kBatch];
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
-      if (first + j < n) {
+      if (j < size) {
         batch[j] = *x[first + j];
       }
     }
+    const unsigned counts = marks.take<kBatch>(at, first, n);
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
       if (first + j < kept) {
         *slot(first + j) = batch[j];
       }
-      if (first + j < n && counts(key, row_of(at, first + j))) {
+      if (j < size && (counts >> j & 1) != 0) {
         sums.add(batch[j].at);
       }
     }
-  }
+  });
   add_tail<T>(at, [&](int v, T value) { sums.add_one(v, value); });
   sums.flush();
-  sum_up<T>(p, s, at, sums);
+  sum_up(p, s, at, sums, marks, [&] { sum_again<T>(s, at); });
+  at = find_place<kFusedThreads, false>(p, opaque(blockIdx.x));
   exchange<kCluster>(s, at);
-  fold_slab<C>(p, s, at);
-
+  const unsigned before = fold_slab<C>(p, s, at);
+  at = find_place<kFusedThreads, false>(p, opaque(blockIdx.x));
+  const Walk<T> from(at.key->key.x, at);
+  const Walk<Output<T>> y(at.key->key.y, at);
   Affine<C> map[V];
-  if (at.is_in()) {
-    for (int v = 0; v < V; ++v) {
-      map[v] = get_map<Affine, C>(s.maps(), at, at.lane + v);
-    }
-  }
-  for (int last = n - 1; last >= kept; last -= kBatch) {
+  get_maps<Affine>(s.maps(), at, map);
+  in_batches<kBatch>(n - kept, [&](int i, auto size) {
+    const int last = n - 1 - i;
     Vector<T> batch[kBatch];
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
-      if (last - j >= kept) {
-        batch[j] = *x[last - j];
+      if (j < size) {
+        batch[j] = *from[last - j];
       }
     }
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
-      if (last - j >= kept) {
-        store_mapped(y[last - j], batch[j], map);
+      if (j < size) {
+        store_mapped<T>(y[last - j], batch[j], map);
       }
     }
-  }
+  });
 #pragma unroll 2
   for (int i = kept - 1; i >= R; --i) {
-    store_mapped(y[i], *slot(i), map);
+    store_mapped<T>(y[i], *slot(i), map);
   }
 #pragma unroll
   for (int i = R - 1; i >= 0; --i) {
     if (i < n) {
-      store_mapped(y[i], held[i], map);
+      store_mapped<T>(y[i], held[i], map);
     }
   }
   if (at.has_tail()) {
     map_tail<Affine, C>(s.maps(), at);
   }
+  leave<kCluster>(s, at, before);
 }
 
 template <bool kCluster, typename T>
 __device__ __forceinline__ void update_slab(const Params& p) {
   const Shared s{p};
-  const Place at = find_place(p, static_cast<int>(blockIdx.x), false);
-  if (at.key->plan.vector == 1) {
-    update_values<kCluster>(p, s, at);
-  } else {
-    update_vectors<kCluster, T>(p, s, at);
+  const Place at = find_place<kFusedThreads, false>(p, static_cast<int>(blockIdx.x));
+  if constexpr (kTakesValues<T>) {
+    if (at.key->plan.vector == 1) {
+      return update_values<kCluster>(p, s, at);
+    }
   }
-  leave<kCluster>(p, s, at);
+  update_vectors<kCluster, T>(p, s, at);
 }
 
 template <typename T>
@@ -239,13 +272,15 @@ cudaError_t allow(Limits* limits) {
     return error;
   }
   limits->cooperative = limits->cooperative && blocks > 0;
-  if (limits->clusters > 0) {
-    int clusters = 0;
-    if (const cudaError_t error = clusters_at_once(
-            cluster_kernel<T>, kMaxCluster, kFusedThreads, limits->shared, &clusters)) {
-      return error;
+  int size = 1;
+  for (int& of_a_size : limits->clusters) {
+    size *= 2;
+    if (of_a_size > 0) {
+      if (const cudaError_t error = clusters_at_once(
+              cluster_kernel<T>, size, kFusedThreads, limits->shared, &of_a_size)) {
+        return error;
+      }
     }
-    limits->clusters = clusters;
   }
   return cudaSuccess;
 }
@@ -254,7 +289,7 @@ cudaError_t allow(Limits* limits) {
 
 cudaError_t allow_fused(Limits* limits) {
   for (const auto allow_type :
-       {allow<float>, allow<double>, allow<Float16>, allow<BFloat16>}) {
+       {allow<float>, allow<double>, allow<Float16>, allow<BFloat16>, allow<uint8_t>}) {
     if (const cudaError_t error = allow_type(limits)) {
       return error;
     }
@@ -264,21 +299,11 @@ cudaError_t allow_fused(Limits* limits) {
 
 cudaError_t launch_fused(Dtype dtype, const Launch& shape, Stream stream,
                          const Params& p) {
-  const bool resident = shape.cooperative;
-  switch (dtype) {
-    case Dtype::kFloat64:
-      return launch(resident ? resident_kernel<double> : cluster_kernel<double>, shape,
-                    stream, p);
-    case Dtype::kFloat16:
-      return launch(resident ? resident_kernel<Float16> : cluster_kernel<Float16>,
-                    shape, stream, p);
-    case Dtype::kBFloat16:
-      return launch(resident ? resident_kernel<BFloat16> : cluster_kernel<BFloat16>,
-                    shape, stream, p);
-    default:
-      return launch(resident ? resident_kernel<float> : cluster_kernel<float>, shape,
-                    stream, p);
-  }
+  return dispatch_kernel(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    return launch(shape.cooperative ? resident_kernel<T> : cluster_kernel<T>, shape,
+                  stream, p);
+  });
 }
 
 }  // namespace cuda

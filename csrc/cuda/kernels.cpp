@@ -15,7 +15,7 @@ namespace vecnorm {
 namespace cuda {
 namespace {
 
-// The most that accumulate() ever asks for, on every GPU from sm_75 on.
+// The most that two kernels ever ask for, on every GPU from sm_75 on.
 constexpr size_t kAccumulateBytes = 64 * 1024;
 
 // What is known of each device: asked once.
@@ -34,7 +34,7 @@ class Known {
       error = allow_fused(limits);
     }
     if (error == cudaSuccess) {
-      error = allow_accumulate(kAccumulateBytes);
+      error = allow_two_kernels(kAccumulateBytes);
     }
     if (error == cudaSuccess) {
       limits_.emplace(device, *limits);
@@ -46,7 +46,9 @@ class Known {
   void take_away(int device, Path path) {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (path == Path::kCluster) {
-      limits_[device].clusters = 0;
+      for (int& clusters : limits_[device].clusters) {
+        clusters = 0;
+      }
     } else {
       limits_[device].cooperative = false;
     }
@@ -72,10 +74,13 @@ class Arguments {
     p_.eps = eps;
   }
 
-  void add(const Key& key, const LanePlan& plan, Workspace* workspace) {
+  // `inner`: what its blocks count through first.
+  void add(const Key& key, const LanePlan& plan, int inner, Workspace* workspace) {
     DeviceKey& k = p_.keys[p_.size];
     k.key = key;
     k.plan = plan;
+    k.by_inner = Divisor::of(inner);
+    k.by_features = Divisor::of(plan.features);
     k.partials = nullptr;
     k.counters = nullptr;
     if (workspace != nullptr) {
@@ -93,18 +98,19 @@ class Arguments {
   bool full() const { return p_.size == kMaxKeys; }
   int blocks() const { return p_.size > 0 ? p_.ends[p_.size - 1] : 0; }
 
-  // The arguments of a kernel whose threads keep `slots` vectors each.
+  // The arguments of a kernel whose threads keep so many vectors in shared memory each.
   const Params& get(int slots) {
     p_.slots = slots;
     p_.shared_bytes = static_cast<int>(p_.shared.bytes());
     return p_;
   }
 
-  Launch shape() const {
+  Launch shape(int vector_bytes) const {
     Launch shape;
     shape.blocks = blocks();
     shape.threads = threads_;
-    shape.shared = p_.shared.bytes() + static_cast<size_t>(16 * p_.slots * threads_);
+    shape.shared =
+        p_.shared.bytes() + static_cast<size_t>(vector_bytes * p_.slots * threads_);
     return shape;
   }
 
@@ -118,36 +124,70 @@ class Arguments {
   Params p_;
 };
 
-bool is_integer(const Key& key) {
-  const Dtype d = key.x.dtype;
-  return d != Dtype::kFloat32 && d != Dtype::kFloat64 && d != Dtype::kFloat16 &&
-         d != Dtype::kBFloat16;
+// The type of the kernel that a key goes to.
+Dtype launch_type(const Key& key) {
+  const Dtype type = kernel_type(key);
+  return type == kNoVectors ? Dtype::kFloat32 : type;
 }
 
-// Integers last: they go with any other kind.
-int kind_of(const Key& key) {
-  return is_integer(key) ? 99 : static_cast<int>(key.x.dtype);
+// Keys with samples, those of one kernel together.
+std::vector<Key> in_order(const std::vector<Key>& keys) {
+  std::vector<Key> some;
+  for (const Key& key : keys) {
+    if (key.samples > 0) {
+      some.push_back(key);
+    }
+  }
+  std::stable_sort(some.begin(), some.end(), [](const Key& a, const Key& b) {
+    return launch_type(a) < launch_type(b);
+  });
+  return some;
 }
 
-using Launcher = cudaError_t (*)(const Launch&, Stream, const Params&);
+// How many of the keys in_order(), from the first on, share a launch.
+int batch_size(const Key* keys, size_t size) {
+  size_t n = 1;
+  while (n < size && n < kMaxKeys && launch_type(keys[n]) == launch_type(keys[0])) {
+    ++n;
+  }
+  return static_cast<int>(n);
+}
 
-cudaError_t apply(Launcher launcher, const Key* keys, size_t size, double eps,
-                  Stream stream) {
-  for (size_t i = 0; i < size;) {
-    Arguments arguments({1., 1.}, eps, kBlockThreads);
-    for (; i < size && !arguments.full(); ++i) {
-      if (keys[i].samples > 0 && keys[i].y.data != nullptr) {
-        arguments.add(keys[i], plan_maps(keys[i]), nullptr);
-      }
+using Launcher = cudaError_t (*)(Dtype, const Launch&, Stream, const Params&);
+
+// A batch of keys; those whose outputs nobody wants are left out.
+cudaError_t apply(Launcher launcher, const Key* keys, int size, const Limits& limits,
+                  double eps, Stream stream) {
+  Arguments arguments({1., 1.}, eps, kBlockThreads);
+  for (int i = 0; i < size; ++i) {
+    if (keys[i].y.data != nullptr) {
+      const LanePlan plan = plan_maps(keys[i], limits);
+      arguments.add(keys[i], plan, plan.slabs, nullptr);
     }
-    if (arguments.blocks() > 0) {
-      const Params& p = arguments.get(0);
-      Launch shape = arguments.shape();
-      shape.shared = 3 * sizeof(double) * static_cast<size_t>(p.shared.features);
-      if (const cudaError_t error = launcher(shape, stream, p)) {
-        return error;
-      }
+  }
+  if (arguments.blocks() == 0) {
+    return cudaSuccess;
+  }
+  const Params& p = arguments.get(0);
+  Launch shape = arguments.shape(0);
+  shape.shared = 3 * sizeof(double) * static_cast<size_t>(p.shared.features);
+  return launcher(launch_type(keys[0]), shape, stream, p);
+}
+
+cudaError_t apply_all(Launcher launcher, const std::vector<Key>& all, double eps,
+                      Stream stream) {
+  Limits limits;
+  if (const cudaError_t error = current_limits(&limits)) {
+    return error;
+  }
+  const std::vector<Key> keys = in_order(all);
+  for (size_t i = 0; i < keys.size();) {
+    const int size = batch_size(&keys[i], keys.size() - i);
+    if (const cudaError_t error =
+            apply(launcher, &keys[i], size, limits, eps, stream)) {
+      return error;
     }
+    i += static_cast<size_t>(size);
   }
   return cudaSuccess;
 }
@@ -155,31 +195,18 @@ cudaError_t apply(Launcher launcher, const Key* keys, size_t size, double eps,
 }  // namespace
 
 Update::Update(const std::vector<Key>& keys, Weights weights, double eps, Path wish)
-    : weights_(weights), eps_(eps) {
-  for (const Key& key : keys) {
-    if (key.samples > 0) {
-      keys_.push_back(key);
-    }
-  }
-  // A fused kernel knows one floating-point type, and takes integers along.
-  std::stable_sort(keys_.begin(), keys_.end(),
-                   [](const Key& a, const Key& b) { return kind_of(a) < kind_of(b); });
+    : keys_(in_order(keys)), weights_(weights), eps_(eps) {
   error_ = current_device(&device_);
   if (error_ == cudaSuccess) {
     error_ = known().find(device_, &limits_);
   }
   for (size_t i = 0; i < keys_.size() && error_ == cudaSuccess;) {
-    size_t end = i + 1;
-    while (end < keys_.size() && end - i < kMaxKeys &&
-           (is_integer(keys_[end]) || keys_[end].x.dtype == keys_[i].x.dtype)) {
-      ++end;
-    }
-    const int size = static_cast<int>(end - i);
+    const int size = batch_size(&keys_[i], keys_.size() - i);
     batches_.push_back({&keys_[i], size, plan_update(&keys_[i], size, limits_, wish)});
     const WorkspaceSize more = workspace_of(batches_.back());
     workspace_.partials += more.partials;
     workspace_.counters += more.counters;
-    i = end;
+    i += static_cast<size_t>(size);
   }
 }
 
@@ -188,9 +215,10 @@ WorkspaceSize Update::workspace_of(const Batch& batch) const {
   for (int i = 0; i < batch.size; ++i) {
     const WorkspaceSize size = Arguments::size_of(batch.plan.keys[i]);
     // A fused kernel that finds no room for itself gives way to the other path.
-    const WorkspaceSize other = batch.plan.path == Path::kTwoKernels
-                                    ? size
-                                    : Arguments::size_of(plan_sums(batch.keys[i]));
+    const WorkspaceSize other =
+        batch.plan.path == Path::kTwoKernels
+            ? size
+            : Arguments::size_of(plan_sums(batch.keys[i], limits_));
     all.partials += std::max(size.partials, other.partials);
     all.counters += std::max(size.counters, other.counters);
   }
@@ -204,8 +232,8 @@ cudaError_t Update::run(Workspace workspace, Stream stream) {
   for (Batch& batch : batches_) {
     const Workspace start = workspace;
     cudaError_t error = run(batch, &workspace, stream);
-    if (error != cudaSuccess && batch.plan.path != Path::kTwoKernels) {
-      // The launch was refused, nothing has run.
+    if (is_refusal(error) && batch.plan.path != Path::kTwoKernels) {
+      // Nothing has run.
       forget_error();
       known().take_away(device_, batch.plan.path);
       batch.plan = plan_update(batch.keys, batch.size, limits_, Path::kTwoKernels);
@@ -225,28 +253,35 @@ cudaError_t Update::run(const Batch& batch, Workspace* workspace, Stream stream)
   const bool fused = batch.plan.path != Path::kTwoKernels;
   Arguments arguments(weights_, eps_, fused ? kFusedThreads : kBlockThreads);
   for (int i = 0; i < batch.size; ++i) {
-    arguments.add(batch.keys[i], batch.plan.keys[i], workspace);
+    const LanePlan& plan = batch.plan.keys[i];
+    arguments.add(batch.keys[i], plan, fused ? plan.chunks : plan.slabs, workspace);
   }
   const Params& p = arguments.get(batch.plan.slots);
-  Launch shape = arguments.shape();
+  Launch shape = arguments.shape(batch.plan.vector_bytes);
+  const Dtype type = launch_type(batch.keys[0]);
   if (fused) {
     shape.cluster = batch.plan.cluster;
     shape.cooperative = batch.plan.path == Path::kResident;
-    return launch_fused(batch.keys[0].x.dtype, shape, stream, p);
+    return launch_fused(type, shape, stream, p);
   }
-  if (const cudaError_t error = launch_accumulate(shape, stream, p)) {
+  if (const cudaError_t error = launch_accumulate(type, shape, stream, p)) {
     return error;
   }
-  return apply(launch_normalize, batch.keys, static_cast<size_t>(batch.size), eps_,
-               stream);
+  return apply(launch_normalize, batch.keys, batch.size, limits_, eps_, stream);
+}
+
+cudaError_t current_limits(Limits* limits) {
+  int device = 0;
+  const cudaError_t error = current_device(&device);
+  return error != cudaSuccess ? error : known().find(device, limits);
 }
 
 cudaError_t normalize(const std::vector<Key>& keys, double eps, Stream stream) {
-  return apply(launch_normalize, keys.data(), keys.size(), eps, stream);
+  return apply_all(launch_normalize, keys, eps, stream);
 }
 
 cudaError_t denormalize(const std::vector<Key>& keys, double eps, Stream stream) {
-  return apply(launch_denormalize, keys.data(), keys.size(), eps, stream);
+  return apply_all(launch_denormalize, keys, eps, stream);
 }
 
 }  // namespace cuda

@@ -67,6 +67,9 @@ class Update {
   WorkspaceSize workspace_;
 };
 
+// What the current device offers these kernels.
+cudaError_t current_limits(Limits* limits);
+
 // y = (x - loc) / scale with the statistics as they are.
 cudaError_t normalize(const std::vector<Key>& keys, double eps, Stream stream);
 

@@ -13,13 +13,34 @@
 namespace vecnorm {
 namespace cuda {
 
-// two_kernels.cu
-cudaError_t allow_accumulate(size_t bytes);
-cudaError_t launch_accumulate(const Launch& shape, Stream stream, const Params& p);
-cudaError_t launch_normalize(const Launch& shape, Stream stream, const Params& p);
-cudaError_t launch_denormalize(const Launch& shape, Stream stream, const Params& p);
+// Calls f(Type<T>{}) for the T of the kernel that kernel_type() names.
+template <typename F>
+cudaError_t dispatch_kernel(Dtype type, F f) {
+  switch (type) {
+    case Dtype::kFloat64:
+      return f(Type<double>{});
+    case Dtype::kFloat16:
+      return f(Type<Float16>{});
+    case Dtype::kBFloat16:
+      return f(Type<BFloat16>{});
+    case Dtype::kUInt8:
+      return f(Type<uint8_t>{});
+    default:
+      return f(Type<float>{});
+  }
+}
 
-// fused.cu: kernels for one floating-point type each, and for keys without vectors.
+// Kernels are for one type of vectors each, that of float for keys without as well.
+// two_kernels.cu
+cudaError_t allow_two_kernels(size_t bytes);
+cudaError_t launch_accumulate(Dtype dtype, const Launch& shape, Stream stream,
+                              const Params& p);
+cudaError_t launch_normalize(Dtype dtype, const Launch& shape, Stream stream,
+                             const Params& p);
+cudaError_t launch_denormalize(Dtype dtype, const Launch& shape, Stream stream,
+                               const Params& p);
+
+// fused.cu
 // allow_fused() lets them have all shared memory of the current GPU, and takes from the
 // limits what they cannot do there.
 cudaError_t allow_fused(Limits* limits);

@@ -11,8 +11,8 @@
 //               The last block of a slab to finish adds up the sums of all of them in
 //               order, and folds them into the state; the last slab of a key writes its
 //               count, which the others have read by then.
-//   normalize   y = (x - loc) / scale, in the opposite order: what accumulate read last
-//               may still be in the L2 cache.
+//   normalize   y = (x - loc) / scale, from the last row of a block to its first: what
+//               accumulate read last may still be in the L2 cache.
 //
 // Nothing depends on the order in which blocks run: integer counters say who is last,
 // sums are added in the order of the plan.
@@ -24,40 +24,57 @@ namespace vecnorm {
 namespace cuda {
 namespace {
 
-__device__ void accumulate(const Params& p, const Shared& s, const Place& at) {
-  if (at.key->plan.vector == 1) {
-    sum_up<double>(p, s, at, sum_values(s, at));
-    return;
+// Vectors that a thread has under way at once: with kSumBlocks blocks, enough to keep
+// the memory busy.
+template <typename T>
+constexpr int kSumBatch = sizeof(T) == 2 ? 4 : 8;
+
+template <typename T>
+__device__ __forceinline__ void accumulate(const Params& p, const Shared& s,
+                                           const Place& at) {
+  constexpr int kBatch = kSumBatch<T>;
+  if constexpr (kTakesValues<T>) {
+    if (at.key->plan.vector == 1) {
+      return sum_up_values(p, s, at);
+    }
   }
-  dispatch_float(at.key->key.x.dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    SumsOf<T> sums(s, at);
-    const Walk<T> x(at.key->key.x, at);
-    const int n = rows_of(at);
-    for (int i = 0; i < n;) {
-      const int flush = i + kFlushRows < n ? i + kFlushRows : n;
-#pragma unroll 4
-      for (; i < flush; ++i) {
-        const Vector<T> vector = *x[i];
-        if (counts(at.key->key, row_of(at, i))) {
-          sums.add(vector.at);
-        }
-      }
+  SumsOf<T> sums(s, at);
+  Marks marks;
+  const Walk<T> x(at.key->key.x, at);
+  const int n = rows_of(at);
+  in_batches<kBatch>(n, [&](int i, auto size) {
+    if (i % kFlushRows < kBatch) {
       sums.flush();
     }
-    add_tail<T>(at, [&](int v, T value) { sums.add_one(v, value); });
-    sums.flush();
-    sum_up<T>(p, s, at, sums);
+    Vector<T> batch[kBatch];
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      if (j < size) {
+        batch[j] = *x[i + j];
+      }
+    }
+    const unsigned counts = marks.take<kBatch>(at, i, n);
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      if (j < size && (counts >> j & 1) != 0) {
+        sums.add(batch[j].at);
+      }
+    }
   });
+  add_tail<T>(at, [&](int v, T value) { sums.add_one(v, value); });
+  sums.flush();
+  sum_up(p, s, at, sums, marks, [&] { sum_again<T>(s, at); });
 }
 
-__global__ void __launch_bounds__(kBlockThreads)
+template <typename T>
+__global__ void __launch_bounds__(kBlockThreads, kSumBlocks)
     accumulate_kernel(const __grid_constant__ Params p) {
+  constexpr int kAtOnce = 16;
   const Shared s{p};
-  const Place at = find_place(p, static_cast<int>(blockIdx.x), true);
+  const Place at = find_place<kBlockThreads, true>(p, static_cast<int>(blockIdx.x));
   const LanePlan& plan = at.key->plan;
   prepare(s, at);
-  accumulate(p, s, at);
+  accumulate<T>(p, s, at);
 
   const int values = 3 * at.features + 1;
   double* const slab =
@@ -69,11 +86,16 @@ __global__ void __launch_bounds__(kBlockThreads)
                         static_cast<unsigned>(plan.chunks))) {
     return;
   }
-  sum_chunks(s, at, [&](int chunk, int i) {
+  sum_chunks<kAtOnce>(s, at, [&](int chunk, int i) {
     return slab[static_cast<int64_t>(chunk) * values + i];
   });
-  write_features(p, s, at);
-  write_count(p, s, at);
+  for (int f = static_cast<int>(threadIdx.x); f < at.features; f += blockDim.x) {
+    fold_feature(p, s, at, f);
+  }
+  write_features(s, at);
+  if (threadIdx.x == 0) {
+    write_count(s, at, give_up_count(at));
+  }
 }
 
 template <template <typename> class Map, typename C>
@@ -87,73 +109,101 @@ __device__ double* read_maps(const Params& p, const Place& at) {
   return maps;
 }
 
-template <template <typename> class Map>
+template <template <typename> class Map, typename T>
 __device__ void apply(const Params& p) {
-  const Place at = find_place(p, static_cast<int>(gridDim.x - 1 - blockIdx.x), true);
+  using C = typename Compute<T>::type;
+  const Place at =
+      find_place<kBlockThreads, true>(p, static_cast<int>(gridDim.x - 1 - blockIdx.x));
   const Key& key = at.key->key;
-  if (at.key->plan.vector == 1) {
-    map_values<Map>(read_maps<Map, double>(p, at), at);
-    return;
+  if constexpr (kTakesValues<T>) {
+    if (at.key->plan.vector == 1) {
+      return maps_in_float(key)
+                 ? map_values<Map, float>(read_maps<Map, float>(p, at), at)
+                 : map_values<Map, double>(read_maps<Map, double>(p, at), at);
+    }
   }
-  dispatch_float(key.x.dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    using C = typename Compute<T>::type;
-    constexpr int V = Vector<T>::size;
-    const double* maps = read_maps<Map, C>(p, at);
-    Map<C> map[V];
-    for (int v = 0; v < V; ++v) {
-      map[v] = get_map<Map, C>(maps, at, at.lane + v);
-    }
-    const Walk<T> x(key.x, at);
-    const Walk<T> y(key.y, at);
-    const int n = rows_of(at);
-    for (int i = 0; i < n; i += kBatch) {
-      Vector<T> batch[kBatch];
+  const double* maps = read_maps<Map, C>(p, at);
+  Map<C> map[Vector<T>::size];
+  get_maps<Map>(maps, at, map);
+  const Walk<T> x(key.x, at);
+  const Walk<Output<T>> y(key.y, at);
+  const int last = rows_of(at) - 1;
+  in_batches<kBatch>(last + 1, [&](int i, auto size) {
+    Vector<T> batch[kBatch];
 #pragma unroll
-      for (int j = 0; j < kBatch; ++j) {
-        if (i + j < n) {
-          batch[j] = *x[i + j];
-        }
-      }
-#pragma unroll
-      for (int j = 0; j < kBatch; ++j) {
-        if (i + j < n) {
-          store_mapped(y[i + j], batch[j], map);
-        }
+    for (int j = 0; j < kBatch; ++j) {
+      if (j < size) {
+        batch[j] = *x[last - i - j];
       }
     }
-    if (at.has_tail()) {
-      map_tail<Map, C>(maps, at);
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      if (j < size) {
+        store_mapped<T>(y[last - i - j], batch[j], map);
+      }
     }
   });
+  if (at.has_tail()) {
+    map_tail<Map, C>(maps, at);
+  }
 }
 
-__global__ void __launch_bounds__(kBlockThreads)
+template <typename T>
+__global__ void __launch_bounds__(kBlockThreads, kMapBlocks)
     normalize_kernel(const __grid_constant__ Params p) {
-  apply<Affine>(p);
+  apply<Affine, T>(p);
 }
 
-__global__ void __launch_bounds__(kBlockThreads)
+template <typename T>
+__global__ void __launch_bounds__(kBlockThreads, kMapBlocks)
     denormalize_kernel(const __grid_constant__ Params p) {
-  apply<InverseAffine>(p);
+  apply<InverseAffine, T>(p);
+}
+
+template <typename T>
+cudaError_t allow(size_t bytes) {
+  for (auto kernel : {normalize_kernel<T>, denormalize_kernel<T>}) {
+    if (const cudaError_t error = load_now(kernel)) {
+      return error;
+    }
+  }
+  return allow_shared(accumulate_kernel<T>, bytes);
 }
 
 }  // namespace
 
-cudaError_t allow_accumulate(size_t bytes) {
-  return allow_shared(accumulate_kernel, bytes);
+cudaError_t allow_two_kernels(size_t bytes) {
+  for (const auto allow_type :
+       {allow<float>, allow<double>, allow<Float16>, allow<BFloat16>, allow<uint8_t>}) {
+    if (const cudaError_t error = allow_type(bytes)) {
+      return error;
+    }
+  }
+  return cudaSuccess;
 }
 
-cudaError_t launch_accumulate(const Launch& shape, Stream stream, const Params& p) {
-  return launch(accumulate_kernel, shape, stream, p);
+cudaError_t launch_accumulate(Dtype dtype, const Launch& shape, Stream stream,
+                              const Params& p) {
+  return dispatch_kernel(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    return launch(accumulate_kernel<T>, shape, stream, p);
+  });
 }
 
-cudaError_t launch_normalize(const Launch& shape, Stream stream, const Params& p) {
-  return launch(normalize_kernel, shape, stream, p);
+cudaError_t launch_normalize(Dtype dtype, const Launch& shape, Stream stream,
+                             const Params& p) {
+  return dispatch_kernel(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    return launch(normalize_kernel<T>, shape, stream, p);
+  });
 }
 
-cudaError_t launch_denormalize(const Launch& shape, Stream stream, const Params& p) {
-  return launch(denormalize_kernel, shape, stream, p);
+cudaError_t launch_denormalize(Dtype dtype, const Launch& shape, Stream stream,
+                               const Params& p) {
+  return dispatch_kernel(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    return launch(denormalize_kernel<T>, shape, stream, p);
+  });
 }
 
 }  // namespace cuda

@@ -17,6 +17,7 @@
 #include <atomic>
 #include <map>
 #include <mutex>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -44,9 +45,25 @@ void check_devices(TensorList x, const States& s, TensorList y, TensorList mask)
   }
 }
 
-cuda::Stream current_stream(const at::Device& device) {
-  return static_cast<cuda::Stream>(
-      at::accelerator::getCurrentStream(device.index()).native_handle());
+// The guard has to reach the runtime that is linked into this extension.
+void check_current(const at::Device& device) {
+  int current = -1;
+  check_launch(cuda::current_device(&current));
+  TORCH_CHECK(current == device.index(),
+              "torchrl_vecnorm: expected the current device to be ", device,
+              ", got cuda:", current);
+}
+
+// Kernels count features in 32 bits.
+void check_features(const Keys& keys) {
+  for (size_t i = 0; i < keys.keys.size(); ++i) {
+    TORCH_CHECK_VALUE(keys.keys[i].features <= 1 << 30, "x[", i, "]: expected at most ",
+                      1 << 30, " features on CUDA, got ", keys.keys[i].features);
+  }
+}
+
+cuda::Stream native(const c10::Stream& stream) {
+  return static_cast<cuda::Stream>(stream.native_handle());
 }
 
 bool is_capturing(cuda::Stream stream) {
@@ -55,54 +72,79 @@ bool is_capturing(cuda::Stream stream) {
   return status != cudaStreamCaptureStatusNone;
 }
 
+// The memory of a workspace: doubles, then counters, which are zero.
 struct Buffers {
-  Tensor partials;
-  Tensor counters;
+  Tensor memory;
+  cuda::WorkspaceSize size;
 
   Buffers() = default;
-  Buffers(cuda::WorkspaceSize size, const at::Device& device)
-      : partials(at::empty({static_cast<int64_t>(size.partials)},
-                           at::TensorOptions(at::kDouble).device(device))),
-        counters(at::zeros({static_cast<int64_t>(size.counters)},
-                           at::TensorOptions(at::kInt).device(device))) {}
+  Buffers(cuda::WorkspaceSize wanted, const at::Device& device,
+          const c10::Stream& stream)
+      : memory(at::empty({static_cast<int64_t>(wanted.partials + wanted.counters)},
+                         at::TensorOptions(at::kDouble).device(device))),
+        size(wanted) {
+    const cuda::Workspace w = get();
+    check_launch(cudaMemsetAsync(w.counters, 0, size.counters * sizeof(unsigned),
+                                 native(stream)));
+  }
 
-  bool holds(cuda::WorkspaceSize size) const {
-    return partials.defined() &&
-           partials.numel() >= static_cast<int64_t>(size.partials) &&
-           counters.numel() >= static_cast<int64_t>(size.counters);
+  bool holds(cuda::WorkspaceSize other) const {
+    return size.partials >= other.partials && size.counters >= other.counters;
   }
 
   cuda::Workspace get() const {
-    return {partials.data_ptr<double>(),
-            reinterpret_cast<unsigned*>(counters.data_ptr<int>())};
+    auto* const partials = memory.data_ptr<double>();
+    return {partials, reinterpret_cast<unsigned*>(partials + size.partials)};
   }
 };
 
+size_t power_of_two_from(size_t n) {
+  size_t p = 1;
+  while (p < n) {
+    p *= 2;
+  }
+  return p;
+}
+
 // A workspace belongs to a state, so that two streams never share its counters. Old
-// ones are kept while the state lives: a captured graph may still write to them.
+// ones are kept while the state lives: a captured graph may still write to them. They
+// double, so that there are few.
+//
+// What a state's first call needs is not kept: where torch.compile warms its graphs up,
+// that is memory of their pool, which nobody may keep, and the state is born anew in
+// each run.
 class Workspaces {
  public:
-  Buffers find(const Tensor& state, cuda::WorkspaceSize size, cuda::Stream stream) {
+  Buffers find(const Tensor& state, cuda::WorkspaceSize size,
+               const c10::Stream& stream) {
     const std::lock_guard<std::mutex> lock(mutex_);
+    const bool captures = is_capturing(native(stream));
     const Owner owner{state.storage().unsafeGetStorageImpl(), state.data_ptr()};
     const auto found = entries_.find(owner);
-    if (found != entries_.end() && !found->second.owner.expired() &&
-        found->second.buffers.back().holds(size)) {
-      return found->second.buffers.back();
+    Entry* const entry = found != entries_.end() && !found->second.owner.expired()
+                             ? &found->second
+                             : nullptr;
+    if (entry != nullptr && !entry->buffers.empty() &&
+        entry->buffers.back().holds(size)) {
+      Buffers& last = entry->buffers.back();
+      if (!captures && entry->streams.insert(stream.id()).second) {
+        last.memory.record_stream(stream);  // it may be freed while that one still runs
+      }
+      return last;
     }
-    Buffers buffers(size, state.device());
-    if (is_capturing(stream)) {
-      // Zeroed by the graph, on each replay: nothing has run yet that would.
-      return buffers;
+    if (captures || entry == nullptr) {
+      if (!captures) {
+        forget_the_dead();
+        entries_.erase(owner);
+        entries_.emplace(owner, Entry{state.storage().getWeakStorageImpl(), {}, {}});
+      }
+      // In a graph, it is zeroed on each replay.
+      return Buffers(size, state.device(), stream);
     }
-    if (found != entries_.end() && !found->second.owner.expired()) {
-      found->second.buffers.push_back(buffers);
-      return buffers;
-    }
-    forget_the_dead();
-    entries_.erase(owner);
-    entries_.emplace(owner, Entry{state.storage().getWeakStorageImpl(), {buffers}});
-    return buffers;
+    size = {power_of_two_from(size.partials), power_of_two_from(size.counters)};
+    entry->buffers.emplace_back(size, state.device(), stream);
+    entry->streams = {stream.id()};
+    return entry->buffers.back();
   }
 
  private:
@@ -112,6 +154,7 @@ class Workspaces {
   struct Entry {
     c10::weak_intrusive_ptr<c10::StorageImpl> owner;
     std::vector<Buffers> buffers;
+    std::set<c10::StreamId> streams;  // that the last one is known to be used on
   };
 
   void forget_the_dead() {
@@ -133,22 +176,33 @@ Workspaces& workspaces() {
 std::atomic<cuda::Path> wished_path = cuda::Path::kAuto;
 std::atomic<cuda::Path> last_path = cuda::Path::kAuto;
 
-void update_cuda(TensorList x, TensorList state, TensorList y, TensorList mask,
-                 double keep, double weight, double eps) {
+// `lives`: whether the state may see another call.
+void update_states(TensorList x, TensorList state, TensorList y, TensorList mask,
+                   double keep, double weight, double eps, bool lives) {
   const States s{state};
   check_update(x, y, mask, s, keep, weight, eps);
   if (x.empty()) {
     return;
   }
   check_devices(x, s, y, mask);
-  const c10::DeviceGuard guard(x[0].device());
+  const at::Device device = x[0].device();
+  const c10::DeviceGuard guard(device);
+  check_current(device);
   const Keys keys(x, y, mask, s);
-  const cuda::Stream stream = current_stream(x[0].device());
+  check_features(keys);
+  const c10::Stream stream = at::accelerator::getCurrentStream(device.index());
   cuda::Update update(keys.keys, {keep, weight}, eps, wished_path);
-  const Buffers buffers = workspaces().find(s.count(0), update.workspace(), stream);
-  check_launch(update.run(buffers.get(), stream));
+  const cuda::WorkspaceSize size = update.workspace();
+  const Buffers buffers = lives ? workspaces().find(s.count(0), size, stream)
+                                : Buffers(size, device, stream);
+  check_launch(update.run(buffers.get(), native(stream)));
   last_path = update.path();
   keys.write_back();
+}
+
+void update_cuda(TensorList x, TensorList state, TensorList y, TensorList mask,
+                 double keep, double weight, double eps) {
+  update_states(x, state, y, mask, keep, weight, eps, true);
 }
 
 using Apply = cudaError_t (*)(const std::vector<Key>&, double, cuda::Stream);
@@ -158,9 +212,13 @@ void apply_cuda(TensorList x, const States& s, TensorList y, double eps, Apply a
     return;
   }
   check_devices(x, s, y, {});
-  const c10::DeviceGuard guard(x[0].device());
+  const at::Device device = x[0].device();
+  const c10::DeviceGuard guard(device);
+  check_current(device);
   const Keys keys(x, y, {}, s);
-  check_launch(apply(keys.keys, eps, current_stream(x[0].device())));
+  check_features(keys);
+  check_launch(
+      apply(keys.keys, eps, native(at::accelerator::getCurrentStream(device.index()))));
   keys.write_back();
 }
 
@@ -186,7 +244,7 @@ std::vector<Tensor> denormalize_cuda(TensorList y, TensorList state, double eps)
 
 std::vector<Tensor> moments_cuda(TensorList x, int64_t feature_ndim, TensorList mask) {
   std::vector<Tensor> state = zero_states(x, feature_ndim);
-  update_cuda(x, state, {}, mask, 1, 1, 1);
+  update_states(x, state, {}, mask, 1, 1, 1, false);
   return state;
 }
 
@@ -216,6 +274,21 @@ std::string last_cuda_path() {
     }
   }
   return "auto";
+}
+
+std::string cuda_limits() {
+  cuda::Limits limits;
+  check_launch(cuda::current_limits(&limits));
+  std::string text = std::to_string(limits.processors) + " processors, " +
+                     std::to_string(limits.shared) +
+                     " bytes of shared memory a block, ";
+  int size = 1;
+  for (int clusters : limits.clusters) {
+    size *= 2;
+    text += std::to_string(clusters) + " clusters of " + std::to_string(size) + ", ";
+  }
+  return text +
+         (limits.cooperative ? "cooperative launches" : "no cooperative launches");
 }
 
 TORCH_LIBRARY_IMPL(torchrl_vecnorm, CUDA, m) {

@@ -32,5 +32,7 @@ std::vector<at::Tensor> outputs_like(at::TensorList x);
 // take where it can, and which it took last.
 void set_cuda_path(const std::string& name);
 std::string last_cuda_path();
+// What the current GPU runs at once, in words.
+std::string cuda_limits();
 
 }  // namespace vecnorm

@@ -373,6 +373,7 @@ PYBIND11_MODULE(_C, m) {
 #ifdef VECNORM_WITH_CUDA
   m.def("cuda_path", &set_cuda_path, py::arg("name"));
   m.def("last_cuda_path", &last_cuda_path);
+  m.def("cuda_limits", &cuda_limits);
 #endif
   m.def("leave_the_pool_after_fork", &leave_the_pool_after_fork);
   m.def("came_from_another_process", &came_from_another_process, py::arg("tensor"));

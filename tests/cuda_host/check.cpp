@@ -125,7 +125,23 @@ std::vector<std::vector<Case>> calls(const std::string& extent) {
       one(make("dtype", 131, 5, d));
     }
   }
-  Case c = make("padded", 70, 8);
+  // Images: vectors of bytes, with rows that are grouped, padded, too short for them.
+  one(make("image", 1400, 12, Dtype::kUInt8));
+  one(make("image", 3, 6000, Dtype::kUInt8));
+  Case c = make("padded image", 170, 100, Dtype::kUInt8);
+  c.pad = 4;
+  one(c);
+  c.name = "misaligned image";
+  c.pad = 3;
+  one(c);
+  c.name = "masked image";
+  c.pad = 0;
+  c.masked = true;
+  one(c);
+  // Few rows of many features: a block has its features alone.
+  one(make("wide", 1, 3000));
+  one(make("wide", 9, 1500, Dtype::kFloat64));
+  c = make("padded", 70, 8);
   c.pad = 4;
   one(c);
   c.name = "misaligned rows";
@@ -187,10 +203,29 @@ std::vector<std::vector<Case>> calls(const std::string& extent) {
   return all;
 }
 
+// Divisors give what a division does, also where a rounding would show first.
+void check_divisors() {
+  for (int divisor : {1, 2, 3, 5, 7, 64, 441, 46341, 65537, 1 << 30, 2147483647}) {
+    const auto by = cuda::Divisor::of(divisor);
+    for (int64_t near :
+         {int64_t{0}, int64_t{divisor}, int64_t{2147483647} / divisor * divisor,
+          int64_t{2147483647}, int64_t{1} << 30}) {
+      for (int64_t n = near - 2; n <= near + 2; ++n) {
+        if (n >= 0 && n <= 2147483647 &&
+            by.divide(static_cast<int>(n)) != n / divisor) {
+          std::printf("%ld / %d is wrong\n", static_cast<long>(n), divisor);
+          ++failures;
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   using cuda::Path;
+  check_divisors();
   const std::string extent = argc > 1 ? argv[1] : "";  // "small", "few" or all
   const bool quick = extent == "few";
   emulation::uneven = quick;

@@ -23,10 +23,12 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <random>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "csrc/cuda/launch.h"
@@ -53,11 +55,13 @@ inline bool descending = false;
 inline bool uneven = false;
 // The emulated GPUs have few processors and little memory, so that small inputs already
 // overflow; the third one knows neither clusters nor cooperative launches.
-inline const vecnorm::cuda::Limits devices[] = {{7, 24 * 1024, 2, true},
-                                                {9, 96 * 1024, 2, true},
-                                                {5, 64 * 1024, 0, false},
-                                                {9, 96 * 1024, 2, true}};
+inline const vecnorm::cuda::Limits devices[] = {{7, 24 * 1024, {4, 3, 2}, true},
+                                                {9, 96 * 1024, {4, 2, 2}, true},
+                                                {5, 64 * 1024, {}, false},
+                                                {9, 96 * 1024, {4, 2, 2}, true}};
 inline int device = 0;
+// Shared memory that kernels may have, on each device, where it is not 48 KB.
+inline std::map<std::pair<int, void*>, size_t> allowed;
 // Launches of blocks that need each other are refused, as they are when another process
 // holds processors.
 inline bool busy = false;
@@ -339,7 +343,8 @@ inline cudaError_t query(int device, Limits* limits) {
 }
 
 template <typename Params>
-cudaError_t allow_shared(void (*)(Params), size_t) {
+cudaError_t allow_shared(void (*kernel)(Params), size_t bytes) {
+  emulation::allowed[{emulation::device, reinterpret_cast<void*>(kernel)}] = bytes;
   return cudaSuccess;
 }
 
@@ -350,9 +355,18 @@ cudaError_t blocks_at_once(void (*)(Params), int, size_t, int* blocks) {
 }
 
 template <typename Params>
-cudaError_t clusters_at_once(void (*)(Params), int, int, size_t, int* clusters) {
-  *clusters = emulation::devices[emulation::device].clusters;
+cudaError_t clusters_at_once(void (*)(Params), int size, int, size_t, int* clusters) {
+  *clusters = emulation::devices[emulation::device].clusters[log2_of(size) - 1];
   return cudaSuccess;
+}
+
+template <typename Params>
+cudaError_t load_now(void (*)(Params)) {
+  return cudaSuccess;
+}
+
+inline bool is_refusal(cudaError_t error) {
+  return error == cudaErrorCooperativeLaunchTooLarge;
 }
 
 inline void forget_error() {}
@@ -368,13 +382,19 @@ cudaError_t launch(void (*kernel)(Params), const Launch& shape, Stream,
   if (emulation::busy && (shape.cooperative || shape.cluster > 1)) {
     return cudaErrorCooperativeLaunchTooLarge;
   }
-  // Every real GPU has 64 KB; the emulated ones have less, for what adapts to it.
-  const bool adapts = shape.cooperative || shape.cluster > 1;
-  if (shape.shared > (adapts ? limits.shared : 64 * 1024) ||
-      shape.blocks % shape.cluster != 0 || (shape.cooperative && !limits.cooperative) ||
-      (shape.cluster > 1 && limits.clusters == 0) ||
+  const auto allowed =
+      emulation::allowed.find({emulation::device, reinterpret_cast<void*>(kernel)});
+  const size_t shared =
+      allowed == emulation::allowed.end() ? 48 * 1024 : allowed->second;
+  if (shape.shared > shared || shape.blocks % shape.cluster != 0 ||
+      (shape.cooperative && !limits.cooperative) ||
+      (shape.cluster > 1 && limits.clusters[log2_of(shape.cluster) - 1] == 0) ||
       (shape.cooperative && shape.blocks > limits.processors)) {
-    std::fprintf(stderr, "a launch that a GPU would refuse\n");
+    std::fprintf(
+        stderr,
+        "a launch that a GPU would refuse: %d blocks, clusters of %d, %zu bytes "
+        "of shared memory\n",
+        shape.blocks, shape.cluster, shape.shared);
     std::abort();
   }
   emulation::block_dim.x = static_cast<unsigned>(shape.threads);
@@ -427,8 +447,22 @@ inline double shuffle_xor(double value, int lanes) {
   return other;
 }
 
+inline int opaque(unsigned x) { return static_cast<int>(x); }
+
 inline unsigned fetch_add(unsigned* to, unsigned value) {
   return std::atomic_ref<unsigned>(*to).fetch_add(value);
+}
+
+// ThreadSanitizer does not know that a load has come whose value is in use.
+inline unsigned fetch_add_relaxed(unsigned* to, unsigned value) {
+  return fetch_add(to, value);
+}
+
+inline void add_release(unsigned* to, unsigned value) { fetch_add(to, value); }
+
+inline unsigned load_relaxed(const unsigned* from) {
+  return std::atomic_ref<unsigned>(*const_cast<unsigned*>(from))
+      .load(std::memory_order_relaxed);
 }
 
 inline unsigned load_acquire(const unsigned* from) {
@@ -443,17 +477,19 @@ inline void cluster_arrive() {
   emulation::current->cluster_round = emulation::current->block->cluster->arrive();
 }
 
+inline void cluster_arrive_relaxed() { cluster_arrive(); }
+
 inline void cluster_wait() {
   emulation::wait(*emulation::current->block->cluster,
                   emulation::current->cluster_round);
 }
 
-inline const double* peer(double* mine, int rank) {
+inline double load_peer(double* mine, int rank) {
   const emulation::Block& block = *emulation::current->block;
   const int first = static_cast<int>(block.index.x) / emulation::cluster_size *
                     emulation::cluster_size;
   const emulation::Block* other = emulation::blocks[first + rank].get();
-  return reinterpret_cast<const double*>(
+  return *reinterpret_cast<const double*>(
       other->shared() + (reinterpret_cast<char*>(mine) - block.shared()));
 }
 
