@@ -575,7 +575,8 @@ __device__ inline void write_count(const Params& p, const Shared& s, const Place
        comes_last(at.key->counters + slabs, static_cast<unsigned>(slabs))) &&
       s.total()[3 * at.features] > 0) {
     double unused;
-    at.key->key.state.count.write(0, fold_feature(p, s, at, 0, &unused).count);
+    at.key->key.state.write_count(fold_feature(p, s, at, 0, &unused).count,
+                                  s.total()[3 * at.features]);
   }
 }
 

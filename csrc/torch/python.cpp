@@ -136,7 +136,7 @@ class Binding {
   // Normalises the values of `td`. False if anything is special, or an operator refuses
   // a value, which it does before it writes: nothing has happened then.
   bool call(const py::object& state_td, const py::object& td, bool updating,
-            double keep, double eps, double timeout) const {
+            double keep, double weight, double eps, double timeout) const {
     if (state_td.ptr() != td_.ptr() || !holds() || !is_unchanged() ||
         !is_plain(td.ptr()) || c10::impl::dispatch_mode_enabled() ||
         c10::get_default_dtype_as_scalartype() != default_dtype_) {
@@ -176,7 +176,7 @@ class Binding {
       }
       if (updating) {
         y = outputs_like(x);
-        update(x, state_, y, {}, keep, 1., eps);
+        update(x, state_, y, {}, keep, weight, eps);
         if (shared_ != nullptr) {
           shared_->commit();
         }

@@ -28,15 +28,17 @@ from torchrl_vecnorm.statistics.binding import Bound, bind
 from torchrl_vecnorm.statistics.compute import (
     Entry,
     MaskOf,
+    Weights,
     called,
     compute,
     find_entries,
 )
 from torchrl_vecnorm.statistics.entries import get_entry, restore_moments, set_entry
 from torchrl_vecnorm.statistics.keys import Key, Keys, find_keys
+from torchrl_vecnorm.statistics.layouts import Layout, layouts_of_sums
 from torchrl_vecnorm.statistics.locks import LOCK_TIMEOUT, Lock, Session
 from torchrl_vecnorm.statistics.modes import are_fake, without_functorch
-from torchrl_vecnorm.statistics.names import flat_name
+from torchrl_vecnorm.statistics.names import StateNames, flat_name
 from torchrl_vecnorm.statistics.shared_td import advise, check_shared_td
 from torchrl_vecnorm.statistics.store import Store
 from torchrl_vecnorm.statistics.values import (
@@ -72,6 +74,13 @@ class Statistics:
             :func:`torchrl_vecnorm.statistics.shared_td.check_shared_td`.
     """
 
+    #: Elements of ``count``: 2 where all samples that were ever seen are counted too.
+    counts = 1
+    #: Where the statistics of a key are in the tensordict.
+    names_of = staticmethod(StateNames.of)
+    #: What an entry of it is called in a state_dict.
+    flat_name = staticmethod(flat_name)
+
     def __init__(
         self,
         in_keys: Sequence[NestedKey],
@@ -93,7 +102,7 @@ class Statistics:
         # The dtype of the normalised values of each in_key, once one was seen.
         self.dtypes: dict[NestedKey, torch.dtype] = {}
         self._warned = False
-        self._found = find_keys(in_keys, out_keys, shapes, names)
+        self._found = find_keys(in_keys, out_keys, shapes, names, self.names_of)
         if td is not None:
             check_shared_td(td, self._found.sets, has_lock=lock is not None)
         self.store = Store(td, lock, [key.names for key in self._found.sets])
@@ -123,6 +132,8 @@ class Statistics:
     @decay.setter
     def decay(self, value: float) -> None:
         self._decay = number("decay", value, lambda v: 0 < v <= 1, "in (0, 1]")
+        #: Of the call that is bound.
+        self.weights = Weights(self._decay)
 
     @property
     def eps(self) -> float:
@@ -162,7 +173,7 @@ class Statistics:
         """The keys as they are now; the lists may have been changed in place."""
         given = self.in_keys, self.out_keys, self.shapes, self.names
         if self._found.given != given:
-            self._found = find_keys(*given)
+            self._found = find_keys(*given, self.names_of)
             self.store.names = [key.names for key in self._found.sets]
             self.binding = self.store.attached = None
         return self._found
@@ -193,7 +204,7 @@ class Statistics:
         store = self.store
         if store.lock is not bound_lock:
             return False
-        call = store.td, td, updating, self._decay, self._eps, store.timeout
+        call = store.td, td, updating, *self.weights, self._eps, store.timeout
         try:
             if users_lock is None:
                 return binding.call(*call)
@@ -245,14 +256,21 @@ class Statistics:
         store = self.store
         if are_fake(value for _, value in values):
             for key, value in values:
-                features_of(key, value, td.batch_dims, store.moments(key.names))
+                features_of(key, value, self._batch_dims(td), store.moments(key.names))
                 td.set(key.out_key, identity(value))
             return td
         with store.session() as session:
             attached = store.attached if session is not None and updating else None
             if attached is not None:
                 attached.state.load()
-            entries = find_entries(store, values, td.batch_dims, updating, mask_of)
+            entries = find_entries(
+                store,
+                values,
+                self._batch_dims(td),
+                updating,
+                mask_of,
+                self.counts == 2,
+            )
             if not updating and not self._warned and not is_compiling():
                 self._warn_identity(entries)
             known = [e for e in entries if e.state is not None]
@@ -260,12 +278,14 @@ class Statistics:
                 for e in known:
                     e.state = attached.copy_of(e.state, e.key.names)
             with self._all_or_nothing(known if updating else []):
-                normalized = compute(entries, updating, self._decay, self._eps)
+                normalized = self._compute(entries, td, updating)
                 self._write_outputs(td, [e.key for e in entries], normalized)
                 if updating:
                     self._keep_new(known)
                 if attached is not None:
                     attached.state.commit()
+                if updating:
+                    self._after_update()
             is_common = len(known) == len(inputs) and type(td) is TensorDict
             if (
                 is_common
@@ -274,8 +294,20 @@ class Statistics:
             ):
                 # Lists that are changed in place do not say so.
                 now = self.in_keys, self.out_keys, self.shapes, self.names
-                self.binding = bind(store, self._found, known, now)
+                self.binding = bind(store, self._found, known, td.batch_dims, now)
         return td
+
+    def _batch_dims(self, td: TensorDictBase) -> int:
+        """How many leading dimensions of its values are samples."""
+        return td.batch_dims
+
+    def _after_update(self) -> None:
+        """Under the lock, when the update is there."""
+
+    def _compute(
+        self, entries: list[Entry], td: TensorDictBase, updating: bool
+    ) -> list[Tensor]:
+        return compute(entries, updating, self.weights, self._eps)
 
     @torch.compiler.disable(
         reason="VecNorm: statistics that other processes update need their lock, and "
@@ -286,7 +318,7 @@ class Statistics:
         return self.normalize(*args)
 
     def _warn_identity(self, entries: list[Entry]) -> None:
-        counts = [None if e.state is None else e.state.count for e in entries]
+        counts = [None if e.state is None else e.state.samples() for e in entries]
         if any(c is None or (c.device.type == "cpu" and c.item() <= 0) for c in counts):
             self._warned = True
             warnings.warn(
@@ -429,13 +461,21 @@ class Statistics:
         self.binding = None
         # A plain dict of tensors: EnvCreator drops the tensors of an OrderedDict.
         state = {
-            flat_name(name): sharing.portable(leaf)
+            self.flat_name(name): sharing.portable(leaf)
             for key, moments in self.seen()
             for name, leaf in zip(key.names, moments, strict=True)
             if leaf is not None
         }
         sharing.note_lock(state.values(), self.store.lock)
         return state
+
+    def zeros(self, features: torch.Size, device: torch.device) -> Moments:
+        """Statistics of nothing."""
+        return Moments.zeros(features, device=device, counts_all=self.counts == 2)
+
+    def layouts(self, key: Key) -> list[Layout]:
+        """What a state_dict may have of a key."""
+        return layouts_of_sums(key.in_key, self._decay)
 
     def load(self, state: Mapping[str, Tensor] | None) -> None:
         """Loads a state_dict, also one of torchrl's ``VecNorm`` or ``VecNormV2``.

@@ -57,10 +57,13 @@ class RunningNorm(Transform):
             out_keys = copy(in_keys)
         super().__init__(in_keys=in_keys, out_keys=out_keys)
         self.frozen = False
-        self._step_masks = StepMasks.of(self.in_keys)
-        self._statistics = Statistics(self.in_keys, self.out_keys, **options)
+        self._step_masks = StepMasks.of(self._in_keys)
+        self._statistics = self._make_statistics(**options)
         # Where EnvCreator looks for it.
         self.__dict__["lock"] = self._statistics.store.lock
+
+    def _make_statistics(self, **options: Any) -> Statistics:
+        return Statistics(self._in_keys, self._out_keys, **options)
 
     @property
     def decay(self) -> float:
@@ -394,11 +397,11 @@ class RunningNorm(Transform):
             The spec after it: entries of ``out_keys`` have no bounds, and a
             floating-point dtype.
         """
-        return specs.normalize_specs(observation_spec, self.in_keys, self.out_keys)
+        return specs.normalize_specs(observation_spec, self._in_keys, self._out_keys)
 
     def transform_reward_spec(self, reward_spec: TensorSpec) -> TensorSpec:
         """Transforms the reward spec such that it matches the normalised values."""
-        return specs.normalize_specs(reward_spec, self.in_keys, self.out_keys)
+        return specs.normalize_specs(reward_spec, self._in_keys, self._out_keys)
 
     def __repr__(self) -> str:
         text = (
