@@ -348,6 +348,11 @@ class RunningNorm(Transform):
         with torch.inference_mode(False), self._statistics.session():
             return {name: leaf.clone() for name, leaf in self.get_extra_state().items()}
 
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        # VecNormV2 has a buffer that says that there are statistics.
+        state_dict.pop(f"{prefix}initialized", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def to(self, *args, **kwargs) -> Self:
         """Moves the statistics to a device; they stay float64.
 

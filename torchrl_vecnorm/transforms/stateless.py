@@ -10,7 +10,7 @@ In plain torch, for torch.compile to fuse with the step of the environment aroun
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -31,13 +31,17 @@ def _entry(prefix: str, field: str, key: NestedKey) -> NestedKey:
 
 
 def _read(
-    td: TensorDictBase, prefix: str, key: NestedKey, like: Tensor
+    td: TensorDictBase,
+    prefix: str,
+    key: NestedKey,
+    shape: torch.Size,
+    device: torch.device | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Decayed means of x and of x², and how many there were of each; zeros if none."""
     found = [get_entry(td, _entry(prefix, field, key)) for field in FIELDS]
     if found[0] is None:
-        zeros = torch.zeros_like(like, dtype=torch.float64)
-        return zeros, zeros.clone(), torch.zeros_like(like, dtype=torch.int64)
+        loc, var = torch.zeros((2, *shape), dtype=torch.float64, device=device)
+        return loc, var, torch.zeros(shape, dtype=torch.int64, device=device)
     return found[0].double(), found[1].double(), found[2]
 
 
@@ -57,6 +61,7 @@ def normalize(
     td: TensorDictBase,
     out: TensorDictBase,
     keys: Sequence[tuple[NestedKey, NestedKey]],
+    shapes: Mapping[NestedKey, tuple[torch.Size, torch.device | None]],
     prefix: str,
     decay: float,
     eps: float,
@@ -70,6 +75,7 @@ def normalize(
             those of nothing if they are missing.
         out: the values, and where they and the new statistics are written to.
         keys: in_keys and out_keys.
+        shapes: of the values, and their devices, as far as they are known before.
         prefix: of the entries of the statistics.
         decay: what is left of a sample when the next one comes.
         eps: lower bound of the standard deviation.
@@ -90,14 +96,14 @@ def normalize(
             )
         if value is None:
             # Nothing to say at a reset: the statistics go on.
-            for field in FIELDS:
-                old = get_entry(td, _entry(prefix, field, in_key))
-                if old is not None:
-                    written[_entry(prefix, field, in_key)] = old
+            if in_key in shapes:
+                old = _read(td, prefix, in_key, *shapes[in_key])
+                for field, leaf in zip(FIELDS, old, strict=True):
+                    written[_entry(prefix, field, in_key)] = leaf
             continue
         check_value(in_key, value)
         x = value.double()
-        loc, var, count = _read(td, prefix, in_key, value)
+        loc, var, count = _read(td, prefix, in_key, value.shape, value.device)
         if updating:
             good = x.detach().isfinite()
             if partial.masks_td is not None:

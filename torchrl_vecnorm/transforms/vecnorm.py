@@ -263,11 +263,6 @@ class VecNorm(RunningNorm):
         """
         self._statistics.load(state)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        # VecNormV2 has a buffer that says that there are statistics.
-        state_dict.pop(f"{prefix}initialized", None)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
     # ------------------------------------------------------------------------- sharing
 
     @staticmethod

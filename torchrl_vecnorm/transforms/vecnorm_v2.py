@@ -118,6 +118,8 @@ class VecNormV2(RunningNorm, _Shell):
             raise NotImplementedError("VecNorm: shared_data needs stateful=True")
         self.stateful = stateful
         self.reduce_batch_dims = reduce_batch_dims
+        # Of the values in the environment.
+        self._shapes: dict[NestedKey, tuple[torch.Size, torch.device | None]] = {}
         super().__init__(
             in_keys,
             out_keys,
@@ -174,7 +176,15 @@ class VecNormV2(RunningNorm, _Shell):
         if self.stateful:
             if self._td is None:
                 self._statistics.begin(parent.fake_tensordict().get("next"))
-        elif "_prefix" not in self.__dict__:
+            return
+        # A reward has statistics at a reset too, where it is missing.
+        self._shapes = {
+            key: (spec[key].shape, spec[key].device)
+            for spec in (parent.full_observation_spec, parent.full_reward_spec)
+            for key in map(unravel_key, self._in_keys)
+            if key in spec.keys(True, True)
+        }
+        if "_prefix" not in self.__dict__:
             taken = parent.full_observation_spec.keys()
             is_taken = f"{self.prefix}_loc" in taken
             self._prefix = f"_vecnorm{uuid.uuid1()}" if is_taken else "_vecnorm"
@@ -278,6 +288,7 @@ class VecNormV2(RunningNorm, _Shell):
             td,
             out,
             list(zip(self._in_keys, self._out_keys, strict=True)),
+            self._shapes,
             self.prefix,
             self.decay,
             self.eps,
