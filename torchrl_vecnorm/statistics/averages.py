@@ -73,8 +73,8 @@ class Averages(Statistics):
         self.reduce_batch_dims = reduce_batch_dims
         #: Of the last call.
         self.batch_size: torch.Size | None = None
-        # Of the tensordict of the call that is bound.
-        self._bound_to: tuple[torch.Size, float] | None = None
+        # Of the call that is bound: the decay, the batch size, and the weights of both.
+        self._bound_to: tuple[float, torch.Size, Weights] | None = None
         # Where statistics are shared: what torchrl's class has of each key, shared too.
         self._shown: dict[NestedKey, tuple[Tensor, ...]] = {}
         super().__init__(in_keys, out_keys, **options)
@@ -82,21 +82,21 @@ class Averages(Statistics):
     def _batch_dims(self, td: TensorDictBase) -> int:
         return td.batch_dims if self.reduce_batch_dims else 0
 
-    def _weights(self, n: int) -> Weights:
+    def _weights(self, td: TensorDictBase) -> Weights:
+        n = td.batch_size.numel() if self.reduce_batch_dims else 1
         if self.decay == 1 or n == 0:
             return Weights(1.0)
         forgotten = -math.expm1(n * math.log(self.decay))
         return Weights(max(1 - forgotten, _LEAST), forgotten / n)
 
-    def normalize_again(self, td: TensorDictBase, updating: bool) -> bool:
+    def normalize_again(
+        self, td: TensorDictBase, updating: bool, weights: Weights | None = None
+    ) -> bool:
         """As that of :class:`Statistics`, for a batch of the same size."""
-        if (
-            self._shown
-            or self.binding is None
-            or self._bound_to != (td.batch_size, self._decay)
-        ):
+        bound = self._bound_to
+        if bound is None or bound[0] != self._decay or bound[1] != td.batch_size:
             return False
-        return super().normalize_again(td, updating)
+        return super().normalize_again(td, updating, bound[2])
 
     def normalize(
         self,
@@ -112,29 +112,32 @@ class Averages(Statistics):
             def mask_of(key: NestedKey, samples: torch.Size) -> Tensor | None:
                 return of_samples(key, td.batch_size)
 
-        n = td.batch_size.numel() if self.reduce_batch_dims else 1
-        self.weights = self._weights(n)
         if not is_compiling():
             self.batch_size = td.batch_size
-            self._bound_to = td.batch_size, self._decay
+            # What torchrl's class has is brought up to date on the long way.
+            bound = self._decay, td.batch_size, self._weights(td)
+            self._bound_to = None if self._shown else bound
         return super().normalize(td, updating, tolerant, mask_of)
 
     def _compute(
         self, entries: list[Entry], td: TensorDictBase, updating: bool
     ) -> list[Tensor]:
+        weights = self._weights(td)
         masked = [
             e
             for e in entries
             if updating and e.mask is not None and e.state is not None
         ]
-        if not masked:
-            return compute(entries, updating, self.weights, self._eps)
         plain = [e for e in entries if all(e is not other for other in masked)]
-        update = self._take_in if self.reduce_batch_dims else self._take_in_some
         for e in masked:
-            update(e)
-        results = compute(plain, updating, self.weights, self._eps)
-        results += compute(masked, False, self.weights, self._eps)
+            if self.reduce_batch_dims:
+                self._take_in(e)
+            else:
+                self._take_in_some(e, weights)
+        results = compute(plain, updating, weights, self._eps)
+        if not masked:
+            return results
+        results += compute(masked, False, weights, self._eps)
         found = dict(zip(map(id, (*plain, *masked)), results, strict=True))
         return [found[id(e)] for e in entries]
 
@@ -150,13 +153,17 @@ class Averages(Statistics):
             keep, weight = 1 - forgotten, forgotten / n.clamp_min(1)
         copy_moments(e.state, oracle.fold(e.state, batch, keep, weight))
 
-    def _take_in_some(self, e: Entry) -> None:
+    def _take_in_some(self, e: Entry, weights: Weights) -> None:
         """Updates the statistics of some of the batch, the others stay as they are."""
         old = e.state.to(e.state.sum.device, copy=True)
         value = e.value.detach().to(e.state.sum.device)
-        keep, weight = self.weights
         called(
-            [e.key], functional.update_, [value], [e.state], decay=keep, weight=weight
+            [e.key],
+            functional.update_,
+            [value],
+            [e.state],
+            decay=weights.keep,
+            weight=weights.weight,
         )
         mask = e.mask.to(value.device)
         mask = mask.reshape(mask.shape + (1,) * (value.ndim - mask.ndim))

@@ -95,10 +95,10 @@ class Statistics:
     ) -> None:
         self.in_keys, self.out_keys = in_keys, out_keys
         self.shapes, self.names = shapes, names
-        self.decay = decay
-        self.eps = eps
         #: The short way of a common call, and the lock that it is made under.
         self.binding: Bound | None = None
+        self.decay = decay
+        self.eps = eps
         # The dtype of the normalised values of each in_key, once one was seen.
         self.dtypes: dict[NestedKey, torch.dtype] = {}
         self._warned = False
@@ -132,7 +132,6 @@ class Statistics:
     @decay.setter
     def decay(self, value: float) -> None:
         self._decay = number("decay", value, lambda v: 0 < v <= 1, "in (0, 1]")
-        #: Of the call that is bound.
         self.weights = Weights(self._decay)
 
     @property
@@ -190,7 +189,9 @@ class Statistics:
 
     # ------------------------------------------------------------------- the call
 
-    def normalize_again(self, td: TensorDictBase, updating: bool) -> bool:
+    def normalize_again(
+        self, td: TensorDictBase, updating: bool, weights: Weights | None = None
+    ) -> bool:
         """A call with nothing special: every key there, its state known, no masks.
 
         False when there is something special, or wrong: nothing has happened then.
@@ -204,7 +205,8 @@ class Statistics:
         store = self.store
         if store.lock is not bound_lock:
             return False
-        call = store.td, td, updating, *self.weights, self._eps, store.timeout
+        weights = weights or self.weights
+        call = store.td, td, updating, *weights, self._eps, store.timeout
         try:
             if users_lock is None:
                 return binding.call(*call)

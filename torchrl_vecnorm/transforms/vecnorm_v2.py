@@ -118,6 +118,8 @@ class VecNormV2(RunningNorm, _Shell):
             raise NotImplementedError("VecNorm: shared_data needs stateful=True")
         self.stateful = stateful
         self.reduce_batch_dims = reduce_batch_dims
+        # What the last step has left in the tensordict, where that is not told.
+        self._last: TensorDictBase | None = None
         # Of the values in the environment.
         self._shapes: dict[NestedKey, tuple[torch.Size, torch.device | None]] = {}
         super().__init__(
@@ -253,12 +255,10 @@ class VecNormV2(RunningNorm, _Shell):
 
     # -------------------------------------------------------------------- the call
 
-    def _call(self, next_tensordict: TensorDictBase) -> TensorDictBase:
+    def _normalize(self, td: TensorDictBase, partial: Partial) -> TensorDictBase:
         if self.stateful:
-            return super()._call(next_tensordict)
-        return self._travel(
-            next_tensordict, next_tensordict, Partial(self._missing_tolerance)
-        )
+            return super()._normalize(td, partial)
+        return self._travel(td, td, partial)
 
     def _step(
         self, tensordict: TensorDictBase, next_tensordict: TensorDictBase
@@ -275,16 +275,19 @@ class VecNormV2(RunningNorm, _Shell):
     ) -> TensorDictBase:
         if self.stateful:
             return super()._reset(tensordict, tensordict_reset)
-        if tensordict is None:
-            tensordict = tensordict_reset
-        return self._travel(
-            tensordict, tensordict_reset, Partial(True, tensordict, "_reset")
-        )
+        partial, last = Partial(True), tensordict_reset
+        if tensordict is not None and "_reset" in tensordict.keys():
+            partial = Partial(True, tensordict, "_reset")
+            # In a rollout it comes without the statistics of before, which go on.
+            last = tensordict
+            if self._last is not None and f"{self.prefix}_loc" not in last.keys():
+                last = self._last
+        return self._travel(last, tensordict_reset, partial)
 
     def _travel(
         self, td: TensorDictBase, out: TensorDictBase, partial: Partial
     ) -> TensorDictBase:
-        return stateless.normalize(
+        out = stateless.normalize(
             td,
             out,
             list(zip(self._in_keys, self._out_keys, strict=True)),
@@ -295,6 +298,15 @@ class VecNormV2(RunningNorm, _Shell):
             self.training and not self.frozen,
             partial,
         )
+        names = [f"{self.prefix}_{field}" for field in stateless.FIELDS]
+        if all(name in out.keys() for name in names):
+            self._last = TensorDict(
+                {name: out.get(name) for name in names}, batch_size=out.batch_size
+            )
+        return out
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_last": None}
 
     # ------------------------------------------------------------------ checkpoints
 
