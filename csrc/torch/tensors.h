@@ -467,7 +467,7 @@ inline Leaf leaf_of(const Tensor& t) {
 }
 
 inline State state_of(const States& s, size_t i) {
-  return {leaf_of(s.sum(i)), leaf_of(s.ssq(i)), leaf_of(s.count(i)),
+  return {leaf_of(s.sum(i)),       leaf_of(s.ssq(i)),     leaf_of(s.count(i)),
           leaf_of(s.nonfinite(i)), leaf_of(s.central(i)), s.count(i).numel() == 2};
 }
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from tensordict.utils import NestedKey
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 from torch.compiler import is_compiling
 
 from torchrl_vecnorm import functional, oracle
@@ -203,6 +204,17 @@ def _compute_from_moments(
         )
     here = [replace(e, state=e.state.to(e.value.device)) for e in known]
     return _compute_here(here, False, weights, eps)
+
+
+def keep_new(store: Store, known: list[Entry]) -> None:
+    """Makes new and moved states those of the tensordict of the statistics."""
+    new = {e.key.names: e.state for e in known if e.is_new}
+    # Who traces with fake tensors gets a graph, and no statistics.
+    is_export = not torch.compiler.is_dynamo_compiling() and any(
+        is_fake(state.sum) for state in new.values()
+    )
+    if new and not is_export:
+        store.add(new)
 
 
 def called(keys: Sequence[Key], operator: Callable, *args, **kwargs) -> Any:

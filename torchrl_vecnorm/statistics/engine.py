@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from copy import copy, deepcopy
 from typing import Any
 
@@ -17,7 +17,6 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 from torch.compiler import is_compiling
 
 from torchrl_vecnorm import _ops, functional
@@ -32,15 +31,17 @@ from torchrl_vecnorm.statistics.compute import (
     called,
     compute,
     find_entries,
+    keep_new,
 )
-from torchrl_vecnorm.statistics.entries import get_entry, restore_moments, set_entry
+from torchrl_vecnorm.statistics.entries import get_entry, set_entry
 from torchrl_vecnorm.statistics.keys import Key, Keys, find_keys
 from torchrl_vecnorm.statistics.layouts import Layout, layouts_of_sums
 from torchrl_vecnorm.statistics.locks import LOCK_TIMEOUT, Lock, Session
-from torchrl_vecnorm.statistics.modes import are_fake, without_functorch
+from torchrl_vecnorm.statistics.modes import are_fake
 from torchrl_vecnorm.statistics.names import StateNames, flat_name
 from torchrl_vecnorm.statistics.shared_td import advise, check_shared_td
 from torchrl_vecnorm.statistics.store import Store
+from torchrl_vecnorm.statistics.undo import all_or_nothing
 from torchrl_vecnorm.statistics.values import (
     check_value,
     check_writable,
@@ -279,11 +280,11 @@ class Statistics:
             if attached is not None:
                 for e in known:
                     e.state = attached.copy_of(e.state, e.key.names)
-            with self._all_or_nothing(known if updating else []):
+            with all_or_nothing(self, known if updating else []):
                 normalized = self._compute(entries, td, updating)
                 self._write_outputs(td, [e.key for e in entries], normalized)
                 if updating:
-                    self._keep_new(known)
+                    keep_new(store, known)
                 if attached is not None:
                     attached.state.commit()
                 if updating:
@@ -329,36 +330,6 @@ class Statistics:
                 stacklevel=2,
             )
 
-    @contextmanager
-    def _all_or_nothing(self, known: list[Entry]) -> Iterator[None]:
-        """Puts the statistics back if the call fails, whatever it was that failed."""
-        if is_compiling():
-            yield
-            return
-        store = self.store
-        td, dtypes = store.td, self.dtypes
-        states = {e.key.names: e.state for e in known}
-        new = {e.key.names: store.moments(e.key.names) for e in known if e.is_new}
-        with without_functorch():
-            copies = {
-                names: state.to(state.sum.device, copy=True)
-                for names, state in states.items()
-                if names not in new
-            }
-        try:
-            yield
-        except BaseException:  # an interrupt too
-            with without_functorch():
-                for names, copied in copies.items():
-                    for leaf, value in zip(states[names], copied, strict=True):
-                        if leaf is not None:
-                            leaf.copy_(value)
-            store.td, self.dtypes, self.binding = td, dtypes, None
-            if td is not None:
-                for names, old in new.items():
-                    restore_moments(td, names, old)
-            raise
-
     def _write_outputs(
         self, td: TensorDictBase, keys: list[Key], normalized: list[Tensor]
     ) -> None:
@@ -369,16 +340,6 @@ class Statistics:
                 # Clones were given the dictionary as it was.
                 self.dtypes = {**self.dtypes, key.in_key: y.dtype}
                 self.binding = None  # of other dtypes, which it would not say
-
-    def _keep_new(self, known: list[Entry]) -> None:
-        """Makes new and moved states those of the tensordict of the statistics."""
-        new = {e.key.names: e.state for e in known if e.is_new}
-        # Who traces with fake tensors gets a graph, and no statistics.
-        is_export = not torch.compiler.is_dynamo_compiling() and any(
-            is_fake(state.sum) for state in new.values()
-        )
-        if new and not is_export:
-            self.store.add(new)
 
     def denormalize(self, td: TensorDictBase) -> TensorDictBase:
         """The inverse of :meth:`normalize`, without an update.
