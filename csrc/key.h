@@ -46,7 +46,8 @@ struct Leaf {
   }
 };
 
-// The state of one key. `sum` and `ssq` are [features], `count` is [1]; `nonfinite` is
+// The state of one key. `sum` and `ssq` are [features], `count` is [1], or [2] with the
+// number of samples that were ever seen, which does not decay; `nonfinite` is
 // [2, features]: of the samples in `count` those whose value was left out, and how many
 // values were left out so far, which does not decay. `central` is [features], the
 // variance. The last two are optional.
@@ -56,6 +57,15 @@ struct State {
   Leaf count;
   Leaf nonfinite;
   Leaf central;
+  bool has_seen = false;
+
+  // Takes in a batch of so many samples, with the count that is folded already.
+  VECNORM_HD void write_count(double folded, double samples) const {
+    count.write(0, folded);
+    if (has_seen) {
+      count.write(1, count.read(1) + samples);
+    }
+  }
 
   VECNORM_HD Rounding rounding() const {
     const bool in_double = sum.dtype == Dtype::kFloat64 && ssq.dtype == Dtype::kFloat64;

@@ -69,7 +69,7 @@ struct Case {
   size_t offset = 0;  // of the first element, in elements
   bool masked = false;
   double masked_out = 0;  // added to values that the mask leaves out, the first too
-  bool counted = true;    // the state counts finite values
+  bool counted = true;    // the state counts finite values, and all samples
   bool float_state = false;
   double spoiled = 0;  // share of values that are not finite
   double loc = 3;
@@ -85,7 +85,7 @@ struct Buffers {
   Guarded<bool> mask;
   Guarded<double> sum, ssq, count, nonfinite, central;
   std::vector<long double> want_sum, want_ssq, want_finite, want_left_out;
-  long double want_count = 0;
+  long double want_count = 0, want_seen = 0;
 
   explicit Buffers(const Case& in)
       : c(in),
@@ -95,7 +95,7 @@ struct Buffers {
         mask(in.samples),
         sum(in.features),
         ssq(in.features),
-        count(1),
+        count(in.counted ? 2 : 1),
         nonfinite(2 * in.features),
         central(in.features),
         want_sum(in.features),
@@ -183,6 +183,7 @@ struct Buffers {
     k.state.ssq = {ssq.data(), dtype};
     k.state.count = {count.data(), dtype};
     k.state.nonfinite = {c.counted ? nonfinite.data() : nullptr, dtype};
+    k.state.has_seen = c.counted;
     k.state.central = {c.counted ? central.data() : nullptr, dtype};
     k.samples = c.samples;
     k.features = c.features;
@@ -222,6 +223,7 @@ struct Buffers {
       want_left_out[f] += n - used;
     }
     want_count = keep * want_count + n;
+    want_seen += n;
   }
 
   double state(Guarded<double>& leaf, int64_t i) {
@@ -246,6 +248,9 @@ struct Buffers {
   void compare(double eps, double exact = 1e-6) {
     exact = c.float_state ? 1e-5 : exact;
     near("count", 0, 0, state(count, 0), want_count, 1e-6);
+    if (c.counted) {
+      near("seen", 0, 0, state(count, 1), want_seen, 0);
+    }
     std::vector<long double> loc(c.features), scale(c.features, 1);
     for (int64_t f = 0; f < c.features; ++f) {
       // A sum of values of either sign is as exact as their size allows.

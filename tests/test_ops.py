@@ -729,6 +729,39 @@ def test_outputs_that_autograd_refuses():
         assert state.count == 4
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_samples_that_were_ever_seen(dtype):
+    """The second element of count, where there is one: it does not decay."""
+    state, plain = (
+        Moments.zeros([3], dtype=dtype, counts_all=c) for c in (True, False)
+    )
+    expected, seen = Moments.zeros([3], counts_all=True), 0
+    mask = torch.tensor([True, False, True, True, False])
+    for i, (n, m) in enumerate(
+        [(5, None), (5, mask), (0, None), (1, None), (5, ~mask)]
+    ):
+        x = data((n,), (3,)) + i
+        y = F.update_(x, state, decay=0.9, weight=0.25, mask=m)
+        z, expected = oracle.update(x, expected, keep=0.9, weight=0.25, mask=m)
+        assert torch.equal(F.update_(x, plain, decay=0.9, weight=0.25, mask=m), y)
+        torch.testing.assert_close(y, z, rtol=1e-4, atol=1e-4)
+        seen += n if m is None else int(m.sum())
+        assert state.count[1] == state.seen() == expected.seen() == seen
+        assert state.count[0] == state.samples() == plain.count
+        torch.testing.assert_close(F.normalize(x, state), y)
+    # Another that counts them, and a batch.
+    other, batch = state.to(state.sum.device, copy=True), F.moments(data((7,), (3,)))
+    F.merge_(state, other, decay=0.5)
+    F.merge_(state, batch)
+    assert state.count[1] == 2 * seen + 7
+    expected = oracle.fold(oracle.fold(other, other, 0.5), batch, 1.0)
+    torch.testing.assert_close(state.count, expected.count.to(dtype))
+    w = data((2,), (3,)).requires_grad_()
+    F.normalize(w, state).sum().backward()
+    F.normalize(w.detach(), state._replace(count=state.count[:1]))
+    torch.testing.assert_close(w.grad[0], 1 / F.loc_scale(state)[1].to(w.dtype))
+
+
 @pytest.mark.parametrize("inference", [False, True])
 def test_a_state_that_a_graph_has_saved(inference):
     """Its backward pass would take the new statistics for the old ones."""

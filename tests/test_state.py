@@ -54,11 +54,10 @@ from torchrl.envs import (
     Compose,
     ObservationNorm,
     TransformedEnv,
-    VecNormV2,
 )
 from torchrl.testing.mocking_classes import CountingEnv
 
-from torchrl_vecnorm import VecNorm, functional
+from torchrl_vecnorm import VecNorm, VecNormV2, functional
 from torchrl_vecnorm.moments import Moments
 from torchrl_vecnorm.statistics.store import Store
 

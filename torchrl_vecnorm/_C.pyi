@@ -78,6 +78,7 @@ class Binding:
         td: TensorDictBase,
         updating: bool,
         keep: float,
+        weight: float,
         eps: float,
         timeout: float,
         tolerant: bool = False,

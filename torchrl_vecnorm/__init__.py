@@ -6,7 +6,7 @@
 
 from torchrl_vecnorm import functional
 from torchrl_vecnorm.moments import Moments
-from torchrl_vecnorm.transforms import VecNorm
+from torchrl_vecnorm.transforms import VecNorm, VecNormV2
 
-__all__ = ["Moments", "VecNorm", "functional"]
+__all__ = ["Moments", "VecNorm", "VecNormV2", "functional"]
 __version__ = "0.2.0"

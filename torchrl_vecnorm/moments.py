@@ -35,7 +35,8 @@ class Moments(NamedTuple):
     Attributes:
         sum: ``[*features]``, Σ x over the samples, decayed.
         ssq: ``[*features]``, Σ x², decayed.
-        count: ``[1]``, the number of samples, decayed.
+        count: ``[1]``, the number of samples, decayed; or ``[2]``, with the number of
+            samples that were ever seen, which does not decay.
         nonfinite: ``[2, *features]``, float64. ``nonfinite[0]`` is how many of the
             samples in ``count`` are missing from ``sum`` and ``ssq``, because their
             value was NaN, infinite or beyond 1e145, and decays as ``count`` does;
@@ -68,14 +69,18 @@ class Moments(NamedTuple):
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        counts_all: bool = False,
     ) -> Moments:
-        """The moments of nothing, for values whose features have the given shape."""
+        """The moments of nothing, for values whose features have the given shape.
+
+        ``counts_all`` makes ``count`` a ``[2]``.
+        """
         features = tuple(features)
         dtype = dtype or state_dtype(device)
         return cls(
             torch.zeros(features, dtype=dtype, device=device),
             torch.zeros(features, dtype=dtype, device=device),
-            torch.zeros(1, dtype=dtype, device=device),
+            torch.zeros(1 + counts_all, dtype=dtype, device=device),
             torch.zeros((2, *features), dtype=dtype, device=device),
             torch.zeros(features, dtype=dtype, device=device),
         )
@@ -89,13 +94,21 @@ class Moments(NamedTuple):
             central = self.mean_var()[1].to(self.sum.dtype)
         return self._replace(nonfinite=nonfinite, central=central)
 
+    def samples(self) -> Tensor:
+        """The number of samples, decayed, as one number."""
+        return self.count.flatten()[0]
+
+    def seen(self) -> Tensor:
+        """The number of samples that were ever seen; of a batch, that it has."""
+        return self.count.flatten()[-1]
+
     def used(self) -> Tensor:
         """The number of values behind each feature, to divide ``sum`` and ``ssq`` by.
 
         More values missing than there are samples says that somebody has updated the
         others without knowing of ``nonfinite``: then it is ``count``.
         """
-        count = self.count.reshape(())
+        count = self.samples()
         if self.nonfinite is None:
             return count
         used = count - self.nonfinite[0]

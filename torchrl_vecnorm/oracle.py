@@ -56,7 +56,7 @@ def impute(batch: Moments, state: Moments) -> Moments:
     mean of the batch stands in for it.
     """
     missing = batch.nonfinite[0]
-    count = state.count.reshape(())
+    count = state.samples()
     mean = batch.mean_var()[0]
     at = torch.where(count > 0, state.sum.to(mean.dtype) / count, mean)
     at = torch.where(missing > 0, at, 0.0)
@@ -89,7 +89,7 @@ def fold(
     """
     if state.nonfinite is None and batch.nonfinite is not None:
         batch = impute(batch, state)
-    some = batch.count.reshape(()) > 0
+    some = batch.samples() > 0
 
     def add(old: Tensor, new: Tensor) -> Tensor:
         folded = keep * old.to(new.dtype) + weight * new
@@ -110,10 +110,13 @@ def fold(
         if new is None:
             new = torch.zeros_like(nonfinite)
         nonfinite = torch.stack([add(nonfinite[0], new[0]), nonfinite[1] + new[1]])
+    count = add(state.samples(), batch.samples())
+    if state.count.numel() == 2:
+        count = torch.stack([count, state.seen() + batch.seen()])
     return Moments(
         add(state.sum, batch.sum),
         add(state.ssq, batch.ssq),
-        add(state.count, batch.count),
+        count.reshape(state.count.shape),
         nonfinite,
         central,
     )

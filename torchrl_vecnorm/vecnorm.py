@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 from torchrl_vecnorm.statistics import Statistics, names
+from torchrl_vecnorm.statistics.compute import Weights
 from torchrl_vecnorm.statistics.keys import Key as _Key
 from torchrl_vecnorm.statistics.keys import Keys as _Keys
 from torchrl_vecnorm.statistics.store import Store
@@ -44,7 +45,8 @@ def statistics_of(state: dict[str, Any]) -> Statistics:
             "names": state["names"],
             "binding": state.pop("_binding"),
             "dtypes": state.pop("_dtypes"),
-            "_decay": state.pop("_decay"),
+            "_decay": state["_decay"],
+            "weights": Weights(state.pop("_decay")),
             "_eps": state.pop("_eps"),
             "_warned": state.pop("_warned"),
             "_found": found,

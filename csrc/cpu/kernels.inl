@@ -578,7 +578,7 @@ class Call {
     }
     Moments state;
     state.count = key.state.count.read(0);
-    key.state.count.write(0, fold(state, batch, weights_).count);
+    key.state.write_count(fold(state, batch, weights_).count, batch.count);
   }
 
   void project_state(const Key& key, const Work& work, Range features) {
@@ -704,7 +704,8 @@ void merge(const State& state, const State& batch, int64_t features, Weights wei
   count.count = state.count.read(0);
   Moments batch_count;
   batch_count.count = batch.count.read(0);
-  state.count.write(0, fold(count, batch_count, weights).count);
+  const double samples = batch.count.read(batch.has_seen ? 1 : 0);
+  state.write_count(fold(count, batch_count, weights).count, samples);
 }
 
 }  // namespace VECNORM_ISA

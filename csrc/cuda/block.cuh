@@ -811,7 +811,7 @@ __device__ inline void write_count(const Shared& s, const Place& at, unsigned be
     at.key->counters[slabs] = 0;
   }
   if (s.total()[3 * at.features] > 0) {
-    at.key->key.state.count.write(0, *s.count());
+    at.key->key.state.write_count(*s.count(), s.total()[3 * at.features]);
   }
 }
 

@@ -123,8 +123,10 @@ std::optional<Direct::Call> Direct::prepare(const std::vector<Tensor>& x,
 
 std::optional<std::vector<Tensor>> Direct::update(const std::vector<Tensor>& x,
                                                   const std::vector<Tensor>& mask,
-                                                  double keep, double eps) const {
-  if (!(0 < keep && keep <= 1) || torch::autograd::get_current_graph_task_id() != -1) {
+                                                  double keep, double weight,
+                                                  double eps) const {
+  if (!(0 < keep && keep <= 1) || !(0 < weight) || !std::isfinite(weight) ||
+      torch::autograd::get_current_graph_task_id() != -1) {
     return std::nullopt;
   }
   std::optional<Call> call = prepare(x, mask, eps);
@@ -135,7 +137,7 @@ std::optional<std::vector<Tensor>> Direct::update(const std::vector<Tensor>& x,
     return std::nullopt;
   }
   leave_the_pool_after_fork();
-  cpu::update(call->keys, {keep, 1}, eps, run_phases);
+  cpu::update(call->keys, {keep, weight}, eps, run_phases);
   // What a graph has saved must not be used by its backward pass any more.
   for (size_t l = 0; l < leaves_.size(); ++l) {
     if (x[l / States::kLeaves].defined() && !leaves_[l].is_inference()) {

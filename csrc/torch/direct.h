@@ -32,7 +32,8 @@ class Direct {
   // samples count.
   std::optional<std::vector<Tensor>> update(const std::vector<Tensor>& x,
                                             const std::vector<Tensor>& mask,
-                                            double keep, double eps) const;
+                                            double keep, double weight,
+                                            double eps) const;
   std::optional<std::vector<Tensor>> normalize(const std::vector<Tensor>& x,
                                                double eps) const;
 

@@ -178,7 +178,7 @@ Tensor scale_of(const States& s, size_t i, double eps) {
   const bool in_double =
       s.sum(i).scalar_type() == at::kDouble && s.ssq(i).scalar_type() == at::kDouble;
   const Rounding rounding = Rounding::of(in_double, keeps_var);
-  Tensor n = s.count(i).reshape({}).to(real);
+  Tensor n = s.count(i).reshape({-1}).select(0, 0).to(real);
   if (s.nonfinite(i).sym_numel() > 0) {
     // As Moments::used() has it.
     const Tensor used = n - s.nonfinite(i).select(0, 0).to(real);

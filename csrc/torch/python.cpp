@@ -119,7 +119,7 @@ class Binding {
   // are there. False if anything is special, or an operator refuses a value, which it
   // does before it writes: nothing has happened then.
   bool call(const py::object& state_td, const py::object& td, bool updating,
-            double keep, double eps, double timeout, bool tolerant,
+            double keep, double weight, double eps, double timeout, bool tolerant,
             const std::optional<std::vector<std::optional<Tensor>>>& masks) const {
     if (state_td.ptr() != td_.ptr() || !holds() || !is_unchanged() ||
         !is_plain(td.ptr()) || c10::impl::dispatch_mode_enabled() ||
@@ -169,7 +169,7 @@ class Binding {
           guard.release();
         }
       }
-      y = updating ? updated(x, mask, keep, eps) : normalized(x, eps);
+      y = updating ? updated(x, mask, keep, weight, eps) : normalized(x, eps);
       if (!y.has_value()) {
         return false;
       }
@@ -200,9 +200,9 @@ class Binding {
 
   // None where an operator would have to be called for some of the keys.
   std::optional<Tensors> updated(const Tensors& x, Tensors mask, double keep,
-                                 double eps) const {
+                                 double weight, double eps) const {
     if (direct_.has_value()) {
-      if (auto y = direct_->update(x, mask, keep, eps); y.has_value()) {
+      if (auto y = direct_->update(x, mask, keep, weight, eps); y.has_value()) {
         return y;
       }
     }
@@ -215,7 +215,7 @@ class Binding {
       }
     }
     Tensors y = outputs_like(x);
-    update(x, state_, y, mask, keep, 1., eps);
+    update(x, state_, y, mask, keep, weight, eps);
     return y;
   }
 
@@ -368,8 +368,9 @@ PYBIND11_MODULE(_C, m) {
                     std::shared_ptr<shared::SharedState>,
                     std::vector<std::pair<py::object, py::object>>>())
       .def("call", &Binding::call, py::arg("state_td"), py::arg("td"),
-           py::arg("updating"), py::arg("keep"), py::arg("eps"), py::arg("timeout"),
-           py::arg("tolerant") = false, py::arg("masks") = py::none());
+           py::arg("updating"), py::arg("keep"), py::arg("weight"), py::arg("eps"),
+           py::arg("timeout"), py::arg("tolerant") = false,
+           py::arg("masks") = py::none());
 #ifdef VECNORM_WITH_CUDA
   m.def("cuda_path", &set_cuda_path, py::arg("name"));
   m.def("last_cuda_path", &last_cuda_path);

@@ -88,8 +88,8 @@ inline void check_state(const States& s, size_t i) {
   TORCH_CHECK_VALUE(s.ssq(i).sizes() == sum.sizes(), "key ", i,
                     ": expected ssq of shape ", sum.sizes(), " as sum, got ",
                     s.ssq(i).sizes());
-  TORCH_CHECK_VALUE(s.count(i).numel() == 1, "key ", i,
-                    ": expected count with one element, got shape ",
+  TORCH_CHECK_VALUE(s.count(i).numel() == 1 || s.count(i).numel() == 2, "key ", i,
+                    ": expected count with one element or two, got shape ",
                     s.count(i).sizes());
   if (has(s.nonfinite(i))) {
     const Tensor& nonfinite = s.nonfinite(i);
@@ -480,8 +480,8 @@ inline Leaf leaf_of(const Tensor& t) {
 }
 
 inline State state_of(const States& s, size_t i) {
-  return {leaf_of(s.sum(i)), leaf_of(s.ssq(i)), leaf_of(s.count(i)),
-          leaf_of(s.nonfinite(i)), leaf_of(s.central(i))};
+  return {leaf_of(s.sum(i)),       leaf_of(s.ssq(i)),     leaf_of(s.count(i)),
+          leaf_of(s.nonfinite(i)), leaf_of(s.central(i)), s.count(i).numel() == 2};
 }
 
 // The keys of a call for the kernels. Tensors that no strides can describe as [samples,

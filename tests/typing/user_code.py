@@ -12,10 +12,10 @@ from __future__ import annotations
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
-from torchrl.envs import Compose, GymEnv, ObservationNorm, TransformedEnv, VecNormV2
+from torchrl.envs import Compose, GymEnv, ObservationNorm, TransformedEnv
 from typing_extensions import assert_type
 
-from torchrl_vecnorm import Moments, VecNorm
+from torchrl_vecnorm import Moments, VecNorm, VecNormV2
 from torchrl_vecnorm import functional as F
 
 # ------------------------------------------------------------------------ construction

@@ -8,6 +8,7 @@ It knows tensors and tensordicts, and nothing of environments: what is reset, fr
 evaluated is the business of what is in front of it (``torchrl_vecnorm.transforms``).
 """
 
+from torchrl_vecnorm.statistics.averages import Averages
 from torchrl_vecnorm.statistics.engine import Statistics
 
-__all__ = ["Statistics"]
+__all__ = ["Averages", "Statistics"]

@@ -24,7 +24,11 @@ Bound = tuple[_C.Binding, Any, Any, list[int]]
 
 
 def bind(
-    store: Store, found: Keys, known: Sequence[Entry], now: Sequence[Any]
+    store: Store,
+    found: Keys,
+    known: Sequence[Entry],
+    batch_dims: int,
+    now: Sequence[Any],
 ) -> Bound | None:
     """The live leaves of all keys, with what a call has to look like to use them.
 
@@ -35,6 +39,7 @@ def bind(
         store: the statistics.
         found: the keys.
         known: a common call.
+        batch_dims: of its tensordict.
         now: the lists that ``found`` was made of, which may be changed in place: what
             they were has to be equal at each call.
 
@@ -79,7 +84,7 @@ def bind(
         in_keys,
         out_keys,
         # By `shapes` a value may have any number of dimensions.
-        [None if e.key.shape is not None else e.state.sum.ndim for e in known],
+        [None if e.key.shape is not None else e.value.ndim - batch_dims for e in known],
         [e.value.dtype for e in known],
         functional.leaves_of(moments),
         shared,

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -20,8 +19,6 @@ from torchrl_vecnorm._load import _C
 from torchrl_vecnorm.moments import Moments
 from torchrl_vecnorm.statistics import sharing
 from torchrl_vecnorm.statistics.checks import (
-    REQUIRED,
-    SLACK,
     check_apart,
     check_moments,
     check_usable,
@@ -36,7 +33,6 @@ from torchrl_vecnorm.statistics.entries import (
 )
 from torchrl_vecnorm.statistics.keys import Key
 from torchrl_vecnorm.statistics.locks import Session
-from torchrl_vecnorm.statistics.names import as_path, flat_name
 from torchrl_vecnorm.statistics.store import COPIED
 
 if TYPE_CHECKING:
@@ -44,9 +40,6 @@ if TYPE_CHECKING:
 
 #: Of each key in a state_dict: the names of its entries, and its moments.
 Found = Mapping[NestedKey, tuple[Sequence[str], Moments]]
-
-#: What joins the names of a state_dict of ``torchrl.envs.VecNormV2``.
-_V2_SEP = ".-|-."
 
 
 def find_statistics(statistics: Statistics, state: Mapping[str, Tensor]) -> Found:
@@ -63,7 +56,7 @@ def find_statistics(statistics: Statistics, state: Mapping[str, Tensor]) -> Foun
         )
     if isinstance(state, TensorDictBase):
         state = {
-            flat_name(name): leaf
+            statistics.flat_name(name): leaf
             for name, leaf in state.items(True, True)
             if name != sharing.CONTROL
         }
@@ -71,28 +64,19 @@ def find_statistics(statistics: Statistics, state: Mapping[str, Tensor]) -> Foun
     rest = set(state)
     in_keys = statistics.in_keys
     for key in statistics.keys:
-        names = [flat_name(name) for name in key.names]
-        path = as_path(key.in_key)
-        v2_names = [_V2_SEP.join((field, *path)) for field in ("loc", "var", "count")]
-        is_v2 = not rest.intersection(names) and bool(rest.intersection(v2_names))
-        needed = v2_names if is_v2 else names[: len(REQUIRED)]
-        present = rest.intersection(needed if is_v2 else names)
-        if not present:
+        layouts = statistics.layouts(key)
+        layout = next((one for one in layouts if rest.intersection(one.present)), None)
+        if layout is None:
             continue
-        for name in needed:
-            if name not in present:
+        for name in layout.required:
+            if name not in rest:
                 raise KeyError(
                     f"VecNorm: the state_dict has no entry {name!r}; "
                     f"it has {sorted(map(str, state))}"
                 )
-        rest -= present
-        if is_v2:
-            leaves = [state[name] for name in needed]
-            moments = from_v2(needed, *leaves, float(statistics.decay))
-            names[: len(REQUIRED)] = needed
-        else:
-            moments = Moments(*map(state.get, names))
-        found[key.in_key] = names, moments
+        for other in layouts:
+            rest = rest.difference(other.present)
+        found[key.in_key] = layout.names, layout.read(*map(state.get, layout.present))
     if state and not found:
         raise KeyError(
             f"VecNorm: the state_dict has no statistics of any of the keys "
@@ -118,57 +102,6 @@ def find_statistics(statistics: Statistics, state: Mapping[str, Tensor]) -> Foun
             stacklevel=4,
         )
     return found
-
-
-def from_v2(
-    names: Sequence[str], loc: Tensor, var: Tensor, count: Tensor, decay: float
-) -> Moments:
-    """The moments that a ``torchrl.envs.VecNormV2`` stands for.
-
-    Its ``loc`` and ``var`` are averages of x and x² (not a variance) that begin at zero,
-    with weights (1 - decay) · decay^age, which add up to W = 1 - decay^count. Ours are
-    sums with weights decay^age::
-
-        sum, ssq, count = loc / (1 - decay), var / (1 - decay), W / (1 - decay)
-
-    and without decay, where the average is the plain one, each times the number of
-    samples.
-
-    Args:
-        names: of the three entries, for the message.
-        loc: ``[*features]``.
-        var: ``[*features]``.
-        count: one number, how many samples were seen.
-        decay: of both classes; V2's state does not tell it.
-    """
-    for name, leaf in zip(names, (loc, var, count), strict=True):
-        if not isinstance(leaf, Tensor) or leaf.layout is not torch.strided:
-            raise ValueError(
-                f"VecNorm: entry {name!r}: expected a tensor, got {leaf!r}"
-            )
-    if count.numel() != 1 or count.is_complex():
-        raise ValueError(
-            f"VecNorm: entry {names[2]!r}: expected one number, got {count.dtype} of shape "
-            f"{tuple(count.shape)}"
-        )
-    seen = count.reshape(1).double()
-    weight = mass = seen
-    if decay < 1:
-        weight = torch.full_like(seen, 1 / (1 - decay))
-        mass = -torch.expm1(seen * math.log(decay)) * weight
-    if not bool((seen >= 0).all()):
-        mass = seen  # refused as it came
-    total, squares = (
-        # What is not floating-point is refused as it came.
-        leaf.double() * weight if leaf.is_floating_point() else leaf
-        for leaf in (loc, var)
-    )
-    # Rounded to float32 before: what a constant feature leaves may be beneath its mean².
-    if total.is_floating_point() and squares.shape == total.shape:
-        least = total * total / mass
-        near = (squares < least) & (squares >= least * (1 - SLACK[torch.float32]))
-        squares = torch.where(near, least, squares)
-    return Moments(total, squares, mass)
 
 
 # ------------------------------------------------------- the three ways of loading
@@ -234,9 +167,9 @@ def load_new(statistics: Statistics, found: Found) -> None:
         if key.in_key not in found:
             continue
         names, moments = found[key.in_key]
-        moments = settled(names, moments, key.shape)
+        moments = settled(names, moments, key.shape, statistics.counts)
         sharing.refuse_cuda_of_others({str(key.in_key): moments.sum})
-        ours = Moments.zeros(moments.sum.shape, device=moments.sum.device)
+        ours = statistics.zeros(moments.sum.shape, moments.sum.device)
         copy_moments(ours, moments)
         # EnvCreator may share them next.
         for leaf in ours:
@@ -271,9 +204,9 @@ def _fit(
     """The values as the statistics that are there can hold them."""
     current = statistics.store.moments(key.names)
     if current is None:
-        return settled(names, moments, key.shape)
+        return settled(names, moments, key.shape, statistics.counts)
     features = current.sum.shape
-    moments = settled(names, moments, features)
+    moments = settled(names, moments, features, statistics.counts)
     is_counted = current.nonfinite is not None
     if not is_counted:
         moments = without_counter(moments)
@@ -283,7 +216,7 @@ def _fit(
             None if new is None else new.to((new if old is None else old).dtype)
             for new, old in zip(moments, current, strict=True)
         )
-        check_moments(names, Moments(*as_here), features)
+        check_moments(names, Moments(*as_here), features, counts=statistics.counts)
     return moments
 
 
@@ -294,7 +227,7 @@ def _write(
     state = store.moments(key.names)
     if state is None:
         # Seen where the state_dict comes from, not here yet.
-        state = Moments.zeros(moments.sum.shape, device=moments.sum.device)
+        state = statistics.zeros(moments.sum.shape, moments.sum.device)
         write_moments(store.td, key.names, state)
     elif not store.others_update:
         # Where it is, as something that can be written to.
@@ -319,11 +252,13 @@ def check_live(
     session = Session(*statistics.store.protection(), statistics.lock_timeout)
     is_held = session.try_enter()
 
+    counts = statistics.counts
+
     def check() -> None:
         for key, state in statistics.seen():
             # A count made by hand may be [].
             state = state._replace(count=torch.atleast_1d(state.count))
-            check_moments(names[key.in_key], state, key.shape, not is_held)
+            check_moments(names[key.in_key], state, key.shape, not is_held, counts)
 
     try:
         # A process of torchrl's class may know of another lock, or of none.

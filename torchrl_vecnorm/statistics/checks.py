@@ -36,6 +36,7 @@ def check_moments(
     moments: Moments,
     features: torch.Size | None,
     is_live: bool = False,
+    counts: int = 1,
 ) -> Moments:
     """Refuses moments that no data can have given.
 
@@ -45,6 +46,7 @@ def check_moments(
         features: their shape, where it is known.
         is_live: others may be in the middle of an update of them, so that entries need
             not fit together.
+        counts: elements of the entry of the count.
 
     Raises:
         ValueError: naming the entry, what was expected and what came.
@@ -66,7 +68,7 @@ def check_moments(
         got = f"{leaf.dtype} in layout {leaf.layout}"
         expect(good and not leaf.is_meta, name, "dense floating-point values", got)
     shape = tuple(moments.sum.shape if features is None else features)
-    shapes = {"count": (1,), "nonfinite": (2, *shape)}
+    shapes = {"count": (counts,), "nonfinite": (2, *shape)}
     for field, name, leaf in given:
         wanted = shapes.get(field, shape)
         got = tuple(leaf.shape)
@@ -94,7 +96,8 @@ def check_moments(
         what = "no more values missing than were ever left out"
         expect_all(missing <= total * (1 + 1e-6), names[3], what, missing)
     total, squares, count, used = (
-        v.double() for v in (moments.sum, moments.ssq, moments.count, moments.used())
+        v.double()
+        for v in (moments.sum, moments.ssq, moments.samples(), moments.used())
     )
     # All may be missing, and the sums torchrl's, which does not know of `nonfinite`.
     used = torch.where(used > 0, used, count)
@@ -125,7 +128,10 @@ def patiently(check: Callable[[], T]) -> T:
 
 
 def settled(
-    names: Sequence[str], moments: Moments, features: torch.Size | None
+    names: Sequence[str],
+    moments: Moments,
+    features: torch.Size | None,
+    counts: int = 1,
 ) -> Moments:
     """Moments that were checked, as :func:`check_moments` does.
 
@@ -135,12 +141,12 @@ def settled(
         ValueError: naming the entry, what was expected and what came.
     """
     if not any(map(in_shared_memory, moments)):
-        return check_moments(names, moments, features)
-    check_moments(names, moments, features, is_live=True)
+        return check_moments(names, moments, features, counts=counts)
+    check_moments(names, moments, features, True, counts)
 
     def take() -> Moments:
         copied = (None if leaf is None else leaf.detach().clone() for leaf in moments)
-        return check_moments(names, Moments(*copied), features)
+        return check_moments(names, Moments(*copied), features, counts=counts)
 
     return patiently(take)
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tensordict.utils import NestedKey
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 from torch.compiler import is_compiling
 
 from torchrl_vecnorm import functional, oracle
@@ -28,6 +29,13 @@ from torchrl_vecnorm.statistics.values import features_of, identity
 #: Which samples of a key count, for a key and the shape of its samples: bool, or None
 #: where all do.
 MaskOf = Callable[[NestedKey, torch.Size], Tensor | None]
+
+
+class Weights(NamedTuple):
+    """What an update multiplies the old moments by, and what a new sample weighs."""
+
+    keep: float
+    weight: float = 1.0
 
 
 @dataclass
@@ -47,6 +55,7 @@ def find_entries(
     batch_dims: int,
     updating: bool,
     mask_of: MaskOf | None,
+    counts_all: bool = False,
 ) -> list[Entry]:
     """Checks the shapes of all values and finds their states."""
     entries = []
@@ -63,7 +72,7 @@ def find_entries(
             continue
         if state is None and updating and samples.numel() > 0:
             store.check_room(key.in_key)
-            found[key.names] = new_moments(features, value.device), True
+            found[key.names] = new_moments(features, value.device, counts_all), True
         elif state is not None:
             # A private state follows the values; where nothing is updated, a copy.
             here = state
@@ -76,14 +85,14 @@ def find_entries(
 
 
 def compute(
-    entries: list[Entry], updating: bool, decay: float, eps: float
+    entries: list[Entry], updating: bool, weights: Weights, eps: float
 ) -> list[Tensor]:
     """The normalised values: one call of the operator for all keys that have a state.
 
     Args:
         entries: the keys.
         updating: whether their states take in the values first.
-        decay: of the states, at an update.
+        weights: of an update.
         eps: the lower bound of the standard deviation.
     """
     known = [e for e in entries if e.state is not None]
@@ -93,13 +102,13 @@ def compute(
         and is_compiling()
         and any(e.is_new and e.value.requires_grad for e in known)
     ):
-        results = _compute_plain(known, decay, eps)
+        results = _compute_plain(known, weights, eps)
     elif (updating and not is_apart) or any(
         e.state.sum.device != e.value.device for e in known
     ):
-        results = _compute_from_moments(known, updating, decay, eps)
+        results = _compute_from_moments(known, updating, weights, eps)
     else:
-        results = _compute_here(known, updating, decay, eps)
+        results = _compute_here(known, updating, weights, eps)
     results = iter(results)
     return [
         next(results) if e.state is not None else identity(e.value) for e in entries
@@ -107,7 +116,7 @@ def compute(
 
 
 def _compute_here(
-    known: list[Entry], updating: bool, decay: float, eps: float
+    known: list[Entry], updating: bool, weights: Weights, eps: float
 ) -> list[Tensor]:
     """With the statistics on the devices of the values."""
     if not known:
@@ -117,7 +126,7 @@ def _compute_here(
         results = {}
         for device in devices:
             part = [e for e in known if e.value.device == device]
-            computed = _compute_here(part, updating, decay, eps)
+            computed = _compute_here(part, updating, weights, eps)
             results.update(zip(map(id, part), computed, strict=True))
         return [results[id(e)] for e in known]
     keys = [e.key for e in known]
@@ -131,13 +140,14 @@ def _compute_here(
         functional.update_,
         values,
         states,
-        decay=decay,
+        decay=weights.keep,
+        weight=weights.weight,
         eps=eps,
         mask=masks if any(m is not None for m in masks) else None,
     )
 
 
-def _compute_plain(known: list[Entry], decay: float, eps: float) -> list[Tensor]:
+def _compute_plain(known: list[Entry], weights: Weights, eps: float) -> list[Tensor]:
     """The first call, compiled and with gradients, in plain torch.
 
     Inductor (torch 2.13) gives the backward pass the zeros that a state begins with
@@ -152,7 +162,9 @@ def _compute_plain(known: list[Entry], decay: float, eps: float) -> list[Tensor]
     states: dict[StateNames, Moments] = {}
     for e in known:
         if e.key.names not in states:
-            state = oracle.fold(e.state, batches[e.key.names], float(decay))
+            state = oracle.fold(
+                e.state, batches[e.key.names], weights.keep, weights.weight
+            )
             if not e.is_new:
                 copy_moments(e.state, state)
             states[e.key.names] = state
@@ -161,7 +173,7 @@ def _compute_plain(known: list[Entry], decay: float, eps: float) -> list[Tensor]
 
 
 def _compute_from_moments(
-    known: list[Entry], updating: bool, decay: float, eps: float
+    known: list[Entry], updating: bool, weights: Weights, eps: float
 ) -> list[Tensor]:
     """With the moments of the batch, where it is not one tensor beside the statistics.
 
@@ -184,9 +196,25 @@ def _compute_from_moments(
                 functional.merge_(batches[e.key.names], batch)
             else:
                 batches[e.key.names] = batch
-        functional.merge_(list(states.values()), list(batches.values()), decay=decay)
+        functional.merge_(
+            list(states.values()),
+            list(batches.values()),
+            decay=weights.keep,
+            weight=weights.weight,
+        )
     here = [replace(e, state=e.state.to(e.value.device)) for e in known]
-    return _compute_here(here, False, decay, eps)
+    return _compute_here(here, False, weights, eps)
+
+
+def keep_new(store: Store, known: list[Entry]) -> None:
+    """Makes new and moved states those of the tensordict of the statistics."""
+    new = {e.key.names: e.state for e in known if e.is_new}
+    # Who traces with fake tensors gets a graph, and no statistics.
+    is_export = not torch.compiler.is_dynamo_compiling() and any(
+        is_fake(state.sum) for state in new.values()
+    )
+    if new and not is_export:
+        store.add(new)
 
 
 def called(keys: Sequence[Key], operator: Callable, *args, **kwargs) -> Any:

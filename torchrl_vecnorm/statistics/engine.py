@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from copy import copy, deepcopy
 from typing import Any
 
@@ -17,7 +17,6 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 from torch.compiler import is_compiling
 
 from torchrl_vecnorm import _ops, functional
@@ -28,17 +27,21 @@ from torchrl_vecnorm.statistics.binding import Bound, bind
 from torchrl_vecnorm.statistics.compute import (
     Entry,
     MaskOf,
+    Weights,
     called,
     compute,
     find_entries,
+    keep_new,
 )
-from torchrl_vecnorm.statistics.entries import get_entry, restore_moments, set_entry
+from torchrl_vecnorm.statistics.entries import get_entry, set_entry
 from torchrl_vecnorm.statistics.keys import Key, Keys, find_keys
+from torchrl_vecnorm.statistics.layouts import Layout, layouts_of_sums
 from torchrl_vecnorm.statistics.locks import LOCK_TIMEOUT, Lock, Session
-from torchrl_vecnorm.statistics.modes import are_fake, without_functorch
-from torchrl_vecnorm.statistics.names import flat_name
+from torchrl_vecnorm.statistics.modes import are_fake
+from torchrl_vecnorm.statistics.names import StateNames, flat_name
 from torchrl_vecnorm.statistics.shared_td import advise, check_shared_td
 from torchrl_vecnorm.statistics.store import Store
+from torchrl_vecnorm.statistics.undo import all_or_nothing
 from torchrl_vecnorm.statistics.values import (
     check_value,
     check_writable,
@@ -72,6 +75,13 @@ class Statistics:
             :func:`torchrl_vecnorm.statistics.shared_td.check_shared_td`.
     """
 
+    #: Elements of ``count``: 2 where all samples that were ever seen are counted too.
+    counts = 1
+    #: Where the statistics of a key are in the tensordict.
+    names_of = staticmethod(StateNames.of)
+    #: What an entry of it is called in a state_dict.
+    flat_name = staticmethod(flat_name)
+
     def __init__(
         self,
         in_keys: Sequence[NestedKey],
@@ -86,14 +96,14 @@ class Statistics:
     ) -> None:
         self.in_keys, self.out_keys = in_keys, out_keys
         self.shapes, self.names = shapes, names
-        self.decay = decay
-        self.eps = eps
         #: The short way of a common call, and the lock that it is made under.
         self.binding: Bound | None = None
+        self.decay = decay
+        self.eps = eps
         # The dtype of the normalised values of each in_key, once one was seen.
         self.dtypes: dict[NestedKey, torch.dtype] = {}
         self._warned = False
-        self._found = find_keys(in_keys, out_keys, shapes, names)
+        self._found = find_keys(in_keys, out_keys, shapes, names, self.names_of)
         if td is not None:
             check_shared_td(td, self._found.sets, has_lock=lock is not None)
         self.store = Store(td, lock, [key.names for key in self._found.sets])
@@ -123,6 +133,7 @@ class Statistics:
     @decay.setter
     def decay(self, value: float) -> None:
         self._decay = number("decay", value, lambda v: 0 < v <= 1, "in (0, 1]")
+        self.weights = Weights(self._decay)
 
     @property
     def eps(self) -> float:
@@ -162,7 +173,7 @@ class Statistics:
         """The keys as they are now; the lists may have been changed in place."""
         given = self.in_keys, self.out_keys, self.shapes, self.names
         if self._found.given != given:
-            self._found = find_keys(*given)
+            self._found = find_keys(*given, self.names_of)
             self.store.names = [key.names for key in self._found.sets]
             self.binding = self.store.attached = None
         return self._found
@@ -185,6 +196,7 @@ class Statistics:
         updating: bool,
         tolerant: bool = False,
         mask_of: MaskOf | None = None,
+        weights: Weights | None = None,
     ) -> bool:
         """As :meth:`normalize`, where nothing is special: every state is known.
 
@@ -199,7 +211,8 @@ class Statistics:
         store = self.store
         if store.lock is not bound_lock:
             return False
-        call = store.td, td, updating, self._decay, self._eps, store.timeout
+        weights = weights or self.weights
+        call = store.td, td, updating, *weights, self._eps, store.timeout
         if mask_of is not None and updating:
             masks = self._masks(td, ndims, mask_of)
             if masks is None:
@@ -274,27 +287,36 @@ class Statistics:
         store = self.store
         if are_fake(value for _, value in values):
             for key, value in values:
-                features_of(key, value, td.batch_dims, store.moments(key.names))
+                features_of(key, value, self._batch_dims(td), store.moments(key.names))
                 td.set(key.out_key, identity(value))
             return td
         with store.session() as session:
             attached = store.attached if session is not None and updating else None
             if attached is not None:
                 attached.state.load()
-            entries = find_entries(store, values, td.batch_dims, updating, mask_of)
+            entries = find_entries(
+                store,
+                values,
+                self._batch_dims(td),
+                updating,
+                mask_of,
+                self.counts == 2,
+            )
             if not updating and not self._warned and not is_compiling():
                 self._warn_identity(entries)
             known = [e for e in entries if e.state is not None]
             if attached is not None:
                 for e in known:
                     e.state = attached.copy_of(e.state, e.key.names)
-            with self._all_or_nothing(known if updating else []):
-                normalized = compute(entries, updating, self._decay, self._eps)
+            with all_or_nothing(self, known if updating else []):
+                normalized = self._compute(entries, td, updating)
                 self._write_outputs(td, [e.key for e in entries], normalized)
                 if updating:
-                    self._keep_new(known)
+                    keep_new(store, known)
                 if attached is not None:
                     attached.state.commit()
+                if updating:
+                    self._after_update()
             is_common = len(known) == len(inputs) and type(td) is TensorDict
             if (
                 is_common
@@ -303,8 +325,20 @@ class Statistics:
             ):
                 # Lists that are changed in place do not say so.
                 now = self.in_keys, self.out_keys, self.shapes, self.names
-                self.binding = bind(store, self._found, known, now)
+                self.binding = bind(store, self._found, known, td.batch_dims, now)
         return td
+
+    def _batch_dims(self, td: TensorDictBase) -> int:
+        """How many leading dimensions of its values are samples."""
+        return td.batch_dims
+
+    def _after_update(self) -> None:
+        """Under the lock, when the update is there."""
+
+    def _compute(
+        self, entries: list[Entry], td: TensorDictBase, updating: bool
+    ) -> list[Tensor]:
+        return compute(entries, updating, self.weights, self._eps)
 
     @torch.compiler.disable(
         reason="VecNorm: statistics that other processes update need their lock, and "
@@ -315,7 +349,7 @@ class Statistics:
         return self.normalize(*args)
 
     def _warn_identity(self, entries: list[Entry]) -> None:
-        counts = [None if e.state is None else e.state.count for e in entries]
+        counts = [None if e.state is None else e.state.samples() for e in entries]
         if any(c is None or (c.device.type == "cpu" and c.item() <= 0) for c in counts):
             self._warned = True
             warnings.warn(
@@ -323,36 +357,6 @@ class Statistics:
                 "or in eval mode): values are passed on as they are.",
                 stacklevel=2,
             )
-
-    @contextmanager
-    def _all_or_nothing(self, known: list[Entry]) -> Iterator[None]:
-        """Puts the statistics back if the call fails, whatever it was that failed."""
-        if is_compiling():
-            yield
-            return
-        store = self.store
-        td, dtypes = store.td, self.dtypes
-        states = {e.key.names: e.state for e in known}
-        new = {e.key.names: store.moments(e.key.names) for e in known if e.is_new}
-        with without_functorch():
-            copies = {
-                names: state.to(state.sum.device, copy=True)
-                for names, state in states.items()
-                if names not in new
-            }
-        try:
-            yield
-        except BaseException:  # an interrupt too
-            with without_functorch():
-                for names, copied in copies.items():
-                    for leaf, value in zip(states[names], copied, strict=True):
-                        if leaf is not None:
-                            leaf.copy_(value)
-            store.td, self.dtypes, self.binding = td, dtypes, None
-            if td is not None:
-                for names, old in new.items():
-                    restore_moments(td, names, old)
-            raise
 
     def _write_outputs(
         self, td: TensorDictBase, keys: list[Key], normalized: list[Tensor]
@@ -364,16 +368,6 @@ class Statistics:
                 # Clones were given the dictionary as it was.
                 self.dtypes = {**self.dtypes, key.in_key: y.dtype}
                 self.binding = None  # of other dtypes, which it would not say
-
-    def _keep_new(self, known: list[Entry]) -> None:
-        """Makes new and moved states those of the tensordict of the statistics."""
-        new = {e.key.names: e.state for e in known if e.is_new}
-        # Who traces with fake tensors gets a graph, and no statistics.
-        is_export = not torch.compiler.is_dynamo_compiling() and any(
-            is_fake(state.sum) for state in new.values()
-        )
-        if new and not is_export:
-            self.store.add(new)
 
     def denormalize(self, td: TensorDictBase) -> TensorDictBase:
         """The inverse of :meth:`normalize`, without an update.
@@ -458,13 +452,21 @@ class Statistics:
         self.binding = None
         # A plain dict of tensors: EnvCreator drops the tensors of an OrderedDict.
         state = {
-            flat_name(name): sharing.portable(leaf)
+            self.flat_name(name): sharing.portable(leaf)
             for key, moments in self.seen()
             for name, leaf in zip(key.names, moments, strict=True)
             if leaf is not None
         }
         sharing.note_lock(state.values(), self.store.lock)
         return state
+
+    def zeros(self, features: torch.Size, device: torch.device) -> Moments:
+        """Statistics of nothing."""
+        return Moments.zeros(features, device=device, counts_all=self.counts == 2)
+
+    def layouts(self, key: Key) -> list[Layout]:
+        """What a state_dict may have of a key."""
+        return layouts_of_sums(key.in_key, self._decay)
 
     def load(self, state: Mapping[str, Tensor] | None) -> None:
         """Loads a state_dict, also one of torchrl's ``VecNorm`` or ``VecNormV2``.

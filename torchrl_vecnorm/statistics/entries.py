@@ -86,7 +86,8 @@ def without_counter(moments: Moments) -> Moments:
     if moments.nonfinite is None:
         return moments
     total, squares, count, used = (
-        v.detach().double() for v in (*moments[:3], moments.used())
+        v.detach().double()
+        for v in (moments.sum, moments.ssq, moments.samples(), moments.used())
     )
     weight = torch.where(used > 0, count / used, 1.0)
     # Of nothing: the identity.

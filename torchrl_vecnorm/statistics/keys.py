@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 
@@ -44,8 +44,9 @@ def find_keys(
     out_keys: list[NestedKey],
     shapes: Sequence[torch.Size] | None,
     names: Mapping[NestedKey, NestedKey] | None,
+    names_of: Callable[[NestedKey], StateNames] = StateNames.of,
 ) -> Keys:
-    """Looks keys up.
+    """Looks keys up; ``names_of`` says where the statistics of one are.
 
     Raises:
         ValueError: ``shapes`` or ``out_keys`` do not match ``in_keys`` in length, a key
@@ -80,7 +81,7 @@ def find_keys(
         Key(
             in_key,
             out_key,
-            StateNames.of(kept[in_key]),
+            names_of(kept[in_key]),
             None if shape is None else torch.Size(shape),
             [key for key in in_keys if kept[key] == kept[in_key] and key != in_key],
         )

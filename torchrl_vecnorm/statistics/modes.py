@@ -64,9 +64,11 @@ def is_stale(leaf: Tensor) -> bool:
     )
 
 
-def new_moments(features: torch.Size, device: torch.device) -> Moments:
+def new_moments(
+    features: torch.Size, device: torch.device, counts_all: bool = False
+) -> Moments:
     """The moments of nothing, to be kept."""
     if is_compiling() or is_active(torch._C._TorchDispatchModeKey.FAKE):
-        return Moments.zeros(features, device=device)
+        return Moments.zeros(features, device=device, counts_all=counts_all)
     with outside():
-        return Moments.zeros(features, device=device)
+        return Moments.zeros(features, device=device, counts_all=counts_all)

@@ -236,6 +236,10 @@ class Store:
         td = TensorDict({}, batch_size=[])
         for names, moments in self.seen():
             entries = [str(name) for name in names]
-            write_moments(td, names, settled(entries, moments, moments.sum.shape))
+            write_moments(
+                td,
+                names,
+                settled(entries, moments, moments.sum.shape, moments.count.numel()),
+            )
         self.td = td
         self.others_update = False

@@ -5,5 +5,6 @@
 """Transforms for TorchRL's environments, in front of ``torchrl_vecnorm.statistics``."""
 
 from torchrl_vecnorm.transforms.vecnorm import VecNorm
+from torchrl_vecnorm.transforms.vecnorm_v2 import VecNormV2
 
-__all__ = ["VecNorm"]
+__all__ = ["VecNorm", "VecNormV2"]

@@ -57,10 +57,13 @@ class RunningNorm(Transform):
             out_keys = copy(in_keys)
         super().__init__(in_keys=in_keys, out_keys=out_keys)
         self.frozen = False
-        self._step_masks = StepMasks.of(self.in_keys)
-        self._statistics = Statistics(self.in_keys, self.out_keys, **options)
+        self._step_masks = StepMasks.of(self._in_keys)
+        self._statistics = self._make_statistics(**options)
         # Where EnvCreator looks for it.
         self.__dict__["lock"] = self._statistics.store.lock
+
+    def _make_statistics(self, **options: Any) -> Statistics:
+        return Statistics(self._in_keys, self._out_keys, **options)
 
     @property
     def decay(self) -> float:
@@ -345,6 +348,11 @@ class RunningNorm(Transform):
         with torch.inference_mode(False), self._statistics.session():
             return {name: leaf.clone() for name, leaf in self.get_extra_state().items()}
 
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        # VecNormV2 has a buffer that says that there are statistics.
+        state_dict.pop(f"{prefix}initialized", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def to(self, *args, **kwargs) -> Self:
         """Moves the statistics to a device; they stay float64.
 
@@ -394,11 +402,11 @@ class RunningNorm(Transform):
             The spec after it: entries of ``out_keys`` have no bounds, and a
             floating-point dtype.
         """
-        return specs.normalize_specs(observation_spec, self.in_keys, self.out_keys)
+        return specs.normalize_specs(observation_spec, self._in_keys, self._out_keys)
 
     def transform_reward_spec(self, reward_spec: TensorSpec) -> TensorSpec:
         """Transforms the reward spec such that it matches the normalised values."""
-        return specs.normalize_specs(reward_spec, self.in_keys, self.out_keys)
+        return specs.normalize_specs(reward_spec, self._in_keys, self._out_keys)
 
     def __repr__(self) -> str:
         text = (

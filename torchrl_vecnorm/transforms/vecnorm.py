@@ -19,13 +19,13 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 from torch import multiprocessing as mp
 from torchrl.envs import VecNorm as _TorchRLVecNorm
-from torchrl.envs import VecNormV2
 
 from torchrl_vecnorm.statistics.locks import LOCK_TIMEOUT
 from torchrl_vecnorm.statistics.names import SEP
 from torchrl_vecnorm.statistics.shared_td import build_shared_td
 from torchrl_vecnorm.transforms import specs
 from torchrl_vecnorm.transforms.base import RunningNorm
+from torchrl_vecnorm.transforms.vecnorm_v2 import VecNormV2
 
 if TYPE_CHECKING:
     from torchrl.envs import EnvBase
@@ -92,7 +92,7 @@ class VecNorm(RunningNorm):
             given, the features are all dimensions that do not belong to the
             tensordict's batch size.
         new_api (bool, optional): if ``True``, an instance of
-            :class:`torchrl.envs.VecNormV2` is returned.
+            :class:`torchrl_vecnorm.VecNormV2` is returned.
         lock_timeout (float, optional): seconds to wait for the lock of shared statistics
             before a TimeoutError names the process that holds it. Default: 60.
         names (mapping of NestedKey to NestedKey, optional): the key under whose name the
@@ -172,7 +172,7 @@ class VecNorm(RunningNorm):
     ) -> VecNormV2: ...
 
     def __new__(cls, *args, new_api: bool | None = None, **kwargs):
-        """A VecNorm, or torchrl's VecNormV2 where ``new_api`` asks for that."""
+        """A VecNorm, or a VecNormV2 where ``new_api`` asks for that."""
         if new_api:
             return VecNormV2(*args, **kwargs)
         return super().__new__(cls)
@@ -262,11 +262,6 @@ class VecNorm(RunningNorm):
         warning.
         """
         self._statistics.load(state)
-
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        # VecNormV2 has a buffer that says that there are statistics.
-        state_dict.pop(f"{prefix}initialized", None)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     # ------------------------------------------------------------------------- sharing
 
