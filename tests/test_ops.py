@@ -906,7 +906,7 @@ def _refused_calls():
             r"bool mask of shape \[5\]",
         ),
         "count": (
-            call(x, good._replace(count=torch.zeros(2).double())),
+            call(x, good._replace(count=torch.zeros(3).double())),
             ValueError,
             "count",
         ),
@@ -1044,7 +1044,7 @@ def test_refused():
             "real",
         ),
         (x, good._replace(ssq=torch.zeros(2).double()), ValueError, "ssq"),
-        (x, good._replace(count=torch.zeros(2).double()), ValueError, "count"),
+        (x, good._replace(count=torch.zeros(3).double()), ValueError, "count"),
         (x, good._replace(nonfinite=torch.zeros(3).double()), ValueError, "finite"),
         (x, good._replace(sum=torch.zeros(3).half()), TypeError, "float64 or float32"),
     ]

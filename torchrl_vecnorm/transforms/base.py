@@ -36,7 +36,7 @@ from torchrl_vecnorm.transforms.placing import called_by_torchrl
 _this_thread = threading.local()
 
 
-class RunningNorm(Transform):
+class NormTransform(Transform):
     """A transform that keeps statistics of its in_keys and normalises with them.
 
     Subclasses say how these look in a state_dict.
@@ -157,20 +157,20 @@ class RunningNorm(Transform):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Notes whether the class has a ``_call`` of its own."""
         super().__init_subclass__(**kwargs)
-        cls._is_extended = cls._call is not RunningNorm._call
+        cls._is_extended = cls._call is not NormTransform._call
 
     _is_extended = False
 
     def _call(self, next_tensordict: TensorDictBase) -> TensorDictBase:
         partial = self._partial_call() if self._is_extended else None
         if partial is None:
-            # A common call, before anything else.
             updating = self.training and not self.frozen
             if not is_compiling() and self._statistics.normalize_again(
                 next_tensordict, updating
             ):
                 return next_tensordict
             partial = Partial(self._missing_tolerance)
+            return self._normalize(next_tensordict, partial, tried=True)
         return self._normalize(next_tensordict, partial)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -240,12 +240,14 @@ class RunningNorm(Transform):
         finally:
             _this_thread.partial = before
 
-    def _normalize(self, td: TensorDictBase, partial: Partial) -> TensorDictBase:
+    def _normalize(
+        self, td: TensorDictBase, partial: Partial, tried: bool = False
+    ) -> TensorDictBase:
         statistics = self._statistics
         mask_of = None if partial.masks_td is None else partial.mask_of
         call = td, self.training and not self.frozen, partial.tolerant, mask_of
         if not is_compiling():
-            if statistics.normalize_again(*call):
+            if not tried and statistics.normalize_again(*call):
                 return td
         # Asked here: a frame without a module is none that Dynamo looks into.
         elif statistics.store.others_update:

@@ -24,7 +24,7 @@ from torchrl_vecnorm.statistics.locks import LOCK_TIMEOUT
 from torchrl_vecnorm.statistics.names import SEP
 from torchrl_vecnorm.statistics.shared_td import build_shared_td
 from torchrl_vecnorm.transforms import specs
-from torchrl_vecnorm.transforms.base import RunningNorm
+from torchrl_vecnorm.transforms.base import NormTransform
 from torchrl_vecnorm.transforms.vecnorm_v2 import VecNormV2
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class _SignatureOfInit:
         return inspect.signature(MethodType(owner.__init__, owner))
 
 
-class VecNorm(RunningNorm):
+class VecNorm(NormTransform):
     """Moving average normalization layer for torchrl environments.
 
     VecNorm keeps track of the summary statistics of a dataset to standardize it

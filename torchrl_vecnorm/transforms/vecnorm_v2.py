@@ -28,7 +28,7 @@ from torchrl_vecnorm.statistics import Averages
 from torchrl_vecnorm.statistics.layouts import V2_SEP
 from torchrl_vecnorm.statistics.locks import LOCK_TIMEOUT
 from torchrl_vecnorm.transforms import specs, stateless
-from torchrl_vecnorm.transforms.base import RunningNorm
+from torchrl_vecnorm.transforms.base import NormTransform
 from torchrl_vecnorm.transforms.masks import Partial
 
 # ``isinstance(t, torchrl.envs.VecNormV2)`` is how TorchRL finds the transforms that an
@@ -48,7 +48,7 @@ _Shell = type(
 )
 
 
-class VecNormV2(RunningNorm, _Shell):
+class VecNormV2(NormTransform, _Shell):
     """Moving average normalization layer that forgets with each sample.
 
     It is ``torchrl.envs.VecNormV2`` with one compiled operator for all keys of a call. A
@@ -255,9 +255,11 @@ class VecNormV2(RunningNorm, _Shell):
 
     # -------------------------------------------------------------------- the call
 
-    def _normalize(self, td: TensorDictBase, partial: Partial) -> TensorDictBase:
+    def _normalize(
+        self, td: TensorDictBase, partial: Partial, tried: bool = False
+    ) -> TensorDictBase:
         if self.stateful:
-            return super()._normalize(td, partial)
+            return super()._normalize(td, partial, tried)
         return self._travel(td, td, partial)
 
     def _step(
