@@ -31,6 +31,8 @@ def values(n: int, features: int, dtype: torch.dtype = torch.float32) -> Tensor:
     if dtype.is_floating_point:
         x[n // 2, 0] = torch.nan
         x[n // 3, -1] = torch.inf
+    if dtype is torch.uint8:
+        x = x.abs() * 20
     return (x > 3) if dtype is torch.bool else x.to(dtype)
 
 
@@ -43,6 +45,7 @@ def cases() -> Iterator[tuple[str, list[Tensor], list[Tensor | None] | None]]:
         torch.float16,
         torch.bfloat16,
         torch.int32,
+        torch.uint8,  # the larger one is an image, with vectors
         torch.bool,
     ):
         for shape in ((33, 17), (257, 64)):

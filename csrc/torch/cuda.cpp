@@ -118,7 +118,6 @@ class Workspaces {
   Buffers find(const Tensor& state, cuda::WorkspaceSize size,
                const c10::Stream& stream) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    const bool captures = is_capturing(native(stream));
     const Owner owner{state.storage().unsafeGetStorageImpl(), state.data_ptr()};
     const auto found = entries_.find(owner);
     Entry* const entry = found != entries_.end() && !found->second.owner.expired()
@@ -127,11 +126,14 @@ class Workspaces {
     if (entry != nullptr && !entry->buffers.empty() &&
         entry->buffers.back().holds(size)) {
       Buffers& last = entry->buffers.back();
-      if (!captures && entry->streams.insert(stream.id()).second) {
+      const bool is_new = entry->streams.count(stream.id()) == 0;
+      if (is_new && !is_capturing(native(stream))) {
         last.memory.record_stream(stream);  // it may be freed while that one still runs
+        entry->streams.insert(stream.id());
       }
       return last;
     }
+    const bool captures = is_capturing(native(stream));
     if (captures || entry == nullptr) {
       if (!captures) {
         forget_the_dead();
