@@ -32,7 +32,7 @@ PARALLEL ?= -n 2 --dist worksteal
 BENCH ?=
 KILLS ?= 100000
 SANITIZED ?= $(addprefix tests/test_,ops.py state.py checkpoints.py machine.py sharing.py \
-	survival.py) --mutations 5000
+	survival.py) -m "not slow" --mutations 5000
 COVERED ?= $(filter-out tests/test_bench.py tests/test_long_run.py \
 	tests/test_examples.py tests/test_docs.py %_host.py,$(wildcard tests/test_*.py)) --mutations 5000
 
@@ -58,7 +58,7 @@ test: build
 	PYTHONHASHSEED=0 $(bin)/python -m pytest $(PARALLEL) $(TESTS)
 
 test-all: build
-	PYTHONHASHSEED=0 $(bin)/python -m pytest $(PARALLEL) tests --all-architectures --mutations 100000
+	PYTHONHASHSEED=0 $(bin)/python -m pytest $(PARALLEL) tests --all-architectures --mutations 30000
 
 bench: build $(VENV)/peers
 	$(bin)/python -m bench.run $(BENCH)
@@ -111,8 +111,8 @@ sanitize: build
 	$(call instrumented,sanitized,-fsanitize=address -fsanitize=undefined \
 		-fno-sanitize=vptr -fno-sanitize-recover=all -DVECNORM_RECORD_LOCK)
 	libraries=$$($(CXX) -print-file-name=libasan.so):$$($(CXX) -print-file-name=libstdc++.so); \
-	PYTHONPATH=build/sanitized ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD=$$libraries \
-		$(bin)/pytest --capture=sys --sanitized $(SANITIZED)
+	PYTHONPATH=build/sanitized ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD=$$libraries PYTHONHASHSEED=0 \
+		$(bin)/pytest $(PARALLEL) --capture=sys --sanitized $(SANITIZED)
 
 coverage: build
 	$(call instrumented,coverage,--coverage)

@@ -50,5 +50,5 @@ def pytest_addoption(parser):
         "--mutations",
         type=int,
         default=4_000,
-        help="how many damaged checkpoints are loaded; CI takes 100,000",
+        help="how many damaged checkpoints are loaded; CI takes 30,000",
     )
