@@ -23,7 +23,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from bench.accuracy import Formula
-from torchrl_vecnorm import VecNorm
+from torchrl_vecnorm import VecNorm, VecNormV2
 from torchrl_vecnorm import functional as F
 
 DECAY, EPS = 0.9999, 1e-4
@@ -36,6 +36,7 @@ COPY = "copy_"
 OPERATOR = "update_ (ours)"
 TRANSFORM = "VecNorm._call (ours)"
 FORWARD = "VecNorm() (ours)"
+OURS_V2 = "VecNormV2 (ours)"
 TORCHRL = "torchrl VecNorm"
 TORCHRL_V2 = "torchrl VecNormV2"
 COMPILED_V2 = "torchrl VecNormV2, compiled"
@@ -169,10 +170,15 @@ def torchrl(xs: Tensors, ys: Tensors, decay: float = DECAY) -> Run:
     return _transform(partial(torchrl_vecnorm, decay=decay), "_call", xs)
 
 
-def v2(compiled: bool, xs: Tensors, ys: Tensors) -> Run:
-    """It has no ``_call``: environments call ``_step``. It waits for the GPU."""
+def ours_v2(keys=None, out_keys=None) -> VecNormV2:
+    """Ours, with the same settings."""
+    return VecNormV2(keys, out_keys, decay=DECAY, eps=EPS, reduce_batch_dims=True)
+
+
+def v2(make: Callable, compiled: bool, xs: Tensors, ys: Tensors) -> Run:
+    """The class of torchrl has no ``_call``: environments call ``_step``. It waits for the GPU."""
     keys, out_keys = _names(xs)
-    transform, td = torchrl_v2(keys, out_keys), _tensordict(xs)
+    transform, td = make(keys, out_keys), _tensordict(xs)
     step = transform._step
     if compiled:
         # Each size counts as a recompilation, of which dynamo allows a few.
@@ -336,15 +342,17 @@ def decayed(decay: float) -> Formula:
 
 _DECAYED = decayed(DECAY)
 _V2 = Formula(_v2_scale, decay=DECAY, decays_each_sample=True)
+_OURS_V2 = Formula(_at_least(EPS), decay=DECAY, decays_each_sample=True)
 
 PEERS = [
     Peer(COPY, copy),
     Peer(OPERATOR, operator, _DECAYED),
     Peer(TRANSFORM, partial(ours, "_call"), _DECAYED),
     Peer(FORWARD, partial(ours, "__call__")),
+    Peer(OURS_V2, partial(v2, ours_v2, False), _OURS_V2),
     Peer(TORCHRL, torchrl, _DECAYED, "torchrl"),
-    Peer(TORCHRL_V2, partial(v2, False), _V2, "torchrl"),
-    Peer(COMPILED_V2, partial(v2, True), _V2, "torchrl"),
+    Peer(TORCHRL_V2, partial(v2, torchrl_v2, False), _V2, "torchrl"),
+    Peer(COMPILED_V2, partial(v2, torchrl_v2, True), _V2, "torchrl"),
     Peer(BATCH_NORM, batch_norm, Formula(_under_the_root(1e-5), decay=0.0), "torch"),
     Peer("rsl_rl", rsl_rl, Formula(_plus(1e-2)), "rsl-rl-lib"),
     Peer("skrl", skrl, Formula(_plus(1e-8), prior=1.0, unbiased=True, clip=5), "skrl"),

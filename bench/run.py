@@ -406,7 +406,11 @@ def tasks(plan: Plan, device: str) -> list[Task]:
         peers.COPY, peers.OPERATOR, peers.TRANSFORM, peers.TORCHRL, peers.BATCH_NORM
     )
     transforms = peers.select(
-        peers.TRANSFORM, peers.FORWARD, peers.TORCHRL, peers.TORCHRL_V2
+        peers.TRANSFORM,
+        peers.FORWARD,
+        peers.OURS_V2,
+        peers.TORCHRL,
+        peers.TORCHRL_V2,
     )
     for n, f in plan.pairs:
         pair = [(n, f), (n, 1)]
