@@ -25,6 +25,7 @@ struct Matrix {
 struct Leaf {
   void* data = nullptr;  // null: the state has no such leaf
   Dtype dtype = Dtype::kFloat64;
+  bool has_seen = false;  // of a count: how many samples were ever seen comes after it
 
   VECNORM_HD double read(int64_t i) const {
     return dtype == Dtype::kFloat64
@@ -57,12 +58,11 @@ struct State {
   Leaf count;
   Leaf nonfinite;
   Leaf central;
-  bool has_seen = false;
 
   // Takes in a batch of so many samples, with the count that is folded already.
   VECNORM_HD void write_count(double folded, double samples) const {
     count.write(0, folded);
-    if (has_seen) {
+    if (count.has_seen) {
       count.write(1, count.read(1) + samples);
     }
   }

@@ -183,7 +183,7 @@ struct Buffers {
     k.state.ssq = {ssq.data(), dtype};
     k.state.count = {count.data(), dtype};
     k.state.nonfinite = {c.counted ? nonfinite.data() : nullptr, dtype};
-    k.state.has_seen = c.counted;
+    k.state.count.has_seen = c.counted;
     k.state.central = {c.counted ? central.data() : nullptr, dtype};
     k.samples = c.samples;
     k.features = c.features;

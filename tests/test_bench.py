@@ -74,6 +74,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(run, "QUICK", TINY)
 
 
+@pytest.mark.slow
 def test_run(quick, tmp_path, capsys):
     assert run.main(["--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
     saved = json.loads((tmp_path / "results.json").read_text())

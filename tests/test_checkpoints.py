@@ -167,9 +167,8 @@ def test_tensors_that_overlap():
     VecNorm(["observation"]).set_extra_state(through_a_file(state))  # copied
 
 
-@pytest.mark.parametrize(
-    "decay", [pytest.param(0.9999, marks=pytest.mark.slow), 0.9997]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("decay", [0.9999, 0.9997])
 def test_our_own_checkpoint_after_much_that_is_missing(decay):
     """A constant feature, then NaN for so long that hardly a value is left."""
     t = VecNorm(["o"], decay=decay)

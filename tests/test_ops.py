@@ -788,7 +788,13 @@ def test_a_state_that_a_graph_has_saved(inference):
 @pytest.mark.parametrize(
     "requires_grad", [pytest.param(False, marks=pytest.mark.slow), True]
 )
-@pytest.mark.parametrize("sample", range(len(op_samples())))
+@pytest.mark.parametrize(
+    "sample",
+    [
+        pytest.param(i, marks=[pytest.mark.slow] * (len(sample.x) > 1))
+        for i, sample in enumerate(op_samples())
+    ],
+)
 def test_opcheck(sample, requires_grad):
     sample = op_samples(requires_grad)[sample]
     leaves = F.leaves_of(sample.states)

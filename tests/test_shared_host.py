@@ -151,6 +151,7 @@ def test_kills_without_a_journal(programs, run):
     assert result.returncode == 3, result.stdout + result.stderr
 
 
+@pytest.mark.slow
 def test_contention(programs, run):
     passes(run(programs["plain"], "contend", 8, 100000))
 

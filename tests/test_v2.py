@@ -437,7 +437,9 @@ def work(creator, steps, queue):
     queue.put(True)
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize(
+    "method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)]
+)
 def test_env_creator_loses_no_update(method):
     creator = EnvCreator(make_env)
     local = creator()

@@ -704,7 +704,7 @@ void merge(const State& state, const State& batch, int64_t features, Weights wei
   count.count = state.count.read(0);
   Moments batch_count;
   batch_count.count = batch.count.read(0);
-  const double samples = batch.count.read(batch.has_seen ? 1 : 0);
+  const double samples = batch.count.read(batch.count.has_seen ? 1 : 0);
   state.write_count(fold(count, batch_count, weights).count, samples);
 }
 

@@ -480,8 +480,10 @@ inline Leaf leaf_of(const Tensor& t) {
 }
 
 inline State state_of(const States& s, size_t i) {
-  return {leaf_of(s.sum(i)),       leaf_of(s.ssq(i)),     leaf_of(s.count(i)),
-          leaf_of(s.nonfinite(i)), leaf_of(s.central(i)), s.count(i).numel() == 2};
+  Leaf count = leaf_of(s.count(i));
+  count.has_seen = s.count(i).numel() == 2;
+  return {leaf_of(s.sum(i)), leaf_of(s.ssq(i)), count, leaf_of(s.nonfinite(i)),
+          leaf_of(s.central(i))};
 }
 
 // The keys of a call for the kernels. Tensors that no strides can describe as [samples,
