@@ -112,6 +112,8 @@ def test_atari_like_learns():
 def test_ppo_stops_resumes_and_evaluates(tmp_path):
     """As the README says, with a Ctrl-C from the terminal: for all processes of it."""
     arguments = [sys.executable, "-u", EXAMPLES / "ppo.py", "--out", tmp_path]
+    # A job in the background ignores it, and so would all that it starts.
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen(
         arguments,
         stdout=subprocess.PIPE,
@@ -123,6 +125,7 @@ def test_ppo_stops_resumes_and_evaluates(tmp_path):
         assert all("frames" in line for line in first), first
         os.killpg(process.pid, signal.SIGINT)
         rest = process.stdout.read()
+    signal.signal(signal.SIGINT, ignored)
     assert process.returncode == 0, rest
     assert "--resume goes on" in rest and "Traceback" not in rest
 
