@@ -222,12 +222,6 @@ void trim_workspace() {
   }
 }
 
-int64_t size_of(Dtype dtype) {
-  int64_t size = 0;
-  dispatch_any(dtype, [&](auto type) { size = sizeof(typename decltype(type)::type); });
-  return size;
-}
-
 bool needs_double(Dtype dtype) {
   bool needs = false;
   dispatch_any(dtype, [&](auto type) {
@@ -250,7 +244,7 @@ std::vector<Work> make_work(const std::vector<Key>& keys, bool sums) {
                           : std::min(group_of<float>(key.x, key.features),
                                      group_of<float>(key.y, key.features));
     w.may_stream = key.x.data != key.y.data &&
-                   key.samples * key.features * size_of(key.y.dtype) >= kStreamBytes;
+                   key.samples * key.features * value_size(key.y.dtype) >= kStreamBytes;
     if (w.plan.by_strips) {
       doubles += 1;
       continue;

@@ -45,12 +45,7 @@ Direct::Direct(TensorList state) : leaves_(state.begin(), state.end()) {
   for (size_t i = 0; i < s.size(); ++i) {
     states_.push_back(state_of(s, i));
   }
-  for (const Tensor& t : leaves_) {
-    if (has(t)) {
-      spans_.emplace_back(t);
-    }
-  }
-  std::sort(spans_.begin(), spans_.end());
+  spans_ = apart.spans().vec();
 }
 
 bool Direct::in_place() const {

@@ -169,6 +169,9 @@ class Apart {
                       " apart from all states, got memory of one of them");
   }
 
+  // Of the leaves, in their order in memory.
+  c10::ArrayRef<Span> spans() const { return spans_; }
+
  private:
   [[noreturn]] void refuse() const {
     static constexpr const char* kNames[] = {"sum", "ssq", "count", "nonfinite",
