@@ -54,10 +54,10 @@ files_alone := awk 'length > 200 && / -c / { match($$0, /-c [^- ][^ ]*/); \
 demo: build
 	$(bin)/python examples/pendulum.py
 
-test: build
+test: build $(VENV)/tools
 	PYTHONHASHSEED=0 $(bin)/python -m pytest $(PARALLEL) $(TESTS)
 
-test-all: build
+test-all: build $(VENV)/tools
 	PYTHONHASHSEED=0 $(bin)/python -m pytest $(PARALLEL) tests --all-architectures --mutations 30000
 
 bench: build $(VENV)/peers
@@ -66,7 +66,7 @@ bench: build $(VENV)/peers
 model: $(VENV)/installed
 	$(bin)/python -m bench.model
 
-soak: build build/soak
+soak: build $(VENV)/tools build/soak
 	build/soak cost
 	build/soak soak $(KILLS)
 	$(bin)/python -m pytest tests/test_sharing.py -k "is_lost and fork-shared" \
@@ -87,11 +87,12 @@ cuda-torch: build/cuda-torch/installed
 		assert torch.version.cuda and _build.has_cuda and hasattr(_C, 'cuda_path')" && \
 		../bin/python -m pytest --quiet -p no:cacheprovider -m "not slow" tests/test_ops.py
 
-build/cuda-torch/installed: requirements.txt
+build/cuda-torch/installed: requirements.txt tests/requirements.txt
 	$(PYTHON) -m venv build/cuda-torch
 	grep -v '^torch==\|^setuptools==' requirements.txt > build/cuda-torch/requirements.txt
 	build/cuda-torch/bin/python -m pip install --quiet --disable-pip-version-check \
-		"$(CUDA_TORCH)" "setuptools>=77,<82" -r build/cuda-torch/requirements.txt
+		"$(CUDA_TORCH)" "setuptools>=77,<82" -r build/cuda-torch/requirements.txt \
+		-r tests/requirements.txt
 	touch $@
 
 # The extension once more, with flags $(2), in a package of its own in build/$(1). The
@@ -107,14 +108,14 @@ endef
 
 # The interpreter and torch leak what they keep until the end: that is not looked at.
 # Shared statistics have record locks here, and robust mutexes in the other tests.
-sanitize: build
+sanitize: build $(VENV)/tools
 	$(call instrumented,sanitized,-fsanitize=address -fsanitize=undefined \
 		-fno-sanitize=vptr -fno-sanitize-recover=all -DVECNORM_RECORD_LOCK)
 	libraries=$$($(CXX) -print-file-name=libasan.so):$$($(CXX) -print-file-name=libstdc++.so); \
 	PYTHONPATH=build/sanitized ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD=$$libraries PYTHONHASHSEED=0 \
 		$(bin)/pytest $(PARALLEL) --capture=sys --sanitized $(SANITIZED)
 
-coverage: build
+coverage: build $(VENV)/tools
 	$(call instrumented,coverage,--coverage)
 	find build/coverage -name '*.gcda' -delete
 	PYTHONPATH=build/coverage $(bin)/coverage run $(bin)/pytest $(COVERED)
@@ -146,13 +147,13 @@ gpu-check:
 
 build: $(VENV)/built
 
-lint: $(VENV)/installed
+lint: $(VENV)/tools
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
 	$(bin)/clang-format --dry-run --Werror $(cxx) $(checks)
 	$(bin)/basedpyright --pythonpath $(bin)/python
 
-format: $(VENV)/installed
+format: $(VENV)/tools
 	$(bin)/ruff check --fix .
 	$(bin)/ruff format .
 	$(bin)/clang-format -i $(cxx) $(checks)
@@ -162,9 +163,14 @@ clean:
 	rm -f torchrl_vecnorm/*.so
 
 $(VENV)/installed: requirements.txt
-	@echo "installing PyTorch, TorchRL and tools into $(VENV): a minute or two"
+	@echo "installing PyTorch, TorchRL and what the demo shows into $(VENV): a minute or two"
 	$(PYTHON) -m venv $(VENV)
 	$(bin)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/tools: $(VENV)/installed tests/requirements.txt
+	@echo "installing pytest and other tools into $(VENV)"
+	$(bin)/python -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
 	touch $@
 
 $(VENV)/docs: $(VENV)/installed docs/requirements.txt

@@ -186,7 +186,7 @@ def test_sdist_has_what_a_build_needs(tmp_path):
     for folder, patterns in {
         "csrc": ("*.h", "*.inl", "*.cpp", "*.cu", "*.cuh"),
         "torchrl_vecnorm": ("*.py", "*.pyi", "py.typed"),
-        "tests": ("*.py", "*.h", "*.cpp"),
+        "tests": ("*.py", "*.h", "*.cpp", "*.txt"),
         "examples": ("*.py",),
         "docs": ("*.py", "*.md", "*.rst", "*.txt"),
     }.items():

@@ -945,8 +945,18 @@ def test_a_cut_pickle_of_a_transform():
 def test_a_pickle_of_before_the_statistics_were_an_object():
     """Written by 0.1.0 when all of it was in the module ``torchrl_vecnorm.vecnorm``.
 
-    Two calls with ``arange(8).reshape(4, 2) + i`` and rewards ``i``, decay 0.9.
+    Two calls with ``arange(8).reshape(4, 2) + i`` and rewards ``i``, decay 0.9. Another build
+    wrote it: a compiler that joins multiplications and additions rounds once less than one
+    that does not.
     """
+
+    def assert_near(actual: dict, expected: dict) -> None:
+        assert actual.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(
+                actual[name], value, rtol=1e-12, atol=0, equal_nan=True, msg=name
+            )
+
     file = Path(__file__).parent / "pickles" / "vecnorm_0.1.0.pickle"
     t = pickle.loads(file.read_bytes())
     keys = ["observation", ("agents", "reward")]
@@ -959,10 +969,10 @@ def test_a_pickle_of_before_the_statistics_were_an_object():
         )
         y = expected(td.clone())
         if i == 1:
-            assert_same_state(snapshot(t), snapshot(expected))
+            assert_near(snapshot(t), snapshot(expected))
     assert type(t) is VecNorm
-    assert torch.equal(t(td)["observation"], y["observation"])
-    assert_same_state(snapshot(t), snapshot(expected))
+    torch.testing.assert_close(t(td)["observation"], y["observation"], rtol=1e-6, atol=0)
+    assert_near(snapshot(t), snapshot(expected))
     again = pickle.loads(pickle.dumps(t))
-    assert_same_state(snapshot(again), snapshot(expected))
+    assert_same_state(snapshot(again), snapshot(t))
     assert again.__dict__.keys() == expected.__dict__.keys()
