@@ -11,7 +11,7 @@
 //              mean, or the first sample) and added to n, Σd and Σd², d = x - shift
 //   combine    partial results of one feature are added, in a fixed order
 //   fold       old moments are multiplied by `keep`, the batch's by `weight`
-//   statistic  moments -> loc, scale; Affine -> (x - loc) / scale
+//   statistic  moments -> loc, scale; Affine -> (x - loc) / scale, clipped
 //
 // The shift is what makes float accumulation safe: with mean/std = 1e5 the squares
 // of raw float32 values have no digit left for the variance, the squares of
@@ -132,6 +132,60 @@ struct Weights {
   double weight;  // what a new sample weighs
 };
 
+// Where eps stands; libraries differ.
+enum class EpsMode : int64_t {
+  kStdFloor,  // max(std, eps)
+  kStdAdd,    // std + eps
+  kVarAdd,    // sqrt(var + eps)
+  kVarFloor,  // sqrt(max(var, eps))
+};
+
+// How values are normalised: every mode is the same formula with other numbers,
+//
+//   scale = max(sqrt(max(var, least_var) + add_var), least_std) + add_std
+//   y     = (x - loc) / scale, within [-clip, clip]
+struct Rule {
+  double least_var = 0;
+  double add_var = 0;
+  double least_std = 0;
+  double add_std = 0;
+  double unseen = 1;  // the scale while nothing was seen: of a deviation of 1
+  double clip = std::numeric_limits<double>::infinity();
+  bool center = true;  // without it values are only scaled
+
+  static Rule of(double eps, EpsMode mode = EpsMode::kStdFloor) {
+    Rule rule;
+    switch (mode) {
+      case EpsMode::kStdFloor:
+        rule.least_std = eps;
+        break;
+      case EpsMode::kStdAdd:
+        rule.add_std = eps;
+        rule.unseen = 1 + eps;
+        break;
+      case EpsMode::kVarAdd:
+        rule.add_var = eps;
+        rule.unseen = std::sqrt(1 + eps);
+        break;
+      case EpsMode::kVarFloor:
+        rule.least_var = eps;
+        break;
+    }
+    return rule;
+  }
+
+  VECNORM_HD double widened(double var) const {
+    return (var < least_var ? least_var : var) + add_var;  // a NaN stays one
+  }
+
+  // The clip in the arithmetic of T.
+  template <typename T>
+  VECNORM_HD T limit() const {
+    return clip < static_cast<double>(kLargest<T>) ? static_cast<T>(clip)
+                                                   : std::numeric_limits<T>::infinity();
+  }
+};
+
 // A value is left out when it is not finite, or so large that sums of its square would
 // not be: beyond 1e145. Finite float32, float16, bfloat16 and integers never are.
 VECNORM_HD bool usable(double x) {
@@ -241,19 +295,26 @@ VECNORM_HD Moments impute(Moments batch, const Moments& state) {
   return batch;
 }
 
-// loc and scale of a feature, whose deviation is `std`; identity while nothing was
-// seen.
-VECNORM_HD Statistic statistic(const Moments& m, double std, double eps,
+// loc and scale of a feature; `root` is that of its variance, widened by the rule.
+// While nothing was seen a deviation of 1 around 0 is assumed.
+VECNORM_HD Statistic statistic(const Moments& m, double root, const Rule& rule,
                                Rounding rounding) {
   const double loc = m.loc();
   const double least = std::fabs(loc) * rounding.scale;
-  const double bound = least > eps ? least : eps;
-  const double scale = std < bound ? bound : std;  // a NaN stays one
-  return {loc, m.used > 0 ? scale : 1.};
+  const double bound = least > rule.least_std ? least : rule.least_std;
+  const double scale = (root < bound ? bound : root) + rule.add_std;  // a NaN stays one
+  return {rule.center ? loc : 0., m.used > 0 ? scale : rule.unseen};
 }
 
-VECNORM_HD Statistic statistic(const Moments& m, double eps, Rounding rounding) {
-  return statistic(m, std::sqrt(m.var), eps, rounding);
+VECNORM_HD Statistic statistic(const Moments& m, const Rule& rule, Rounding rounding) {
+  return statistic(m, std::sqrt(rule.widened(m.var)), rule, rounding);
+}
+
+// A normalised value within its limits; a NaN stays one.
+template <typename T>
+VECNORM_HD T clipped(T y, T limit) {
+  const T low = y < -limit ? -limit : y;
+  return low > limit ? limit : low;
 }
 
 // The three numbers of a map, before they are rounded to its arithmetic.
@@ -289,10 +350,13 @@ struct Affine {
     return {static_cast<T>(k.a), static_cast<T>(k.b), static_cast<T>(k.c)};
   }
 
-  VECNORM_HD T operator()(T x) const { return (x - hi) * inv + rest; }
+  VECNORM_HD T operator()(T x, T limit) const {
+    return clipped((x - hi) * inv + rest, limit);
+  }
 };
 
-// x = y * scale + loc, the inverse of the above.
+// x = y * scale + loc, the inverse of the above: of a y that could have come from
+// there.
 template <typename T>
 struct InverseAffine {
   T scale;
@@ -309,7 +373,9 @@ struct InverseAffine {
     return {static_cast<T>(k.a), static_cast<T>(k.b), static_cast<T>(k.c)};
   }
 
-  VECNORM_HD T operator()(T y) const { return (y * scale + lo) + hi; }
+  VECNORM_HD T operator()(T y, T limit) const {
+    return (clipped(y, limit) * scale + lo) + hi;
+  }
 };
 
 }  // namespace vecnorm

@@ -8,6 +8,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -17,6 +18,7 @@
 #include <vector>
 
 #include "csrc/key.h"
+#include "csrc/moments.h"
 
 namespace vecnorm {
 
@@ -74,6 +76,31 @@ struct Case {
   double spoiled = 0;  // share of values that are not finite
   double loc = 3;
   double scale = 2;
+  // How the call normalises.
+  EpsMode eps_mode = EpsMode::kStdFloor;
+  double eps = 1e-4;
+  double clip = std::numeric_limits<double>::infinity();
+  bool center = true;
+
+  Rule rule() const {
+    Rule rule = Rule::of(eps, eps_mode);
+    rule.clip = clip;
+    rule.center = center;
+    return rule;
+  }
+
+  long double scale_of(long double var) const {
+    switch (eps_mode) {
+      case EpsMode::kStdAdd:
+        return std::sqrt(var) + eps;
+      case EpsMode::kVarAdd:
+        return std::sqrt(var + eps);
+      case EpsMode::kVarFloor:
+        return std::sqrt(std::max(var, static_cast<long double>(eps)));
+      default:
+        return std::max(std::sqrt(var), static_cast<long double>(eps));
+    }
+  }
 };
 
 // One key of a case: memory, what the kernels get, and what they should give.
@@ -245,7 +272,7 @@ struct Buffers {
     }
   }
 
-  void compare(double eps, double exact = 1e-6) {
+  void compare(double exact = 1e-6) {
     exact = c.float_state ? 1e-5 : exact;
     near("count", 0, 0, state(count, 0), want_count, 1e-6);
     if (c.counted) {
@@ -269,9 +296,11 @@ struct Buffers {
         if (c.counted) {
           near("central", 0, f, state(central, f), var, std::max(exact, 1e-5));
         }
-        scale[f] =
-            std::max(std::sqrt(std::max(var, 0.0L)), static_cast<long double>(eps));
+        scale[f] = c.scale_of(std::max(var, 0.0L));
+      } else {
+        scale[f] = c.rule().unseen;
       }
+      loc[f] = c.center ? loc[f] : 0;
     }
     const Dtype out = out_dtype();
     const double tolerance = out == Dtype::kBFloat16  ? 2e-2
@@ -282,8 +311,10 @@ struct Buffers {
       for (int64_t f = 0; f < c.features; ++f) {
         const double value = get(x, c.dtype, r, f);
         const double got = get(y, out, r, f);
-        if (std::isfinite(value)) {
-          near("y", r, f, got, (value - loc[f]) / scale[f], tolerance);
+        if (std::isfinite(value) || (std::isinf(value) && std::isfinite(c.clip))) {
+          const long double y = (value - loc[f]) / scale[f];
+          const auto clip = static_cast<long double>(c.clip);
+          near("y", r, f, got, std::min(std::max(y, -clip), clip), tolerance);
         } else if (std::isfinite(got)) {
           fail("y", r, f, got, value);
         }
@@ -301,7 +332,7 @@ struct Buffers {
   template <typename F>
   void compare_back(const F& denormalize) {
     const Dtype out = out_dtype();
-    if (c.dtype != out || c.spoiled > 0) {
+    if (c.dtype != out || c.spoiled > 0 || std::isfinite(c.clip)) {
       return;
     }
     Guarded<unsigned char> back(bytes(out));
@@ -330,6 +361,24 @@ inline Case make(const char* name, int64_t samples, int64_t features,
   c.features = features;
   c.dtype = dtype;
   return c;
+}
+
+// Each place for eps, with a clip that is felt or without centring.
+inline std::vector<Case> rules() {
+  std::vector<Case> all = {
+      make("rule", 70, 16), make("rule", 130, 17, Dtype::kBFloat16),
+      make("rule", 70, 24, Dtype::kUInt8), make("rule", 30, 5, Dtype::kFloat64),
+      make("rule", 70, 12, Dtype::kFloat16)};
+  const EpsMode modes[] = {EpsMode::kStdAdd, EpsMode::kVarAdd, EpsMode::kVarFloor,
+                           EpsMode::kStdFloor, EpsMode::kStdAdd};
+  for (size_t i = 0; i < all.size(); ++i) {
+    all[i].eps_mode = modes[i];
+    all[i].eps = i == 2 ? 7 : 0.5;
+    all[i].clip = i % 2 == 0 ? 0.75 : all[i].clip;
+    all[i].center = i % 2 == 0;
+    all[i].spoiled = i == 0 || i == 4 ? 0.1 : 0;
+  }
+  return all;
 }
 
 }  // namespace vecnorm

@@ -971,7 +971,9 @@ def test_a_pickle_of_before_the_statistics_were_an_object():
         if i == 1:
             assert_near(snapshot(t), snapshot(expected))
     assert type(t) is VecNorm
-    torch.testing.assert_close(t(td)["observation"], y["observation"], rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        t(td)["observation"], y["observation"], rtol=1e-6, atol=0
+    )
     assert_near(snapshot(t), snapshot(expected))
     again = pickle.loads(pickle.dumps(t))
     assert_same_state(snapshot(again), snapshot(t))

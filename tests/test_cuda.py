@@ -14,6 +14,7 @@ from torch import multiprocessing as mp
 
 from torchrl_vecnorm import _C, Moments, VecNorm, _build, _ops
 from torchrl_vecnorm import functional as F
+from torchrl_vecnorm.rule import Rule
 
 pytestmark = pytest.mark.cuda
 ids = {"ids": str}
@@ -130,8 +131,8 @@ def test_samples_agree_with_the_cpu():
         there = F.leaves_of([clone(s).to("cuda") for s in sample.states])
         x = [v.cuda() for v in sample.x]
         mask = [m.cuda() for m in sample.mask]
-        ours = _ops.update(sample.x, here, sample.mask, 0.9, 1.0, 1e-4)
-        theirs = _ops.update(x, there, mask, 0.9, 1.0, 1e-4)
+        ours = _ops.update(sample.x, here, sample.mask, 0.9, 1.0, Rule(1e-4))
+        theirs = _ops.update(x, there, mask, 0.9, 1.0, Rule(1e-4))
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b.cpu(), **TOLERANCE[a.dtype])
         for left, right in zip(here, there, strict=True):

@@ -12,8 +12,11 @@ def update(
     mask: list[Tensor],
     keep: float,
     weight: float,
+    out: list[Tensor] | None,
     eps: float,
-    out: list[Tensor] | None = None,
+    eps_mode: int = 0,
+    clip: float | None = None,
+    center: bool = True,
 ) -> list[Tensor] | None:
     """Folds x into the state and returns it normalised with the result.
 
@@ -24,14 +27,15 @@ def update(
 def normalize(
     x: list[Tensor],
     state: list[Tensor],
+    out: list[Tensor] | None,
     eps: float,
-    out: list[Tensor] | None = None,
+    eps_mode: int = 0,
+    clip: float | None = None,
+    center: bool = True,
 ) -> list[Tensor] | None:
     """Returns x normalised with the state as it is; None as update does."""
 
-def check_values(
-    x: list[Tensor], y: list[Tensor], state: list[Tensor], eps: float
-) -> None:
+def check_values(x: list[Tensor], y: list[Tensor], state: list[Tensor]) -> None:
     """Refuses what the compiled operators refuse, for those in plain torch."""
 
 def check_update(
@@ -41,7 +45,6 @@ def check_update(
     state: list[Tensor],
     keep: float,
     weight: float,
-    eps: float,
 ) -> None:
     """As check_values, for update."""
 

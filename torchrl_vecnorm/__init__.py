@@ -2,11 +2,33 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""TorchRL's VecNorm transform as one fused, compiled operator."""
+"""TorchRL's VecNorm transform as one fused, compiled operator.
+
+``RunningNorm`` and ``functional`` need torch alone; torchrl and tensordict are imported when
+``VecNorm`` or ``VecNormV2`` is first asked for.
+"""
+
+from typing import TYPE_CHECKING
 
 from torchrl_vecnorm import functional
 from torchrl_vecnorm.moments import Moments
-from torchrl_vecnorm.transforms import VecNorm, VecNormV2
+from torchrl_vecnorm.running_norm import RunningNorm
 
-__all__ = ["Moments", "VecNorm", "VecNormV2", "functional"]
+if TYPE_CHECKING:
+    from torchrl_vecnorm.transforms import VecNorm, VecNormV2
+
+__all__ = ["Moments", "RunningNorm", "VecNorm", "VecNormV2", "functional"]
 __version__ = "0.2.0"
+
+
+def __getattr__(name: str):
+    if name in ("VecNorm", "VecNormV2"):
+        from torchrl_vecnorm import transforms
+
+        globals().update(VecNorm=transforms.VecNorm, VecNormV2=transforms.VecNormV2)
+        return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -21,6 +21,7 @@ from torch.fx.traceback import get_current_meta
 from torchrl_vecnorm import oracle
 from torchrl_vecnorm._load import _C
 from torchrl_vecnorm.moments import Moments, state_dtype
+from torchrl_vecnorm.rule import EPS_MODES, Rule
 
 Tensors = Sequence[Tensor]
 
@@ -58,12 +59,12 @@ def outputs_like(x: Tensors) -> list[Tensor]:
 
 
 @torch.library.register_fake("torchrl_vecnorm::normalize")
-def _(x: Tensors, state: Tensors, eps: float) -> list[Tensor]:
+def _(x: Tensors, state: Tensors, eps: float, *rule) -> list[Tensor]:
     return outputs_like(x)
 
 
 @torch.library.register_fake("torchrl_vecnorm::denormalize")
-def _(y: Tensors, state: Tensors, eps: float) -> list[Tensor]:
+def _(y: Tensors, state: Tensors, eps: float, *rule) -> list[Tensor]:
     return outputs_like(y)
 
 
@@ -110,12 +111,14 @@ def _update(
     mask: Tensors,
     keep: float,
     weight: float,
-    eps: float,
+    *rule,
 ) -> None:
-    _C.check_update(x, y, mask, state, keep, weight, eps)
+    how = Rule(*rule)
+    check_numbers(keep, weight, how)
+    _C.check_update(x, y, mask, state, keep, weight)
     states = states_of(state)
     results = [
-        oracle.update(value, moments, keep=keep, weight=weight, eps=eps, mask=m)
+        oracle.update(value, moments, keep=keep, weight=weight, eps=how, mask=m)
         for value, moments, m in zip(x, states, _masks(mask, x), strict=True)
     ]
     # Only now, so that an error in one key leaves all states as they were.
@@ -124,24 +127,28 @@ def _update(
         out.copy_(value)
 
 
-def _normalize(x: Tensors, state: Tensors, eps: float) -> list[Tensor]:
-    _C.check_values(x, [], state, eps)
+def _normalize(x: Tensors, state: Tensors, *rule) -> list[Tensor]:
+    how = Rule(*rule)
+    check_numbers(rule=how)
+    _C.check_values(x, [], state)
     return [
-        oracle.normalize(v, s, eps) for v, s in zip(x, states_of(state), strict=True)
+        oracle.normalize(v, s, how) for v, s in zip(x, states_of(state), strict=True)
     ]
 
 
-def _normalize_out(x: Tensors, state: Tensors, y: Tensors, eps: float) -> None:
-    _C.check_values(x, y, state, eps)
-    for out, value in zip(y, _normalize(x, state, eps), strict=True):
+def _normalize_out(x: Tensors, state: Tensors, y: Tensors, *rule) -> None:
+    _C.check_values(x, y, state)
+    for out, value in zip(y, _normalize(x, state, *rule), strict=True):
         out.copy_(value)
 
 
-def _denormalize(y: Tensors, state: Tensors, eps: float) -> list[Tensor]:
+def _denormalize(y: Tensors, state: Tensors, *rule) -> list[Tensor]:
+    how = Rule(*rule)
+    check_numbers(rule=how)
     _C.check_floating_point(y)
-    _C.check_values(y, [], state, eps)
+    _C.check_values(y, [], state)
     return [
-        oracle.denormalize(v, s, eps) for v, s in zip(y, states_of(state), strict=True)
+        oracle.denormalize(v, s, how) for v, s in zip(y, states_of(state), strict=True)
     ]
 
 
@@ -194,18 +201,30 @@ def needs_plain_torch() -> bool:
     )
 
 
-def _change(*numbers: float) -> bool:
+def _change(*numbers: float | None) -> bool:
     """Whether numbers are a compiled graph's inputs: operators take constants."""
-    return not all(has_static_value(n) for n in numbers)
+    return not all(n is None or has_static_value(n) for n in numbers)
 
 
-def check_numbers(keep: float = 1.0, weight: float = 1.0, eps: float = 1.0) -> None:
+def _rule_changes(rule: Rule) -> bool:
+    return _change(rule.eps, rule.clip)
+
+
+_ANY = Rule(1.0)
+
+
+def check_numbers(keep: float = 1.0, weight: float = 1.0, rule: Rule = _ANY) -> None:
     """Refuses what the operators refuse, where plain torch runs in their place."""
+    if not 0 <= rule.eps_mode < len(EPS_MODES):
+        raise ValueError(f"expected eps_mode in 0 … 3, got {rule.eps_mode}")
     for name, value, most, expected in (
         ("decay", keep, 1.0, "in (0, 1]"),
         ("weight", weight, sys.float_info.max, "positive and finite"),
-        ("eps", eps, sys.float_info.max, "positive and finite"),
+        ("eps", rule.eps, sys.float_info.max, "positive and finite"),
+        ("clip", rule.clip, sys.float_info.max, "positive and finite, or none"),
     ):
+        if value is None:
+            continue
         if torch.compiler.is_compiling() and _change(value):
             # An input of the graph: asked each time that it runs, on the CPU.
             number = torch.zeros((), dtype=torch.float64) + value
@@ -224,11 +243,11 @@ def _write(out: list[Tensor] | None, values: list[Tensor]) -> list[Tensor]:
 
 
 def _normalize_plainly(
-    x: list[Tensor], state: list[Tensor], eps: float, out: list[Tensor] | None
+    x: list[Tensor], state: list[Tensor], rule: Rule, out: list[Tensor] | None
 ) -> list[Tensor]:
-    check_numbers(eps=eps)
+    check_numbers(rule=rule)
     pairs = zip(x, states_of(state), strict=True)
-    return _write(out, [oracle.normalize(v, s, eps) for v, s in pairs])
+    return _write(out, [oracle.normalize(v, s, rule) for v, s in pairs])
 
 
 def _update_plainly(
@@ -237,10 +256,10 @@ def _update_plainly(
     mask: list[Tensor],
     keep: float,
     weight: float,
-    eps: float,
+    rule: Rule,
     out: list[Tensor] | None,
 ) -> list[Tensor]:
-    check_numbers(keep, weight, eps)
+    check_numbers(keep, weight, rule)
     states = states_of(state)
     batch = [
         oracle.batch_moments(v.detach(), s.sum.ndim, m)
@@ -249,7 +268,7 @@ def _update_plainly(
     new = [oracle.fold(s, b, keep, weight) for s, b in zip(states, batch, strict=True)]
     _store(states, new)
     pairs = zip(x, new, strict=True)
-    return _write(out, [oracle.normalize(v, s, eps) for v, s in pairs])
+    return _write(out, [oracle.normalize(v, s, rule) for v, s in pairs])
 
 
 def update(
@@ -258,63 +277,79 @@ def update(
     mask: list[Tensor],
     keep: float,
     weight: float,
-    eps: float,
+    rule: Rule,
     out: list[Tensor] | None = None,
 ) -> list[Tensor]:
     """Folds x into the state and returns it normalised with the result."""
     # Dynamo cannot trace pybind11; in eager mode it is the faster door.
     if torch.compiler.is_compiling():
-        if _change(keep, weight, eps):
-            return _update_plainly(x, state, mask, keep, weight, eps, out)
+        if _change(keep, weight) or _rule_changes(rule):
+            return _update_plainly(x, state, mask, keep, weight, rule, out)
         if not needs_plain_torch():
             y = outputs_like(x) if out is None else out
-            _operators.update(x, state, y, mask, keep, weight, eps)
+            _operators.update(x, state, y, mask, keep, weight, *rule)
             return y
     else:
-        y = _C.update(x, state, mask, keep, weight, eps, out)
+        y = _C.update(x, state, mask, keep, weight, out, *rule)
         if y is not None:
             return y
+        check_numbers(keep, weight, rule)
         if out is not None:
-            _C.check_update(x, out, mask, state, keep, weight, eps)
+            _C.check_update(x, out, mask, state, keep, weight)
     if out is not None:
         for t in out:
             t.copy_(t)  # what torch refuses to write to, before the state changes
     plain = [v.detach() for v in x]
-    _operators.update(plain, state, [], mask, keep, weight, eps)
-    return _normalize_plainly(x, state, eps, out)
+    _operators.update(plain, state, [], mask, keep, weight, *rule)
+    return _normalize_plainly(x, state, rule, out)
+
+
+def fold(
+    x: list[Tensor],
+    state: list[Tensor],
+    mask: list[Tensor],
+    keep: float,
+    weight: float,
+) -> None:
+    """Folds x into the state."""
+    x = [v.detach() for v in x]
+    if torch.compiler.is_compiling() and _change(keep, weight):
+        _update_plainly(x, state, mask, keep, weight, _ANY, None)
+    else:
+        _operators.update(x, state, [], mask, keep, weight, 1.0)
 
 
 def normalize(
     x: list[Tensor],
     state: list[Tensor],
-    eps: float,
+    rule: Rule,
     out: list[Tensor] | None = None,
 ) -> list[Tensor]:
     """Returns x normalised with the state as it is."""
     if torch.compiler.is_compiling():
-        if needs_plain_torch() or _change(eps):
-            return _normalize_plainly(x, state, eps, out)
+        if needs_plain_torch() or _rule_changes(rule):
+            return _normalize_plainly(x, state, rule, out)
         if out is None:
-            return _operators.normalize(x, state, eps)
-        _operators.normalize_out(x, state, out, eps)
+            return _operators.normalize(x, state, *rule)
+        _operators.normalize_out(x, state, out, *rule)
         return out
     y = None
     if out is not None or not needs_plain_torch():
-        y = _C.normalize(x, state, eps, out)
+        y = _C.normalize(x, state, out, *rule)
     if y is not None:
         return y
     if out is not None:
-        _C.check_values(x, out, state, eps)
-    return _normalize_plainly(x, state, eps, out)
+        _C.check_values(x, out, state)
+    return _normalize_plainly(x, state, rule, out)
 
 
-def denormalize(y: list[Tensor], state: list[Tensor], eps: float) -> list[Tensor]:
+def denormalize(y: list[Tensor], state: list[Tensor], rule: Rule) -> list[Tensor]:
     """The inverse of :func:`normalize`."""
-    if needs_plain_torch() or (torch.compiler.is_compiling() and _change(eps)):
-        check_numbers(eps=eps)
+    if needs_plain_torch() or (torch.compiler.is_compiling() and _rule_changes(rule)):
+        check_numbers(rule=rule)
         pairs = zip(y, states_of(state), strict=True)
-        return [oracle.denormalize(v, s, eps) for v, s in pairs]
-    return _operators.denormalize(y, state, eps)
+        return [oracle.denormalize(v, s, rule) for v, s in pairs]
+    return _operators.denormalize(y, state, *rule)
 
 
 def moments(x: list[Tensor], feature_ndim: int, mask: list[Tensor]) -> list[Moments]:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from torchrl_vecnorm import _ops, oracle
 from torchrl_vecnorm.moments import Moments
+from torchrl_vecnorm.rule import EpsMode, Rule, eps_mode_of
 
 __all__ = [
     "Moments",
@@ -58,7 +59,8 @@ def _describe(value) -> str:
     return type(value).__name__
 
 
-def _number(name: str, value) -> float:
+def number(name: str, value) -> float:
+    """What a user gives as a number, as a float; ``name`` is for the error."""
     if type(value) is float:
         return value
     is_number = isinstance(value, numbers.Real) or (
@@ -67,6 +69,16 @@ def _number(name: str, value) -> float:
     if not is_number:
         raise TypeError(f"expected {name} as a number, got {_describe(value)}")
     return float(value)
+
+
+def rule_of(eps, eps_mode: str, clip, center: bool) -> Rule:
+    """What a user says about eps, a clip and centring, as the operators take it."""
+    return Rule(
+        number("eps", eps),
+        0 if eps_mode == "std_floor" else eps_mode_of(eps_mode),
+        None if clip is None else number("clip", clip),
+        bool(center),
+    )
 
 
 def leaves_of(states: Sequence[Moments]) -> list[Tensor]:
@@ -78,7 +90,8 @@ def leaves_of(states: Sequence[Moments]) -> list[Tensor]:
     ]
 
 
-def _masks(mask, x: list[Tensor]) -> list[Tensor]:
+def masks_of(mask, x: list[Tensor]) -> list[Tensor]:
+    """A user's masks as the operators take them."""
     if mask is None:
         return []
     masks = mask if isinstance(mask, (list, tuple)) else [mask]
@@ -108,6 +121,9 @@ def update_(
     decay: float = ...,
     weight: float = ...,
     eps: float = ...,
+    eps_mode: EpsMode = ...,
+    clip: float | None = ...,
+    center: bool = ...,
     mask: Tensor | None = ...,
     out: Tensor | None = ...,
 ) -> Tensor: ...
@@ -121,6 +137,9 @@ def update_(
     decay: float = ...,
     weight: float = ...,
     eps: float = ...,
+    eps_mode: EpsMode = ...,
+    clip: float | None = ...,
+    center: bool = ...,
     mask: Sequence[Tensor | None] | None = ...,
     out: Sequence[Tensor] | None = ...,
 ) -> list[Tensor]: ...
@@ -133,6 +152,9 @@ def update_(
     decay: float = 0.9999,
     weight: float = 1.0,
     eps: float = 1e-4,
+    eps_mode: EpsMode = "std_floor",
+    clip: float | None = None,
+    center: bool = True,
     mask: Tensor | Sequence[Tensor | None] | None = None,
     out: Tensor | Sequence[Tensor] | None = None,
 ) -> Tensor | list[Tensor]:
@@ -144,6 +166,11 @@ def update_(
         decay: what the old moments are multiplied by, once a call. 1 never forgets.
         weight: what a new sample weighs.
         eps: lower bound of ``scale``, in the units of ``x``.
+        eps_mode: where eps stands instead: ``"std_floor"`` is ``max(std, eps)``,
+            ``"std_add"`` is ``std + eps``, ``"var_add"`` is ``sqrt(var + eps)`` and
+            ``"var_floor"`` is ``sqrt(max(var, eps))``; libraries differ in it.
+        clip: the result is within ``[-clip, clip]``; its gradient is 0 outside.
+        center: whether ``loc`` is taken away; without it ``x / scale``.
         mask: bool, one element a sample: which samples count for the statistics. All
             samples are normalised.
         out: where to write the result; may be ``x``.
@@ -175,10 +202,10 @@ def update_(
     y = _ops.update(
         xs,
         leaves_of(_listed("state", state, Moments)),
-        _masks(mask, xs),
-        _number("decay", decay),
-        _number("weight", weight),
-        _number("eps", eps),
+        masks_of(mask, xs),
+        number("decay", decay),
+        number("weight", weight),
+        rule_of(eps, eps_mode, clip, center),
         None if out is None else _listed("out", out, Tensor),
     )
     return _like(x, y)
@@ -217,7 +244,7 @@ def moments(
         Moments(x.double().sum(0), x.double().pow(2).sum(0), torch.tensor([x.shape[0]]))
     """
     xs = _listed("x", x, Tensor)
-    batch = _ops.moments(xs, feature_ndim, _masks(mask, xs))
+    batch = _ops.moments(xs, feature_ndim, masks_of(mask, xs))
     return batch[0] if isinstance(x, Tensor) else batch
 
 
@@ -258,14 +285,21 @@ def merge_(
     _ops.merge(
         leaves_of(_listed("state", state, Moments)),
         leaves_of(_listed("other", other, Moments)),
-        _number("decay", decay),
-        _number("weight", weight),
+        number("decay", decay),
+        number("weight", weight),
     )
 
 
 @overload
 def normalize(
-    x: Tensor, state: Moments, *, eps: float = ..., out: Tensor | None = ...
+    x: Tensor,
+    state: Moments,
+    *,
+    eps: float = ...,
+    eps_mode: EpsMode = ...,
+    clip: float | None = ...,
+    center: bool = ...,
+    out: Tensor | None = ...,
 ) -> Tensor: ...
 
 
@@ -275,6 +309,9 @@ def normalize(
     state: Sequence[Moments],
     *,
     eps: float = ...,
+    eps_mode: EpsMode = ...,
+    clip: float | None = ...,
+    center: bool = ...,
     out: Sequence[Tensor] | None = ...,
 ) -> list[Tensor]: ...
 
@@ -284,11 +321,15 @@ def normalize(
     state: Moments | Sequence[Moments],
     *,
     eps: float = 1e-4,
+    eps_mode: EpsMode = "std_floor",
+    clip: float | None = None,
+    center: bool = True,
     out: Tensor | Sequence[Tensor] | None = None,
 ) -> Tensor | list[Tensor]:
     """Normalises with the statistics as they are.
 
-    ``x`` itself where the state has seen nothing. Differentiable in ``x``.
+    ``x`` itself where the state has seen nothing (and eps is not added). Differentiable
+    in ``x``. The options are those of :func:`update_`.
 
     Equivalent to::
 
@@ -298,19 +339,33 @@ def normalize(
     y = _ops.normalize(
         _listed("x", x, Tensor),
         leaves_of(_listed("state", state, Moments)),
-        _number("eps", eps),
+        rule_of(eps, eps_mode, clip, center),
         None if out is None else _listed("out", out, Tensor),
     )
     return _like(x, y)
 
 
 @overload
-def denormalize(y: Tensor, state: Moments, *, eps: float = ...) -> Tensor: ...
+def denormalize(
+    y: Tensor,
+    state: Moments,
+    *,
+    eps: float = ...,
+    eps_mode: EpsMode = ...,
+    clip: float | None = ...,
+    center: bool = ...,
+) -> Tensor: ...
 
 
 @overload
 def denormalize(
-    y: Sequence[Tensor], state: Sequence[Moments], *, eps: float = ...
+    y: Sequence[Tensor],
+    state: Sequence[Moments],
+    *,
+    eps: float = ...,
+    eps_mode: EpsMode = ...,
+    clip: float | None = ...,
+    center: bool = ...,
 ) -> list[Tensor]: ...
 
 
@@ -319,8 +374,13 @@ def denormalize(
     state: Moments | Sequence[Moments],
     *,
     eps: float = 1e-4,
+    eps_mode: EpsMode = "std_floor",
+    clip: float | None = None,
+    center: bool = True,
 ) -> Tensor | list[Tensor]:
     """The inverse of :func:`normalize`. Differentiable in ``y``.
+
+    With a clip, of ``y`` clipped to what :func:`normalize` can have given.
 
     Equivalent to::
 
@@ -330,15 +390,22 @@ def denormalize(
     x = _ops.denormalize(
         _listed("y", y, Tensor),
         leaves_of(_listed("state", state, Moments)),
-        _number("eps", eps),
+        rule_of(eps, eps_mode, clip, center),
     )
     return _like(y, x)
 
 
-def loc_scale(state: Moments, *, eps: float = 1e-4) -> tuple[Tensor, Tensor]:
+def loc_scale(
+    state: Moments,
+    *,
+    eps: float = 1e-4,
+    eps_mode: EpsMode = "std_floor",
+    center: bool = True,
+) -> tuple[Tensor, Tensor]:
     """The mean and the standard deviation that the state stands for.
 
-    Both are ``[*features]`` and float64; 0 and 1 where nothing was seen.
+    Both are ``[*features]`` and float64; 0 and 1 where nothing was seen (and eps is not
+    added). ``loc`` is 0 without ``center``.
 
     Equivalent to::
 
@@ -346,6 +413,6 @@ def loc_scale(state: Moments, *, eps: float = 1e-4) -> tuple[Tensor, Tensor]:
         scale = (state.ssq / state.count - loc**2).clamp_min(0).sqrt().clamp_min(eps)
     """
     (one,) = _listed("state", state, Moments)
-    eps = _number("eps", eps)
-    _ops.check_numbers(eps=eps)
-    return oracle.loc_scale(one, eps)
+    rule = rule_of(eps, eps_mode, None, center)
+    _ops.check_numbers(rule=rule)
+    return oracle.loc_scale(one, rule)

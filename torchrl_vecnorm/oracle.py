@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from torchrl_vecnorm.moments import Moments, state_dtype
+from torchrl_vecnorm.rule import Rule
 
 
 def batch_moments(x: Tensor, feature_ndim: int, mask: Tensor | None = None) -> Moments:
@@ -122,32 +123,37 @@ def fold(
     )
 
 
-def loc_scale(state: Moments, eps: float | Tensor) -> tuple[Tensor, Tensor]:
+def loc_scale(state: Moments, rule: Rule | float) -> tuple[Tensor, Tensor]:
     """``loc = sum / n`` and ``scale = max(sqrt(max(ssq / n - loc², 0)), eps)``.
 
     0 and 1 where nothing was seen yet, so that normalising is the identity there. A scale
     that is less than the rounding of ``loc`` would show nothing but that: it is bounded
-    too.
+    too. ``rule`` is eps alone, or says where else eps stands, and that ``loc`` is 0 where
+    values are only scaled.
     """
+    rule = rule_of(rule)
     loc, var = state.mean_var()
-    least = torch.maximum(
-        loc.abs() * state.rounding().scale, torch.zeros_like(loc) + eps
-    )
-    scale = torch.maximum(var.sqrt(), least)
-    return loc, torch.where(state.used() > 0, scale, 1.0)
+    least = loc.abs() * state.rounding().scale
+    scale = rule.scale(var, least, state.used() > 0)
+    return loc if rule.center else torch.zeros_like(loc), scale
 
 
-def normalize(x: Tensor, state: Moments, eps: float | Tensor) -> Tensor:
-    """``(x - loc) / scale`` in the dtype of x, the default dtype for integers."""
-    loc, scale = loc_scale(state, eps)
+def rule_of(rule: Rule | float) -> Rule:
+    """A rule, or one of eps alone."""
+    return rule if isinstance(rule, Rule) else Rule(rule)
+
+
+def normalize(x: Tensor, state: Moments, rule: Rule | float) -> Tensor:
+    """``(x - loc) / scale``, clipped, in the dtype of x, the default dtype for integers."""
+    loc, scale = loc_scale(state, rule)
     dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
-    return ((x.to(loc.dtype) - loc) / scale).to(dtype)
+    return rule_of(rule).limit((x.to(loc.dtype) - loc) / scale).to(dtype)
 
 
-def denormalize(y: Tensor, state: Moments, eps: float) -> Tensor:
-    """``y * scale + loc``, the inverse of :func:`normalize`."""
-    loc, scale = loc_scale(state, eps)
-    return (y.to(loc.dtype) * scale + loc).to(y.dtype)
+def denormalize(y: Tensor, state: Moments, rule: Rule | float) -> Tensor:
+    """``y * scale + loc``, y clipped: the inverse of :func:`normalize`."""
+    loc, scale = loc_scale(state, rule)
+    return (rule_of(rule).limit(y.to(loc.dtype)) * scale + loc).to(y.dtype)
 
 
 def update(
@@ -156,7 +162,7 @@ def update(
     *,
     keep: float,
     weight: float = 1.0,
-    eps: float = 1e-4,
+    eps: Rule | float = 1e-4,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Moments]:
     """One call: the batch is folded into the state, x normalised with the result.

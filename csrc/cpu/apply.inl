@@ -23,6 +23,7 @@ struct Coefficients {
   C* a;
   C* b;
   C* c;
+  C limit = std::numeric_limits<C>::infinity();
 
   Coefficients(void* block, int64_t width)
       : a(static_cast<C*>(block)), b(a + width), c(b + width) {}
@@ -50,13 +51,19 @@ struct PackMap {
         b(load_pack<C>(k.b + lane)),
         c(load_pack<C>(k.c + lane)) {}
 
-  inline Pack<C> operator()(Pack<C> x) const {
+  inline Pack<C> operator()(Pack<C> x, C limit) const {
     if constexpr (std::is_same_v<Map<C>, Affine<C>>) {
-      return (x - a) * b + c;
+      return clip((x - a) * b + c, limit);
     } else {
       static_assert(std::is_same_v<Map<C>, InverseAffine<C>>);
-      return (x * a + c) + b;
+      return (clip(x, limit) * a + c) + b;
     }
+  }
+
+  static inline Pack<C> clip(Pack<C> y, C limit) {
+    const Pack<C> most = limit - Pack<C>{};
+    y = y < -most ? -most : y;
+    return y > most ? most : y;
   }
 };
 
@@ -85,7 +92,8 @@ void map_narrow(const In* x, int64_t x_stride, Out* y, int64_t y_stride, int64_t
       value[p] = load_pack<C>(x + (p + 1 < N ? p * kPack<C> : last));
     }
     for (int64_t p = 0; p < N; ++p) {
-      put<kStream, C>(y + (p + 1 < N ? p * kPack<C> : last), maps[p](value[p]));
+      put<kStream, C>(y + (p + 1 < N ? p * kPack<C> : last),
+                      maps[p](value[p], k.limit));
     }
   }
 }
@@ -106,7 +114,8 @@ void map_wide(const In* x, int64_t x_stride, Out* y, int64_t y_stride, int64_t l
   const auto apply = [&](int64_t j) {
     const PackMap<Map, C> map(k, j);
     for (int64_t r = 0; r < R; ++r) {
-      put<kStream, C>(y + r * y_stride + j, map(load_pack<C>(x + r * x_stride + j)));
+      put<kStream, C>(y + r * y_stride + j,
+                      map(load_pack<C>(x + r * x_stride + j), k.limit));
     }
   };
   int64_t j = skip;
@@ -124,8 +133,8 @@ void map_wide(const In* x, int64_t x_stride, Out* y, int64_t y_stride, int64_t l
   const PackMap<Map, C> first_map(k, 0);
   const PackMap<Map, C> last_map(k, last);
   for (int64_t r = 0; r < R; ++r) {
-    put<kStream, C>(y + r * y_stride, first_map(head[r]));
-    put<kStream, C>(y + r * y_stride + last, last_map(tail[r]));
+    put<kStream, C>(y + r * y_stride, first_map(head[r], k.limit));
+    put<kStream, C>(y + r * y_stride + last, last_map(tail[r], k.limit));
   }
 }
 
@@ -177,7 +186,8 @@ void map_rows(const Rows<const In>& x, const Rows<Out>& y, int64_t rows, int64_t
       Out* out = y.data + r * y.row_stride;
       for (int64_t j = 0; j < lanes; ++j) {
         const Map<C> map{k.a[j], k.b[j], k.c[j]};
-        out[j * y.lane_stride] = store<Out>(map(load<C>(in[j * x.lane_stride])));
+        out[j * y.lane_stride] =
+            store<Out>(map(load<C>(in[j * x.lane_stride]), k.limit));
       }
     }
     return;

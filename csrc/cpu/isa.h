@@ -12,14 +12,14 @@
 namespace vecnorm {
 namespace cpu {
 
-#define VECNORM_DECLARE_ISA(isa)                                             \
-  namespace isa {                                                            \
-  void update(const std::vector<Key>& keys, Weights weights, double eps,     \
-              RunPhases run);                                                \
-  void normalize(const std::vector<Key>& keys, double eps, RunPhases run);   \
-  void denormalize(const std::vector<Key>& keys, double eps, RunPhases run); \
-  void merge(const State& state, const State& batch, int64_t features,       \
-             Weights weights);                                               \
+#define VECNORM_DECLARE_ISA(isa)                                                   \
+  namespace isa {                                                                  \
+  void update(const std::vector<Key>& keys, Weights weights, const Rule& rule,     \
+              RunPhases run);                                                      \
+  void normalize(const std::vector<Key>& keys, const Rule& rule, RunPhases run);   \
+  void denormalize(const std::vector<Key>& keys, const Rule& rule, RunPhases run); \
+  void merge(const State& state, const State& batch, int64_t features,             \
+             Weights weights);                                                     \
   }
 VECNORM_DECLARE_ISA(baseline)
 #ifdef __x86_64__

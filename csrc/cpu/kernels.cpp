@@ -49,16 +49,17 @@ const Kernels& kernels() {
 
 }  // namespace
 
-void update(const std::vector<Key>& keys, Weights weights, double eps, RunPhases run) {
-  kernels().update(keys, weights, eps, run);
+void update(const std::vector<Key>& keys, Weights weights, const Rule& rule,
+            RunPhases run) {
+  kernels().update(keys, weights, rule, run);
 }
 
-void normalize(const std::vector<Key>& keys, double eps, RunPhases run) {
-  kernels().normalize(keys, eps, run);
+void normalize(const std::vector<Key>& keys, const Rule& rule, RunPhases run) {
+  kernels().normalize(keys, rule, run);
 }
 
-void denormalize(const std::vector<Key>& keys, double eps, RunPhases run) {
-  kernels().denormalize(keys, eps, run);
+void denormalize(const std::vector<Key>& keys, const Rule& rule, RunPhases run) {
+  kernels().denormalize(keys, rule, run);
 }
 
 void merge(const State& state, const State& batch, int64_t features, Weights weights) {

@@ -29,13 +29,14 @@ struct Phase {
 using RunPhases = void (*)(const std::vector<Phase>& phases, int64_t values);
 
 // Folds each key's batch into its state and writes y with the new statistics.
-void update(const std::vector<Key>& keys, Weights weights, double eps, RunPhases run);
+void update(const std::vector<Key>& keys, Weights weights, const Rule& rule,
+            RunPhases run);
 
-// y = (x - loc) / scale with the statistics as they are.
-void normalize(const std::vector<Key>& keys, double eps, RunPhases run);
+// y = (x - loc) / scale with the statistics as they are, clipped.
+void normalize(const std::vector<Key>& keys, const Rule& rule, RunPhases run);
 
-// The inverse: y = x * scale + loc.
-void denormalize(const std::vector<Key>& keys, double eps, RunPhases run);
+// The inverse: y = x * scale + loc, of x clipped.
+void denormalize(const std::vector<Key>& keys, const Rule& rule, RunPhases run);
 
 // state = keep * state + weight * batch, for moments that are already summed.
 void merge(const State& state, const State& batch, int64_t features, Weights weights);

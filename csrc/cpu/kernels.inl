@@ -308,8 +308,8 @@ class Numbered {
 // All keys of one call, and its phases. Each phase takes the parts [begin, end).
 class Call {
  public:
-  Call(const std::vector<Key>& keys, bool sums, double eps, bool inverse = false)
-      : keys_(keys), work_(make_work(keys, sums)), eps_(eps), inverse_(inverse) {
+  Call(const std::vector<Key>& keys, bool sums, const Rule& rule, bool inverse = false)
+      : keys_(keys), work_(make_work(keys, sums)), rule_(rule), inverse_(inverse) {
     for (const Work& w : work_) {
       pieces_.add(w.plan.pieces());
       strips_.add(w.plan.strips());
@@ -596,16 +596,20 @@ class Call {
   template <typename Map>
   void project_to(const Key& key, const Work& work, int64_t begin,
                   const Some& state) const {
-    using C = decltype(std::declval<Map>()(0));
+    using C = decltype(std::declval<Map>()(0, 0));
     const Coefficients<C> k = Coefficients<C>(work.coefficients, work.width()) + begin;
     const Rounding rounding = key.state.rounding();
-    double std[kStrip];
+    const Rule rule = rule_;  // a copy: stores to others' memory do not change it
+    double root[kStrip];
     double a[kStrip];
     double b[kStrip];
     double c[kStrip];
-    roots(state.var, state.size, std);
     for (int64_t i = 0; i < state.size; ++i) {
-      const MapNumbers k = Map::wide(statistic(state[i], std[i], eps_, rounding));
+      a[i] = rule.widened(state.var[i]);
+    }
+    roots(a, state.size, root);
+    for (int64_t i = 0; i < state.size; ++i) {
+      const MapNumbers k = Map::wide(statistic(state[i], root[i], rule, rounding));
       a[i] = k.a;
       b[i] = k.b;
       c[i] = k.c;
@@ -651,7 +655,8 @@ class Call {
     constexpr bool in_double = std::is_same_v<typename Compute<In>::type, double> ||
                                std::is_same_v<Out, double>;
     using C = std::conditional_t<in_double, double, float>;
-    const Coefficients<C> k(work.coefficients, work.width());
+    Coefficients<C> k(work.coefficients, work.width());
+    k.limit = rule_.limit<C>();
     map_piece<Map, C>(rows_at<const In>(key.x, rows, features),
                       rows_at<Out>(key.y, rows, features), rows.size(), work.group,
                       features.size(), work.may_stream,
@@ -660,7 +665,7 @@ class Call {
 
   const std::vector<Key>& keys_;
   std::vector<Work> work_;
-  double eps_;
+  Rule rule_;
   bool inverse_;
   Weights weights_{};
   Numbered pieces_;
@@ -669,16 +674,17 @@ class Call {
 
 }  // namespace
 
-void update(const std::vector<Key>& keys, Weights weights, double eps, RunPhases run) {
-  Call(keys, /*sums=*/true, eps).update(weights, run);
+void update(const std::vector<Key>& keys, Weights weights, const Rule& rule,
+            RunPhases run) {
+  Call(keys, /*sums=*/true, rule).update(weights, run);
 }
 
-void normalize(const std::vector<Key>& keys, double eps, RunPhases run) {
-  Call(keys, /*sums=*/false, eps).map(run);
+void normalize(const std::vector<Key>& keys, const Rule& rule, RunPhases run) {
+  Call(keys, /*sums=*/false, rule).map(run);
 }
 
-void denormalize(const std::vector<Key>& keys, double eps, RunPhases run) {
-  Call(keys, /*sums=*/false, eps, /*inverse=*/true).map(run);
+void denormalize(const std::vector<Key>& keys, const Rule& rule, RunPhases run) {
+  Call(keys, /*sums=*/false, rule, /*inverse=*/true).map(run);
 }
 
 void merge(const State& state, const State& batch, int64_t features, Weights weights) {

@@ -820,10 +820,10 @@ __device__ inline void write_count(const Shared& s, const Place& at, unsigned be
 // The coefficients of the slab's features, as three arrays.
 template <template <typename> class Map, typename C>
 __device__ void set_map(double* maps, const Place& at, int f, const Moments& state,
-                        double eps) {
+                        const Rule& rule) {
   C* to = reinterpret_cast<C*>(maps);
   const auto [a, b, c] =
-      Map<C>::of(statistic(state, eps, at.key->key.state.rounding()));
+      Map<C>::of(statistic(state, rule, at.key->key.state.rounding()));
   to[f] = a;
   to[at.features + f] = b;
   to[2 * at.features + f] = c;
@@ -849,20 +849,21 @@ __device__ void get_maps(const double* maps, const Place& at, Map<C> (&map)[V]) 
 
 // `from` is a copy, so that it is loaded at once: `to` may be where it came from.
 template <typename T, typename M, int V>
-__device__ void store_mapped(Vector<Output<T>>* to, const Vector<T> from,
-                             const M (&map)[V]) {
+__device__ void store_mapped(const Params& p, Vector<Output<T>>* to,
+                             const Vector<T> from, const M (&map)[V]) {
   using C = typename Compute<T>::type;
+  const C limit = limit_of<C>(p);
   Vector<Output<T>> out;
   if constexpr (sizeof(T) == 2) {
     uint32_t pairs[V / 2];
     for (int v = 0; v < V; v += 2) {
-      pairs[v / 2] = T::round_pair(map[v](load<C>(from.at[v])),
-                                   map[v + 1](load<C>(from.at[v + 1])));
+      pairs[v / 2] = T::round_pair(map[v](load<C>(from.at[v]), limit),
+                                   map[v + 1](load<C>(from.at[v + 1]), limit));
     }
     std::memcpy(&out, pairs, sizeof(out));
   } else {
     for (int v = 0; v < V; ++v) {
-      out.at[v] = store<Output<T>>(map[v](load<C>(from.at[v])));
+      out.at[v] = store<Output<T>>(map[v](load<C>(from.at[v]), limit));
     }
   }
   store_streaming(to, out);
@@ -875,12 +876,14 @@ __device__ inline bool maps_in_float(const Key& key) {
 
 // The block's values, one at a time.
 template <template <typename> class Map, typename C>
-__device__ __forceinline__ void map_values(const double* maps, const Place& at) {
+__device__ __forceinline__ void map_values(const Params& p, const double* maps,
+                                           const Place& at) {
   if (!at.is_in()) {
     return;
   }
   const Key& key = at.key->key;
   const auto map = get_map<Map, C>(maps, at, at.first_feature());
+  const C limit = limit_of<C>(p);
   const int n = rows_of(at);
   const int64_t f = at.first_lane + at.lane;
   const int64_t x_step = key.x.row_stride << at.rows_shift;
@@ -898,7 +901,7 @@ __device__ __forceinline__ void map_values(const double* maps, const Place& at) 
 #pragma unroll
       for (int j = 0; j < kValuesAtOnce; ++j) {
         if (i + j < n) {
-          static_cast<T*>(key.y.data)[y + j * y_step] = store<T>(map(values[j]));
+          static_cast<T*>(key.y.data)[y + j * y_step] = store<T>(map(values[j], limit));
         }
       }
     });
@@ -909,7 +912,7 @@ __device__ __forceinline__ void map_values(const double* maps, const Place& at) 
 
 // The samples of the tail.
 template <template <typename> class Map, typename C>
-__device__ void map_tail(const double* maps, const Place& at) {
+__device__ void map_tail(const Params& p, const double* maps, const Place& at) {
   const Key& key = at.key->key;
   const int64_t values = (key.samples - at.tail()) * key.features;
 #pragma unroll 1
@@ -917,7 +920,8 @@ __device__ void map_tail(const double* maps, const Place& at) {
     const int64_t r = at.tail() + i / key.features;
     const int64_t f = i % key.features;
     const auto map = get_map<Map, C>(maps, at, static_cast<int>(f));
-    store_any(key.y, r, f, map(static_cast<C>(load_any(key.x, r, f))));
+    const C value = static_cast<C>(load_any(key.x, r, f));
+    store_any(key.y, r, f, map(value, limit_of<C>(p)));
   }
 }
 

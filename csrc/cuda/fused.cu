@@ -105,7 +105,7 @@ template <typename C>
 __device__ __forceinline__ unsigned fold_slab(const Params& p, const Shared& s,
                                               const Place& at) {
   for (int f = static_cast<int>(threadIdx.x); f < at.features; f += blockDim.x) {
-    set_map<Affine, C>(s.maps(), at, f, fold_feature(p, s, at, f), p.eps);
+    set_map<Affine, C>(s.maps(), at, f, fold_feature(p, s, at, f), p.rule);
   }
   __syncthreads();
   return at.leads() && threadIdx.x == 0 ? give_up_count(at) : 0;
@@ -120,10 +120,10 @@ __device__ __forceinline__ void update_values(const Params& p, const Shared& s,
   unsigned before;
   if (maps_in_float(at.key->key)) {
     before = fold_slab<float>(p, s, at);
-    map_values<Affine, float>(s.maps(), at);
+    map_values<Affine, float>(p, s.maps(), at);
   } else {
     before = fold_slab<double>(p, s, at);
-    map_values<Affine, double>(s.maps(), at);
+    map_values<Affine, double>(p, s.maps(), at);
   }
   leave<kCluster>(s, at, before);
 }
@@ -209,22 +209,22 @@ __device__ __forceinline__ void update_vectors(const Params& p, const Shared& s,
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
       if (j < size) {
-        store_mapped<T>(y[last - j], batch[j], map);
+        store_mapped<T>(p, y[last - j], batch[j], map);
       }
     }
   });
 #pragma unroll 2
   for (int i = kept - 1; i >= R; --i) {
-    store_mapped<T>(y[i], *slot(i), map);
+    store_mapped<T>(p, y[i], *slot(i), map);
   }
 #pragma unroll
   for (int i = R - 1; i >= 0; --i) {
     if (i < n) {
-      store_mapped<T>(y[i], held[i], map);
+      store_mapped<T>(p, y[i], held[i], map);
     }
   }
   if (at.has_tail()) {
-    map_tail<Affine, C>(s.maps(), at);
+    map_tail<Affine, C>(p, s.maps(), at);
   }
   leave<kCluster>(s, at, before);
 }

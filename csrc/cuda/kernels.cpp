@@ -67,11 +67,12 @@ Known& known() {
 // Gathers keys with their plans into the arguments of a kernel.
 class Arguments {
  public:
-  Arguments(Weights weights, double eps, int threads) : threads_(threads) {
+  Arguments(Weights weights, const Rule& rule, int threads) : threads_(threads) {
     p_.size = 0;
     p_.slots = 0;
     p_.weights = weights;
-    p_.eps = eps;
+    p_.rule = rule;
+    p_.float_limit = rule.limit<float>();
   }
 
   // `inner`: what its blocks count through first.
@@ -157,8 +158,8 @@ using Launcher = cudaError_t (*)(Dtype, const Launch&, Stream, const Params&);
 
 // A batch of keys; those whose outputs nobody wants are left out.
 cudaError_t apply(Launcher launcher, const Key* keys, int size, const Limits& limits,
-                  double eps, Stream stream) {
-  Arguments arguments({1., 1.}, eps, kBlockThreads);
+                  const Rule& rule, Stream stream) {
+  Arguments arguments({1., 1.}, rule, kBlockThreads);
   for (int i = 0; i < size; ++i) {
     if (keys[i].y.data != nullptr) {
       const LanePlan plan = plan_maps(keys[i], limits);
@@ -174,7 +175,7 @@ cudaError_t apply(Launcher launcher, const Key* keys, int size, const Limits& li
   return launcher(launch_type(keys[0]), shape, stream, p);
 }
 
-cudaError_t apply_all(Launcher launcher, const std::vector<Key>& all, double eps,
+cudaError_t apply_all(Launcher launcher, const std::vector<Key>& all, const Rule& rule,
                       Stream stream) {
   Limits limits;
   if (const cudaError_t error = current_limits(&limits)) {
@@ -184,7 +185,7 @@ cudaError_t apply_all(Launcher launcher, const std::vector<Key>& all, double eps
   for (size_t i = 0; i < keys.size();) {
     const int size = batch_size(&keys[i], keys.size() - i);
     if (const cudaError_t error =
-            apply(launcher, &keys[i], size, limits, eps, stream)) {
+            apply(launcher, &keys[i], size, limits, rule, stream)) {
       return error;
     }
     i += static_cast<size_t>(size);
@@ -194,8 +195,9 @@ cudaError_t apply_all(Launcher launcher, const std::vector<Key>& all, double eps
 
 }  // namespace
 
-Update::Update(const std::vector<Key>& keys, Weights weights, double eps, Path wish)
-    : keys_(in_order(keys)), weights_(weights), eps_(eps) {
+Update::Update(const std::vector<Key>& keys, Weights weights, const Rule& rule,
+               Path wish)
+    : keys_(in_order(keys)), weights_(weights), rule_(rule) {
   error_ = current_device(&device_);
   if (error_ == cudaSuccess) {
     error_ = known().find(device_, &limits_);
@@ -251,7 +253,7 @@ cudaError_t Update::run(Workspace workspace, Stream stream) {
 
 cudaError_t Update::run(const Batch& batch, Workspace* workspace, Stream stream) const {
   const bool fused = batch.plan.path != Path::kTwoKernels;
-  Arguments arguments(weights_, eps_, fused ? kFusedThreads : kBlockThreads);
+  Arguments arguments(weights_, rule_, fused ? kFusedThreads : kBlockThreads);
   for (int i = 0; i < batch.size; ++i) {
     const LanePlan& plan = batch.plan.keys[i];
     arguments.add(batch.keys[i], plan, fused ? plan.chunks : plan.slabs, workspace);
@@ -267,7 +269,7 @@ cudaError_t Update::run(const Batch& batch, Workspace* workspace, Stream stream)
   if (const cudaError_t error = launch_accumulate(type, shape, stream, p)) {
     return error;
   }
-  return apply(launch_normalize, batch.keys, batch.size, limits_, eps_, stream);
+  return apply(launch_normalize, batch.keys, batch.size, limits_, rule_, stream);
 }
 
 cudaError_t current_limits(Limits* limits) {
@@ -276,12 +278,12 @@ cudaError_t current_limits(Limits* limits) {
   return error != cudaSuccess ? error : known().find(device, limits);
 }
 
-cudaError_t normalize(const std::vector<Key>& keys, double eps, Stream stream) {
-  return apply_all(launch_normalize, keys, eps, stream);
+cudaError_t normalize(const std::vector<Key>& keys, const Rule& rule, Stream stream) {
+  return apply_all(launch_normalize, keys, rule, stream);
 }
 
-cudaError_t denormalize(const std::vector<Key>& keys, double eps, Stream stream) {
-  return apply_all(launch_denormalize, keys, eps, stream);
+cudaError_t denormalize(const std::vector<Key>& keys, const Rule& rule, Stream stream) {
+  return apply_all(launch_denormalize, keys, rule, stream);
 }
 
 }  // namespace cuda

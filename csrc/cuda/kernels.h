@@ -37,7 +37,7 @@ struct WorkspaceSize {
 class Update {
  public:
   // Plans for the current device. `wish` is for tests and benchmarks.
-  Update(const std::vector<Key>& keys, Weights weights, double eps,
+  Update(const std::vector<Key>& keys, Weights weights, const Rule& rule,
          Path wish = Path::kAuto);
   Update(const Update&) = delete;  // the batches point into keys_
   Update& operator=(const Update&) = delete;
@@ -59,7 +59,7 @@ class Update {
 
   std::vector<Key> keys_;  // those with samples
   Weights weights_;
-  double eps_;
+  Rule rule_;
   int device_ = 0;
   Limits limits_ = {};
   cudaError_t error_ = cudaSuccess;
@@ -71,10 +71,10 @@ class Update {
 cudaError_t current_limits(Limits* limits);
 
 // y = (x - loc) / scale with the statistics as they are.
-cudaError_t normalize(const std::vector<Key>& keys, double eps, Stream stream);
+cudaError_t normalize(const std::vector<Key>& keys, const Rule& rule, Stream stream);
 
 // The inverse: y = x * scale + loc.
-cudaError_t denormalize(const std::vector<Key>& keys, double eps, Stream stream);
+cudaError_t denormalize(const std::vector<Key>& keys, const Rule& rule, Stream stream);
 
 }  // namespace cuda
 }  // namespace vecnorm

@@ -50,10 +50,23 @@ struct Params {
   int size;
   int slots;  // vectors that a thread of a fused kernel keeps in shared memory
   Weights weights;
-  double eps;
+  Rule rule;
+  float
+      float_limit;  // its clip: a constant operand, where a conversion takes a register
   SharedSize shared;
   int shared_bytes;  // before the vectors
 };
+
+// The rule's clip in the arithmetic of C.
+template <typename C>
+VECNORM_HD C limit_of(const Params& p) {
+  if constexpr (sizeof(C) == sizeof(float)) {
+    return p.float_limit;
+  } else {
+    return p.rule.clip;
+  }
+}
+
 static_assert(sizeof(Params) <= 4096, "kernel arguments are limited to 4 KB");
 
 }  // namespace cuda

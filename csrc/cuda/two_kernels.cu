@@ -103,7 +103,7 @@ __device__ double* read_maps(const Params& p, const Place& at) {
   double* const maps = reinterpret_cast<double*>(shared_memory());
   for (int f = static_cast<int>(threadIdx.x); f < at.features; f += blockDim.x) {
     const Moments state = read_state(at.key->key.state, at.feature(f));
-    set_map<Map, C>(maps, at, f, state, p.eps);
+    set_map<Map, C>(maps, at, f, state, p.rule);
   }
   __syncthreads();
   return maps;
@@ -118,8 +118,8 @@ __device__ void apply(const Params& p) {
   if constexpr (kTakesValues<T>) {
     if (at.key->plan.vector == 1) {
       return maps_in_float(key)
-                 ? map_values<Map, float>(read_maps<Map, float>(p, at), at)
-                 : map_values<Map, double>(read_maps<Map, double>(p, at), at);
+                 ? map_values<Map, float>(p, read_maps<Map, float>(p, at), at)
+                 : map_values<Map, double>(p, read_maps<Map, double>(p, at), at);
     }
   }
   const double* maps = read_maps<Map, C>(p, at);
@@ -139,12 +139,12 @@ __device__ void apply(const Params& p) {
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
       if (j < size) {
-        store_mapped<T>(y[last - i - j], batch[j], map);
+        store_mapped<T>(p, y[last - i - j], batch[j], map);
       }
     }
   });
   if (at.has_tail()) {
-    map_tail<Map, C>(maps, at);
+    map_tail<Map, C>(p, maps, at);
   }
 }
 

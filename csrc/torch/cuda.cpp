@@ -180,9 +180,10 @@ std::atomic<cuda::Path> last_path = cuda::Path::kAuto;
 
 // `lives`: whether the state may see another call.
 void update_states(TensorList x, TensorList state, TensorList y, TensorList mask,
-                   double keep, double weight, double eps, bool lives) {
+                   double keep, double weight, const RuleArgs& args, bool lives) {
   const States s{state};
-  check_update(x, y, mask, s, keep, weight, eps);
+  const Rule rule = rule_of(args);
+  check_update(x, y, mask, s, keep, weight);
   if (x.empty()) {
     return;
   }
@@ -193,7 +194,7 @@ void update_states(TensorList x, TensorList state, TensorList y, TensorList mask
   const Keys keys(x, y, mask, s);
   check_features(keys);
   const c10::Stream stream = at::accelerator::getCurrentStream(device.index());
-  cuda::Update update(keys.keys, {keep, weight}, eps, wished_path);
+  cuda::Update update(keys.keys, {keep, weight}, rule, wished_path);
   const cuda::WorkspaceSize size = update.workspace();
   const Buffers buffers = lives ? workspaces().find(s.count(0), size, stream)
                                 : Buffers(size, device, stream);
@@ -203,13 +204,15 @@ void update_states(TensorList x, TensorList state, TensorList y, TensorList mask
 }
 
 void update_cuda(TensorList x, TensorList state, TensorList y, TensorList mask,
-                 double keep, double weight, double eps) {
-  update_states(x, state, y, mask, keep, weight, eps, true);
+                 double keep, double weight, double eps, int64_t eps_mode,
+                 std::optional<double> clip, bool center) {
+  update_states(x, state, y, mask, keep, weight, {eps, eps_mode, clip, center}, true);
 }
 
-using Apply = cudaError_t (*)(const std::vector<Key>&, double, cuda::Stream);
+using Apply = cudaError_t (*)(const std::vector<Key>&, const Rule&, cuda::Stream);
 
-void apply_cuda(TensorList x, const States& s, TensorList y, double eps, Apply apply) {
+void apply_cuda(TensorList x, const States& s, TensorList y, const Rule& rule,
+                Apply apply) {
   if (x.empty()) {
     return;
   }
@@ -219,34 +222,42 @@ void apply_cuda(TensorList x, const States& s, TensorList y, double eps, Apply a
   check_current(device);
   const Keys keys(x, y, {}, s);
   check_features(keys);
-  check_launch(
-      apply(keys.keys, eps, native(at::accelerator::getCurrentStream(device.index()))));
+  check_launch(apply(keys.keys, rule,
+                     native(at::accelerator::getCurrentStream(device.index()))));
   keys.write_back();
 }
 
-void normalize_out_cuda(TensorList x, TensorList state, TensorList y, double eps) {
-  check_output(x, y, {state}, eps);
-  apply_cuda(x, {state}, y, eps, cuda::normalize);
+void normalize_out_cuda(TensorList x, TensorList state, TensorList y, double eps,
+                        int64_t eps_mode, std::optional<double> clip, bool center) {
+  const Rule rule = rule_of({eps, eps_mode, clip, center});
+  check_output(x, y, {state});
+  apply_cuda(x, {state}, y, rule, cuda::normalize);
 }
 
-std::vector<Tensor> normalize_cuda(TensorList x, TensorList state, double eps) {
-  check_values(x, {}, {state}, eps);
+std::vector<Tensor> normalize_cuda(TensorList x, TensorList state, double eps,
+                                   int64_t eps_mode, std::optional<double> clip,
+                                   bool center) {
+  const Rule rule = rule_of({eps, eps_mode, clip, center});
+  check_values(x, {}, {state});
   std::vector<Tensor> y = outputs_like(x);
-  apply_cuda(x, {state}, y, eps, cuda::normalize);
+  apply_cuda(x, {state}, y, rule, cuda::normalize);
   return y;
 }
 
-std::vector<Tensor> denormalize_cuda(TensorList y, TensorList state, double eps) {
+std::vector<Tensor> denormalize_cuda(TensorList y, TensorList state, double eps,
+                                     int64_t eps_mode, std::optional<double> clip,
+                                     bool center) {
   check_floating_point(y);
-  check_values(y, {}, {state}, eps);
+  const Rule rule = rule_of({eps, eps_mode, clip, center});
+  check_values(y, {}, {state});
   std::vector<Tensor> x = outputs_like(y);
-  apply_cuda(y, {state}, x, eps, cuda::denormalize);
+  apply_cuda(y, {state}, x, rule, cuda::denormalize);
   return x;
 }
 
 std::vector<Tensor> moments_cuda(TensorList x, int64_t feature_ndim, TensorList mask) {
   std::vector<Tensor> state = zero_states(x, feature_ndim);
-  update_states(x, state, {}, mask, 1, 1, 1, false);
+  update_states(x, state, {}, mask, 1, 1, {1}, false);
   return state;
 }
 

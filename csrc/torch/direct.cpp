@@ -132,7 +132,7 @@ std::optional<std::vector<Tensor>> Direct::update(const std::vector<Tensor>& x,
     return std::nullopt;
   }
   leave_the_pool_after_fork();
-  cpu::update(call->keys, {keep, weight}, eps, run_phases);
+  cpu::update(call->keys, {keep, weight}, Rule::of(eps), run_phases);
   // What a graph has saved must not be used by its backward pass any more.
   for (size_t l = 0; l < leaves_.size(); ++l) {
     if (x[l / States::kLeaves].defined() && !leaves_[l].is_inference()) {
@@ -149,7 +149,7 @@ std::optional<std::vector<Tensor>> Direct::normalize(const std::vector<Tensor>& 
     return std::nullopt;
   }
   leave_the_pool_after_fork();
-  cpu::normalize(call->keys, eps, run_phases);
+  cpu::normalize(call->keys, Rule::of(eps), run_phases);
   return std::move(call->y);
 }
 

@@ -21,9 +21,10 @@
 //   central    [*features]            the variance
 //
 // The last two have no elements where a state does without them. `y` and `mask` may be
-// empty lists. What mutates takes its outputs and returns nothing: a mutating schema
-// that returns a list of tensors cannot be compiled. What mutates nothing returns its
-// results, so that graphs, their branches, and traces hold it as any other function.
+// empty lists. `eps`, `eps_mode`, `clip` and `center` are the Rule of moments.h. What
+// mutates takes its outputs and returns nothing: a mutating schema that returns a list
+// of tensors cannot be compiled. What mutates nothing returns its results, so that
+// graphs, their branches, and traces hold it as any other function.
 
 #include "ops.h"
 
@@ -45,6 +46,7 @@
 #include <algorithm>
 #include <functional>
 #include <initializer_list>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -72,50 +74,60 @@ void prefer_huge_pages(const Tensor& t) {
 }
 
 void update_cpu(TensorList x, TensorList state, TensorList y, TensorList mask,
-                double keep, double weight, double eps) {
+                double keep, double weight, double eps, int64_t eps_mode,
+                std::optional<double> clip, bool center) {
   leave_the_pool_after_fork();
   const States s{state};
-  check_update(x, y, mask, s, keep, weight, eps);
+  const Rule rule = rule_of({eps, eps_mode, clip, center});
+  check_update(x, y, mask, s, keep, weight);
   const Keys keys(x, y, mask, s);
-  cpu::update(keys.keys, {keep, weight}, eps, run_phases);
+  cpu::update(keys.keys, {keep, weight}, rule, run_phases);
   keys.write_back();
 }
 
-void normalize_out_cpu(TensorList x, TensorList state, TensorList y, double eps) {
+void normalize_out_cpu(TensorList x, TensorList state, TensorList y, double eps,
+                       int64_t eps_mode, std::optional<double> clip, bool center) {
   leave_the_pool_after_fork();
   const States s{state};
-  check_output(x, y, s, eps);
+  const Rule rule = rule_of({eps, eps_mode, clip, center});
+  check_output(x, y, s);
   const Keys keys(x, y, {}, s);
-  cpu::normalize(keys.keys, eps, run_phases);
+  cpu::normalize(keys.keys, rule, run_phases);
   keys.write_back();
 }
 
-std::vector<Tensor> normalize_cpu(TensorList x, TensorList state, double eps) {
+std::vector<Tensor> normalize_cpu(TensorList x, TensorList state, double eps,
+                                  int64_t eps_mode, std::optional<double> clip,
+                                  bool center) {
   leave_the_pool_after_fork();
   const States s{state};
-  check_values(x, {}, s, eps);
+  const Rule rule = rule_of({eps, eps_mode, clip, center});
+  check_values(x, {}, s);
   std::vector<Tensor> y = outputs_like(x);
   const Keys keys(x, y, {}, s);
-  cpu::normalize(keys.keys, eps, run_phases);
+  cpu::normalize(keys.keys, rule, run_phases);
   keys.write_back();
   return y;
 }
 
-std::vector<Tensor> denormalize_cpu(TensorList y, TensorList state, double eps) {
+std::vector<Tensor> denormalize_cpu(TensorList y, TensorList state, double eps,
+                                    int64_t eps_mode, std::optional<double> clip,
+                                    bool center) {
   leave_the_pool_after_fork();
   const States s{state};
   check_floating_point(y);
-  check_values(y, {}, s, eps);
+  const Rule rule = rule_of({eps, eps_mode, clip, center});
+  check_values(y, {}, s);
   std::vector<Tensor> x = outputs_like(y);
   const Keys keys(y, x, {}, s);
-  cpu::denormalize(keys.keys, eps, run_phases);
+  cpu::denormalize(keys.keys, rule, run_phases);
   keys.write_back();
   return x;
 }
 
 std::vector<Tensor> moments_cpu(TensorList x, int64_t feature_ndim, TensorList mask) {
   std::vector<Tensor> state = zero_states(x, feature_ndim);
-  update_cpu(x, state, {}, mask, 1, 1, 1);
+  update_cpu(x, state, {}, mask, 1, 1, 1, 0, {}, true);
   return state;
 }
 
@@ -169,9 +181,14 @@ const auto& merge_op() {
 
 // ----------------------------------------------------------------------- autograd
 
-// The scale of a key, shaped to broadcast over its values: statistic() of moments.h in
+struct LocScale {
+  Tensor loc;
+  Tensor scale;
+};
+
+// Those of a key, shaped to broadcast over its values: statistic() of moments.h in
 // plain torch, as sizes may be symbolic here.
-Tensor scale_of(const States& s, size_t i, double eps) {
+LocScale loc_scale_of(const States& s, size_t i, const Rule& rule) {
   // mps has nothing better than float32.
   const at::ScalarType real = s.sum(i).is_mps() ? at::kFloat : at::kDouble;
   const bool keeps_var = s.central(i).sym_numel() > 0;
@@ -185,40 +202,61 @@ Tensor scale_of(const States& s, size_t i, double eps) {
     const Tensor slack = n * 1e-9;
     n = at::where(used < -slack, n, at::where(used <= slack, 0., used));
   }
-  const Tensor loc = s.sum(i).to(real) / n;
+  Tensor loc = s.sum(i).to(real) / n;
   Tensor var = (s.ssq(i).to(real) / n - loc * loc).clamp_min(0);
   if (keeps_var) {
     const Tensor kept = s.central(i).to(real);
     const Tensor slack = (kept + var) * 1e-6 + loc * loc * rounding.var;
     var = at::where((kept - var).abs() <= slack, kept, var);
   }
-  const Tensor least = (loc.abs() * rounding.scale).clamp_min(eps);
-  const Tensor std = at::maximum(var.sqrt(), least);
-  return at::where(n > 0, std, at::ones_like(std));
+  const Tensor least = (loc.abs() * rounding.scale).clamp_min(rule.least_std);
+  const Tensor root = (var.clamp_min(rule.least_var) + rule.add_var).sqrt();
+  const Tensor scale = at::maximum(root, least) + rule.add_std;
+  const Tensor seen = n > 0;
+  if (!rule.center) {
+    loc = at::zeros_like(loc);
+  }
+  return {at::where(seen, loc, at::zeros_like(loc)),
+          at::where(seen, scale, at::full_like(scale, rule.unseen))};
 }
 
-std::vector<Tensor> scales_of(const States& s, const std::vector<size_t>& keys,
-                              double eps) {
+// What the gradients of some keys are made of.
+struct Slopes {
   std::vector<Tensor> scales;
-  for (size_t i : keys) {
-    scales.push_back(scale_of(s, i, eps));
+  std::vector<Tensor> within;  // where the clip has changed nothing; empty without one
+
+  Slopes() = default;
+
+  // `x` are what the keys' outputs are made from.
+  Slopes(const States& s, const std::vector<size_t>& keys, const std::vector<Tensor>& x,
+         const Rule& rule, bool inverse) {
+    const bool clips = std::isfinite(rule.clip);
+    for (size_t k = 0; k < keys.size(); ++k) {
+      const auto [loc, scale] = loc_scale_of(s, keys[k], rule);
+      scales.push_back(scale);
+      if (clips) {
+        const Tensor wide = x[k].to(scale.scalar_type());
+        within.push_back((inverse ? wide : (wide - loc) / scale).abs() <= rule.clip);
+      }
+    }
   }
-  return scales;
-}
+};
 
 // An affine map whose coefficients are constants: the gradient of an output is divided
-// by the scale (normalize) or multiplied by it (denormalize).
+// by the scale (normalize) or multiplied by it (denormalize), and 0 where it is
+// clipped.
 struct AffineGrad : public torch::autograd::Function<AffineGrad> {
   using Variables = torch::autograd::variable_list;
   using Context = torch::autograd::AutogradContext;
 
-  // `run` returns the outputs, which are `y` where there are any, and the scales.
-  using Run = std::function<std::pair<Variables, std::vector<Tensor>>()>;
+  // `run` returns the outputs, which are `y` where there are any, and their slopes.
+  using Run = std::function<std::pair<Variables, Slopes>()>;
 
   static Variables forward(Context* ctx, TensorList x, TensorList y, const Run& run,
                            bool inverse) {
-    auto [outputs, scales] = run();
-    ctx->saved_data["scales"] = scales;
+    auto [outputs, slopes] = run();
+    ctx->saved_data["scales"] = slopes.scales;
+    ctx->saved_data["within"] = slopes.within;
     ctx->saved_data["inverse"] = inverse;
     ctx->saved_data["written"] = static_cast<int64_t>(y.size());
     if (!y.empty()) {
@@ -229,6 +267,7 @@ struct AffineGrad : public torch::autograd::Function<AffineGrad> {
 
   static Variables backward(Context* ctx, Variables grads) {
     const std::vector<Tensor> scales = ctx->saved_data["scales"].toTensorVector();
+    const std::vector<Tensor> within = ctx->saved_data["within"].toTensorVector();
     const bool inverse = ctx->saved_data["inverse"].toBool();
     Variables out;
     for (size_t i = 0; i < grads.size(); ++i) {
@@ -236,6 +275,9 @@ struct AffineGrad : public torch::autograd::Function<AffineGrad> {
       if (grad.defined()) {
         const Tensor scale = scales[i].to(grad.scalar_type());
         grad = inverse ? grad * scale : grad / scale;
+        if (!within.empty()) {
+          grad = at::where(within[i], grad, at::zeros_like(grad));
+        }
       }
       out.push_back(grad);
     }
@@ -276,10 +318,11 @@ void run_below_autograd(std::initializer_list<TensorList> mutated, const Call& c
 
 // Runs an operator whose outputs are or become part of a graph.
 template <typename Run>
-void run_in_graph(TensorList x, TensorList y, const States& s, double eps,
+void run_in_graph(TensorList x, TensorList y, const States& s, const Rule& rule,
                   const Run& run) {
   std::vector<size_t> keys;
   std::vector<Tensor> inputs;
+  std::vector<Tensor> values;  // the inputs as they are before anything is written
   std::vector<Tensor> outputs;
   std::vector<std::pair<Tensor, Tensor>> copies;
   for (size_t i = 0; i < std::min(x.size(), y.size()); ++i) {
@@ -297,6 +340,8 @@ void run_in_graph(TensorList x, TensorList y, const States& s, double eps,
       keys.push_back(i);
       inputs.push_back(x[i]);
       outputs.push_back(output);
+      const bool is_lost = std::isfinite(rule.clip) && share_storage(x[i], y[i]);
+      values.push_back(is_lost ? x[i].detach().clone() : x[i]);
     }
   }
   const auto run_and_copy = [&] {
@@ -313,7 +358,7 @@ void run_in_graph(TensorList x, TensorList y, const States& s, double eps,
         TensorList(inputs), TensorList(outputs),
         [&] {
           run_and_copy();
-          return std::pair(outputs, scales_of(s, keys, eps));
+          return std::pair(outputs, Slopes(s, keys, values, rule, /*inverse=*/false));
         },
         /*inverse=*/false);
   }
@@ -340,11 +385,11 @@ void check_no_tangents(TensorList x) {
 // Runs an operator that writes to its outputs, and connects those whose inputs need
 // gradients.
 template <typename Run>
-void with_gradients(TensorList x, TensorList y, const States& s, double eps,
+void with_gradients(TensorList x, TensorList y, const States& s, const RuleArgs& rule,
                     const Run& run) {
   check_no_tangents(x);
   if (needs_gradient(x) || needs_gradient(y)) {
-    run_in_graph(x, y, s, eps, run);
+    run_in_graph(x, y, s, rule_of(rule), run);
   } else {
     run();
   }
@@ -352,8 +397,9 @@ void with_gradients(TensorList x, TensorList y, const States& s, double eps,
 
 // The same for one that returns them.
 template <typename Run>
-std::vector<Tensor> returned_with_gradients(TensorList x, const States& s, double eps,
-                                            bool inverse, const Run& run) {
+std::vector<Tensor> returned_with_gradients(TensorList x, const States& s,
+                                            const RuleArgs& rule, bool inverse,
+                                            const Run& run) {
   check_no_tangents(x);
   const auto run_below = [&] {
     at::AutoDispatchBelowADInplaceOrView guard;
@@ -379,7 +425,7 @@ std::vector<Tensor> returned_with_gradients(TensorList x, const States& s, doubl
         for (size_t i : keys) {
           outputs.push_back(all[i]);
         }
-        return std::pair(outputs, scales_of(s, keys, eps));
+        return std::pair(outputs, Slopes(s, keys, inputs, rule_of(rule), inverse));
       },
       inverse);
   for (size_t k = 0; k < keys.size(); ++k) {
@@ -401,28 +447,39 @@ void refuse_recomputation() {
 }
 
 void update_autograd(TensorList x, TensorList state, TensorList y, TensorList mask,
-                     double keep, double weight, double eps) {
+                     double keep, double weight, double eps, int64_t eps_mode,
+                     std::optional<double> clip, bool center) {
   refuse_recomputation();
-  with_gradients(x, y, {state}, eps, [&] {
-    run_below_autograd({state, y},
-                       [&] { update_op().call(x, state, y, mask, keep, weight, eps); });
+  with_gradients(x, y, {state}, {eps, eps_mode, clip, center}, [&] {
+    run_below_autograd({state, y}, [&] {
+      update_op().call(x, state, y, mask, keep, weight, eps, eps_mode, clip, center);
+    });
   });
 }
 
-void normalize_out_autograd(TensorList x, TensorList state, TensorList y, double eps) {
-  with_gradients(x, y, {state}, eps, [&] {
-    run_below_autograd({y}, [&] { normalize_out_op().call(x, state, y, eps); });
+void normalize_out_autograd(TensorList x, TensorList state, TensorList y, double eps,
+                            int64_t eps_mode, std::optional<double> clip, bool center) {
+  with_gradients(x, y, {state}, {eps, eps_mode, clip, center}, [&] {
+    run_below_autograd({y}, [&] {
+      normalize_out_op().call(x, state, y, eps, eps_mode, clip, center);
+    });
   });
 }
 
-std::vector<Tensor> normalize_autograd(TensorList x, TensorList state, double eps) {
-  return returned_with_gradients(x, {state}, eps, false,
-                                 [&] { return normalize_op().call(x, state, eps); });
+std::vector<Tensor> normalize_autograd(TensorList x, TensorList state, double eps,
+                                       int64_t eps_mode, std::optional<double> clip,
+                                       bool center) {
+  return returned_with_gradients(x, {state}, {eps, eps_mode, clip, center}, false, [&] {
+    return normalize_op().call(x, state, eps, eps_mode, clip, center);
+  });
 }
 
-std::vector<Tensor> denormalize_autograd(TensorList y, TensorList state, double eps) {
-  return returned_with_gradients(y, {state}, eps, true,
-                                 [&] { return denormalize_op().call(y, state, eps); });
+std::vector<Tensor> denormalize_autograd(TensorList y, TensorList state, double eps,
+                                         int64_t eps_mode, std::optional<double> clip,
+                                         bool center) {
+  return returned_with_gradients(y, {state}, {eps, eps_mode, clip, center}, true, [&] {
+    return denormalize_op().call(y, state, eps, eps_mode, clip, center);
+  });
 }
 
 // Statistics are constants.
@@ -447,11 +504,12 @@ void merge_autograd(TensorList state, TensorList other, double keep, double weig
 }
 
 void update_trace(TensorList, TensorList, TensorList, TensorList, double, double,
-                  double) {
+                  double, int64_t, std::optional<double>, bool) {
   refuse_trace("update");
 }
 
-void normalize_out_trace(TensorList, TensorList, TensorList, double) {
+void normalize_out_trace(TensorList, TensorList, TensorList, double, int64_t,
+                         std::optional<double>, bool) {
   refuse_trace("normalize_out");
 }
 
@@ -480,25 +538,35 @@ std::vector<Tensor> outputs_like(TensorList x) {
 }
 
 void update(TensorList x, TensorList state, TensorList y, TensorList mask, double keep,
-            double weight, double eps) {
-  update_op().call(x, state, y, mask, keep, weight, eps);
+            double weight, const RuleArgs& rule) {
+  const auto& [eps, eps_mode, clip, center] = rule;
+  update_op().call(x, state, y, mask, keep, weight, eps, eps_mode, clip, center);
 }
 
-std::vector<Tensor> normalize(TensorList x, TensorList state, double eps) {
-  return normalize_op().call(x, state, eps);
+std::vector<Tensor> normalize(TensorList x, TensorList state, const RuleArgs& rule) {
+  const auto& [eps, eps_mode, clip, center] = rule;
+  return normalize_op().call(x, state, eps, eps_mode, clip, center);
 }
 
-void normalize_out(TensorList x, TensorList state, TensorList y, double eps) {
-  normalize_out_op().call(x, state, y, eps);
+void normalize_out(TensorList x, TensorList state, TensorList y, const RuleArgs& rule) {
+  const auto& [eps, eps_mode, clip, center] = rule;
+  normalize_out_op().call(x, state, y, eps, eps_mode, clip, center);
 }
 
 TORCH_LIBRARY(torchrl_vecnorm, m) {
   m.def(
       "update(Tensor[] x, Tensor(a!)[] state, Tensor(b!)[] y, Tensor[] mask, "
-      "float keep, float weight, float eps) -> ()");
-  m.def("normalize(Tensor[] x, Tensor[] state, float eps) -> Tensor[]");
-  m.def("normalize_out(Tensor[] x, Tensor[] state, Tensor(a!)[] y, float eps) -> ()");
-  m.def("denormalize(Tensor[] y, Tensor[] state, float eps) -> Tensor[]");
+      "float keep, float weight, float eps, int eps_mode=0, float? clip=None, "
+      "bool center=True) -> ()");
+  m.def(
+      "normalize(Tensor[] x, Tensor[] state, float eps, int eps_mode=0, "
+      "float? clip=None, bool center=True) -> Tensor[]");
+  m.def(
+      "normalize_out(Tensor[] x, Tensor[] state, Tensor(a!)[] y, float eps, "
+      "int eps_mode=0, float? clip=None, bool center=True) -> ()");
+  m.def(
+      "denormalize(Tensor[] y, Tensor[] state, float eps, int eps_mode=0, "
+      "float? clip=None, bool center=True) -> Tensor[]");
   m.def("moments(Tensor[] x, int feature_ndim, Tensor[] mask) -> Tensor[]");
   m.def("merge(Tensor(a!)[] state, Tensor[] other, float keep, float weight) -> ()");
 }

@@ -10,19 +10,31 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
 namespace vecnorm {
 
+// How a call normalises, as operators take it: where eps stands is an EpsMode of
+// moments.h, for all keys.
+struct RuleArgs {
+  double eps;
+  int64_t eps_mode = 0;
+  std::optional<double> clip = std::nullopt;
+  bool center = true;
+};
+
 // Typed calls of the operators, through the dispatcher.
 void update(at::TensorList x, at::TensorList state, at::TensorList y,
-            at::TensorList mask, double keep, double weight, double eps);
+            at::TensorList mask, double keep, double weight, const RuleArgs& rule);
 
-std::vector<at::Tensor> normalize(at::TensorList x, at::TensorList state, double eps);
+std::vector<at::Tensor> normalize(at::TensorList x, at::TensorList state,
+                                  const RuleArgs& rule);
 
 void normalize_out(at::TensorList x, at::TensorList state, at::TensorList y,
-                   double eps);
+                   const RuleArgs& rule);
 
 // New tensors for normalised values: integers come out in the default dtype.
 at::Tensor output_like(const at::Tensor& x);

@@ -53,25 +53,28 @@ bool came_from_another_process(const Tensor& t) {
 
 std::optional<Tensors> update_and_normalize(const Tensors& x, const Tensors& state,
                                             const Tensors& mask, double keep,
-                                            double weight, double eps,
-                                            std::optional<Tensors> out) {
+                                            double weight, std::optional<Tensors> out,
+                                            double eps, int64_t eps_mode,
+                                            std::optional<double> clip, bool center) {
   if (any_transformed(x) || (out.has_value() && any_transformed(*out))) {
     return std::nullopt;
   }
   Tensors y = out.has_value() ? std::move(*out) : outputs_like(x);
-  update(x, state, y, mask, keep, weight, eps);
+  update(x, state, y, mask, keep, weight, {eps, eps_mode, clip, center});
   return y;
 }
 
-std::optional<Tensors> normalized(const Tensors& x, const Tensors& state, double eps,
-                                  std::optional<Tensors> out) {
+std::optional<Tensors> normalized(const Tensors& x, const Tensors& state,
+                                  std::optional<Tensors> out, double eps,
+                                  int64_t eps_mode, std::optional<double> clip,
+                                  bool center) {
   if (any_transformed(x) || (out.has_value() && any_transformed(*out))) {
     return std::nullopt;
   }
   if (!out.has_value()) {
-    return normalize(x, state, eps);
+    return normalize(x, state, {eps, eps_mode, clip, center});
   }
-  normalize_out(x, state, *out, eps);
+  normalize_out(x, state, *out, {eps, eps_mode, clip, center});
   return out;
 }
 
@@ -215,7 +218,7 @@ class Binding {
       }
     }
     Tensors y = outputs_like(x);
-    update(x, state_, y, mask, keep, weight, eps);
+    update(x, state_, y, mask, keep, weight, {eps});
     return y;
   }
 
@@ -225,7 +228,7 @@ class Binding {
         return y;
       }
     }
-    return all_defined(x) ? std::optional(normalize(x, state_, eps)) : std::nullopt;
+    return all_defined(x) ? std::optional(normalize(x, state_, {eps})) : std::nullopt;
   }
 
   static bool all_defined(const Tensors& x) {
@@ -328,24 +331,26 @@ class Binding {
 
 PYBIND11_MODULE(_C, m) {
   m.def("update", &update_and_normalize, py::arg("x"), py::arg("state"),
-        py::arg("mask"), py::arg("keep"), py::arg("weight"), py::arg("eps"),
-        py::arg("out") = py::none());
-  m.def("normalize", &normalized, py::arg("x"), py::arg("state"), py::arg("eps"),
-        py::arg("out") = py::none());
+        py::arg("mask"), py::arg("keep"), py::arg("weight"), py::arg("out"),
+        py::arg("eps"), py::arg("eps_mode") = 0, py::arg("clip") = py::none(),
+        py::arg("center") = true);
+  m.def("normalize", &normalized, py::arg("x"), py::arg("state"), py::arg("out"),
+        py::arg("eps"), py::arg("eps_mode") = 0, py::arg("clip") = py::none(),
+        py::arg("center") = true);
   // What kernels check, for implementations in plain torch.
   m.def(
       "check_values",
-      [](const Tensors& x, const Tensors& y, const Tensors& state, double eps) {
-        check_output(x, y, {state}, eps);
+      [](const Tensors& x, const Tensors& y, const Tensors& state) {
+        check_output(x, y, {state});
       },
-      py::arg("x"), py::arg("y"), py::arg("state"), py::arg("eps"));
+      py::arg("x"), py::arg("y"), py::arg("state"));
   m.def(
       "check_update",
       [](const Tensors& x, const Tensors& y, const Tensors& mask, const Tensors& state,
-         double keep, double weight,
-         double eps) { check_update(x, y, mask, {state}, keep, weight, eps); },
+         double keep,
+         double weight) { check_update(x, y, mask, {state}, keep, weight); },
       py::arg("x"), py::arg("y"), py::arg("mask"), py::arg("state"), py::arg("keep"),
-      py::arg("weight"), py::arg("eps"));
+      py::arg("weight"));
   m.def(
       "check_floating_point", [](const Tensors& x) { check_floating_point(x); },
       py::arg("x"));

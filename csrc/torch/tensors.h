@@ -19,6 +19,8 @@
 #include <vector>
 
 #include "../key.h"
+#include "../moments.h"
+#include "ops.h"
 
 namespace vecnorm {
 
@@ -66,9 +68,20 @@ inline void check_weights(double keep, double weight) {
                     "expected weight positive and finite, got ", weight);
 }
 
-inline void check_eps(double eps) {
-  TORCH_CHECK_VALUE(0 < eps && std::isfinite(eps),
-                    "expected eps positive and finite, got ", eps);
+// The rule of a call, which is the same for all its keys.
+inline Rule rule_of(const RuleArgs& args) {
+  TORCH_CHECK_VALUE(0 < args.eps && std::isfinite(args.eps),
+                    "expected eps positive and finite, got ", args.eps);
+  TORCH_CHECK_VALUE(0 <= args.eps_mode && args.eps_mode <= 3,
+                    "expected eps_mode in 0 … 3, got ", args.eps_mode);
+  Rule rule = Rule::of(args.eps, static_cast<EpsMode>(args.eps_mode));
+  rule.center = args.center;
+  if (args.clip.has_value()) {
+    rule.clip = *args.clip;
+    TORCH_CHECK_VALUE(0 < rule.clip && std::isfinite(rule.clip),
+                      "expected clip positive and finite, or none, got ", rule.clip);
+  }
+  return rule;
 }
 
 inline void check_leaf(const Tensor& t, size_t i, const char* name) {
@@ -250,8 +263,7 @@ inline void check_apart(TensorList x, TensorList y) {
   }
 }
 
-inline void check_values(TensorList x, TensorList y, const States& s, double eps) {
-  check_eps(eps);
+inline void check_values(TensorList x, TensorList y, const States& s) {
   check_states(s);
   check_length(x, s.size(), "x", false);
   check_length(y, s.size(), "y", true);
@@ -333,9 +345,9 @@ inline void check_masks(TensorList mask, TensorList x, const States& s) {
 }
 
 inline void check_update(TensorList x, TensorList y, TensorList mask, const States& s,
-                         double keep, double weight, double eps) {
+                         double keep, double weight) {
   check_weights(keep, weight);
-  check_values(x, y, s, eps);
+  check_values(x, y, s);
   check_masks(mask, x, s);
   const Apart apart(s);
   for (size_t i = 0; i < x.size(); ++i) {
@@ -346,8 +358,8 @@ inline void check_update(TensorList x, TensorList y, TensorList mask, const Stat
   }
 }
 
-inline void check_output(TensorList x, TensorList y, const States& s, double eps) {
-  check_values(x, y, s, eps);
+inline void check_output(TensorList x, TensorList y, const States& s) {
+  check_values(x, y, s);
   for (size_t i = 0; i < y.size(); ++i) {
     const Span span(y[i]);
     for (const Tensor& leaf : s.leaves) {

@@ -64,7 +64,7 @@ using Bytes = std::vector<std::vector<unsigned char>>;
 // Two updates of the keys of one call, each normalised once more, and the inverse.
 Bytes run(const std::vector<Case>& cases) {
   constexpr double keep = 0.9;
-  constexpr double eps = 1e-4;
+  const Rule rule = cases[0].rule();
   constexpr double kExact = 1e-5;  // 128 rows at a time are summed in float
   random_bits.seed(7);
   Bytes result;
@@ -80,23 +80,23 @@ Bytes run(const std::vector<Case>& cases) {
       b.expect(keep);
       keys.push_back(b.key());
     }
-    alone([&] { kernels::update(keys, {keep, 1}, eps, run_phases); });
+    alone([&] { kernels::update(keys, {keep, 1}, rule, run_phases); });
     for (Buffers& b : all) {
-      b.compare(eps, kExact);
+      b.compare(kExact);
       for (const auto* leaf : {&b.sum, &b.ssq, &b.count, &b.nonfinite}) {
         result.push_back(leaf->bytes());
       }
       result.push_back(b.y.bytes());
       std::fill_n(b.y.data(), b.bytes(b.out_dtype()), 0);
     }
-    alone([&] { kernels::normalize(keys, eps, run_phases); });
+    alone([&] { kernels::normalize(keys, rule, run_phases); });
     for (Buffers& b : all) {
-      b.compare(eps, kExact);
+      b.compare(kExact);
     }
   }
   for (Buffers& b : all) {
     b.compare_back([&](const Key& k) {
-      alone([&] { kernels::denormalize({k}, eps, run_phases); });
+      alone([&] { kernels::denormalize({k}, rule, run_phases); });
     });
   }
   return result;
@@ -158,6 +158,9 @@ std::vector<std::vector<Case>> calls() {
   c.float_state = true;
   c.spoiled = 0.05;
   one(c);
+  for (const Case& rule : rules()) {
+    one(rule);
+  }
   std::vector<Case> many;
   for (int k = 0; k < 12; ++k) {
     many.push_back(make("one of many", 20 + 90 * k, 1 + k * 7 % 70,

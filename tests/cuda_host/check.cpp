@@ -27,7 +27,7 @@ int taken[4];
 // The keys of one call; two updates, then the pieces.
 void run(const std::vector<Case>& cases, cuda::Path wish) {
   constexpr double keep = 0.9;
-  constexpr double eps = 1e-4;
+  const Rule rule = cases[0].rule();
   std::vector<Buffers> all;
   for (const Case& c : cases) {
     all.emplace_back(c);
@@ -40,7 +40,7 @@ void run(const std::vector<Case>& cases, cuda::Path wish) {
       b.expect(keep);
       keys.push_back(b.key());
     }
-    cuda::Update update(keys, {keep, 1}, eps, wish);
+    cuda::Update update(keys, {keep, 1}, rule, wish);
     const cuda::WorkspaceSize size = update.workspace();
     Guarded<double> partials(size.partials);
     Guarded<unsigned> counters(size.counters);
@@ -56,7 +56,7 @@ void run(const std::vector<Case>& cases, cuda::Path wish) {
     }
     ++taken[static_cast<int>(update.path())];
     for (Buffers& b : all) {
-      b.compare(eps);
+      b.compare();
     }
     for (size_t i = 0; i < size.counters; ++i) {
       if ((counters[i] & 0x7fffffffu) != 0) {
@@ -68,14 +68,14 @@ void run(const std::vector<Case>& cases, cuda::Path wish) {
       std::printf("a write outside of the workspace\n");
       ++failures;
     }
-    cuda::normalize(keys, eps, nullptr);
+    cuda::normalize(keys, rule, nullptr);
     for (Buffers& b : all) {
-      b.compare(eps);
+      b.compare();
     }
   }
   // The inverse gives back what was normalised.
   for (Buffers& b : all) {
-    b.compare_back([&](const Key& k) { cuda::denormalize({k}, eps, nullptr); });
+    b.compare_back([&](const Key& k) { cuda::denormalize({k}, rule, nullptr); });
   }
 }
 
@@ -192,6 +192,9 @@ std::vector<std::vector<Case>> calls(const std::string& extent) {
   c.float_state = true;
   c.spoiled = 0.05;
   one(c);
+  for (const Case& rule : rules()) {
+    one(rule);
+  }
   std::vector<Case> many;
   for (int k = 0; k < (small ? 5 : 33); ++k) {
     many.push_back(make("one of many", 20 + 13 * k, 1 + k * 7 % 70,

@@ -16,11 +16,11 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from torchrl_vecnorm._load import _C
+from torchrl_vecnorm.checks import check_moments
 from torchrl_vecnorm.moments import Moments
 from torchrl_vecnorm.statistics import sharing
 from torchrl_vecnorm.statistics.checks import (
     check_apart,
-    check_moments,
     check_usable,
     patiently,
     settled,

@@ -20,8 +20,8 @@ import torch
 from tensordict.utils import NestedKey
 from torch import Tensor
 
+from torchrl_vecnorm.checks import REQUIRED, SLACK
 from torchrl_vecnorm.moments import Moments
-from torchrl_vecnorm.statistics.checks import REQUIRED, SLACK
 from torchrl_vecnorm.statistics.names import StateNames, as_path, flat_name
 
 #: What joins the names of a state_dict of ``torchrl.envs.VecNormV2``.

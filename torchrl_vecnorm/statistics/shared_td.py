@@ -15,8 +15,9 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from torchrl_vecnorm._load import _C
+from torchrl_vecnorm.checks import REQUIRED
 from torchrl_vecnorm.moments import Moments
-from torchrl_vecnorm.statistics.checks import REQUIRED, check_usable
+from torchrl_vecnorm.statistics.checks import check_usable
 from torchrl_vecnorm.statistics.control import (
     Attached,
     check_block,

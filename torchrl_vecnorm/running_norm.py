@@ -1,0 +1,336 @@
+# Copyright (c) the torchrl_vecnorm authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""The running normaliser as a module, for whoever trains on tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from numbers import Integral
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from torchrl_vecnorm import _ops, functional
+from torchrl_vecnorm.checks import check_moments
+from torchrl_vecnorm.moments import Moments
+from torchrl_vecnorm.rule import EPS_MODES, EpsMode
+
+__all__ = ["RunningNorm", "keep_from_ddp"]
+
+Shape: TypeAlias = "int | Sequence[int] | Mapping[str, Shape]"
+Values: TypeAlias = "Tensor | Mapping[str, Values]"
+
+
+class _Key(nn.Module):
+    """The statistics of one tensor: the leaves of :class:`~torchrl_vecnorm.Moments`."""
+
+    def __init__(self, shape, dtype, device) -> None:
+        super().__init__()
+        zeros = Moments.zeros(shape, dtype=dtype, device=device, counts_all=True)
+        for name, leaf in zeros._asdict().items():
+            self.register_buffer(name, leaf)
+
+    def moments(self) -> Moments:
+        return Moments(*self._buffers.values())
+
+    def _load_from_state_dict(self, *args) -> None:
+        """All statistics of a module are loaded, or none: it sees to that."""
+
+    # Statistics move, but stay what they are under .half() and .to(dtype).
+    def _apply(self, fn, recurse=True):
+        def move(leaf: Tensor) -> Tensor:
+            moved = fn(leaf)
+            return moved if moved.dtype == leaf.dtype else leaf.to(moved.device)
+
+        return super()._apply(move, recurse)
+
+
+class RunningNorm(nn.Module):
+    """Normalises tensors by running statistics, which it updates in training mode.
+
+    Args:
+        shape: the shape of a sample: an int, a sequence of them, or a (nested) mapping of
+            names to shapes. Whatever comes before it in an input is samples.
+        decay: what the old moments are multiplied by, once an update. 1 never forgets.
+        eps: bounds the scale away from 0, in the units of the input (of its square in
+            the modes that begin with ``"var"``).
+        eps_mode: where eps stands: ``"std_floor"`` is ``max(std, eps)``, ``"std_add"`` is
+            ``std + eps``, ``"var_add"`` is ``sqrt(var + eps)`` and ``"var_floor"`` is
+            ``sqrt(max(var, eps))``.
+        clip: outputs are within ``[-clip, clip]``; their gradient is 0 outside.
+        center: whether the mean is taken away. Without it ``x / scale``, as rewards want.
+        until: how many samples to learn from; the statistics stay as they are after
+            exactly that many. It is decided on the device: no read waits for it.
+        dtype: of the statistics: float64, or float32.
+        device: of the statistics.
+
+    The statistics are buffers, ``stats.…`` in a ``state_dict()``: float64 whatever the
+    module's own dtype becomes, moved with it, copied by ``copy.deepcopy``. All tensors of
+    a mapping go in one call of a compiled operator. Works in ``torch.compile`` without a
+    graph break, and in CUDA graphs.
+
+        >>> norm = RunningNorm(3, clip=10.0)
+        >>> y = norm(torch.randn(128, 3))  # updates, then normalises
+        >>> z = norm.eval()(torch.randn(3))  # normalises only
+        >>> both = RunningNorm({"policy": 48, "critic": {"state": 60, "map": (2, 8, 8)}})
+
+    Equivalent to, for one tensor::
+
+        if self.training:
+            self.update(x)
+        y = (x - self.mean) / self.std.clamp_min(eps)  # or where else eps stands
+        y = y.clamp(-clip, clip).to(x.dtype)
+    """
+
+    def __init__(
+        self,
+        shape: Shape,
+        *,
+        decay: float = 1.0,
+        eps: float = 1e-4,
+        eps_mode: EpsMode = "std_floor",
+        clip: float | None = None,
+        center: bool = True,
+        until: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.decay = functional.number("decay", decay)
+        self.rule = functional.rule_of(eps, eps_mode, clip, center)
+        _ops.check_numbers(keep=self.decay, rule=self.rule)
+        is_count = isinstance(until, Integral) and not isinstance(until, bool)
+        if until is not None and not (is_count and until > 0):
+            raise ValueError(f"expected until as a positive int or None, got {until!r}")
+        self.until = until
+        self.stats = _tree(shape, dtype, device)
+
+    # ------------------------------------------------------------------------ calls
+
+    def forward(self, x: Values, mask: Any = None) -> Any:
+        """Normalises x; in training mode the statistics take it in first.
+
+        Args:
+            x: ``[*samples, *shape]``, any real dtype, any strides; a mapping where the
+                shape is one.
+            mask: bool, one element a sample: which samples count for the statistics. All
+                are normalised. For a mapping one for all, or a mapping alike.
+
+        Returns:
+            As x, in its dtype (the default dtype for integers). Differentiable in x, with
+            the statistics as constants.
+
+        Raises:
+            TypeError: not a tensor, or a complex or sparse one.
+            ValueError: trailing dimensions other than ``shape``.
+            KeyError: names other than those of ``shape``.
+        """
+        if not self.training:
+            return self.normalize(x)
+        keys, xs = self._pair(x)
+        masks = self._masks(mask, keys, xs)
+        y = _ops.update(xs, _leaves(keys), masks, self.decay, 1.0, self.rule)
+        return self._like(y)
+
+    @torch.no_grad()
+    def update(self, x: Values, mask: Any = None) -> None:
+        """Takes x into the statistics, in any mode; as in :meth:`forward`."""
+        keys, xs = self._pair(x)
+        _ops.fold(xs, _leaves(keys), self._masks(mask, keys, xs), self.decay, 1.0)
+
+    def normalize(self, x: Values) -> Any:
+        """Normalises with the statistics as they are, in any mode."""
+        keys, xs = self._pair(x)
+        return self._like(_ops.normalize(xs, _leaves(keys), self.rule))
+
+    def inverse(self, y: Values) -> Any:
+        """``y * scale + mean``: what was normalised, or, with a clip, what was left of it."""
+        keys, ys = self._pair(y)
+        return self._like(_ops.denormalize(ys, _leaves(keys), self.rule))
+
+    # ------------------------------------------------------------------- statistics
+
+    @property
+    def mean(self) -> Any:
+        """The mean, in the shape (or mapping of shapes) of a sample; 0 before data."""
+        return self._map(lambda m: m.mean_var()[0])
+
+    @property
+    def var(self) -> Any:
+        """The variance (of all values, not n - 1 of them); 1 before data."""
+        return self._map(
+            lambda m: torch.where(m.used() > 0, m.mean_var()[1], 1.0),
+        )
+
+    @property
+    def std(self) -> Any:
+        """The standard deviation, without eps; 1 before data."""
+        return self._map(
+            lambda m: torch.where(m.used() > 0, m.mean_var()[1].sqrt(), 1.0),
+        )
+
+    @property
+    def count(self) -> Any:
+        """How many samples were taken in so far, without decay; float64, ``[]``."""
+        return self._map(lambda m: m.seen().clone())
+
+    # ------------------------------------------------------------------- state_dicts
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, metadata, strict, missing, unexpected, errors
+    ) -> None:
+        keys = {
+            f"{prefix}{path}.": key
+            for path, key in self.named_modules()
+            if isinstance(key, _Key)
+        }
+        expected = [path + name for path in keys for name in Moments._fields]
+        absent = [name for name in expected if name not in state_dict]
+        if strict:
+            mine = (name for name in state_dict if name.startswith(prefix))
+            unexpected += sorted(set(mine).difference(expected))
+        missing += absent
+        if absent:
+            return
+        try:
+            loaded = [_checked(state_dict, path, key) for path, key in keys.items()]
+        except ValueError as err:
+            errors.append(str(err))
+            return
+        with torch.no_grad():
+            for key, moments in zip(keys.values(), loaded, strict=True):
+                for (name, old), new in zip(key._buffers.items(), moments, strict=True):
+                    if old.is_meta:
+                        key._buffers[name] = new.to(old.dtype, copy=True)
+                    else:
+                        old.copy_(new)
+
+    # ---------------------------------------------------------------------- private
+
+    def _pair(self, x: Values) -> tuple[list[_Key], list[Tensor]]:
+        if isinstance(self.stats, _Key):
+            if not isinstance(x, Tensor):
+                raise TypeError(f"expected x as a Tensor, got {type(x).__name__}")
+            return [self.stats], [x]
+        keys: list[_Key] = []
+        xs: list[Tensor] = []
+        _pair(self.stats, x, "x", keys, xs)
+        return keys, xs
+
+    def _masks(self, mask, keys: list[_Key], xs: list[Tensor]) -> list[Tensor]:
+        if mask is None:
+            masks: list[Tensor | None] = [None] * len(xs)
+        elif isinstance(mask, Mapping):
+            masks = []
+            _pair(self.stats, mask, "mask", [], masks)
+        elif isinstance(mask, Tensor):
+            masks = [mask] * len(xs)
+        else:
+            raise TypeError(f"expected mask as a Tensor, got {type(mask).__name__}")
+        if self.until is not None:
+            masks = [self._until(*of) for of in zip(masks, keys, xs, strict=True)]
+        return functional.masks_of(
+            None if mask is None and self.until is None else masks, xs
+        )
+
+    def _until(self, mask: Tensor | None, key: _Key, x: Tensor) -> Tensor:
+        """Of the samples that count those that there is room for."""
+        samples = x.shape[: max(x.ndim - key.sum.ndim, 0)]
+        left = self.until - key.count[-1]
+        if mask is None:
+            n = samples.numel()
+            return torch.arange(n, device=x.device) < left.to(x.device)
+        flat = mask.reshape(-1)
+        return flat & (flat.cumsum(0) <= left.to(flat.device))
+
+    def _like(self, results: list[Tensor]) -> Any:
+        """Results in the order of the statistics, as a tensor or a mapping of them."""
+        left = iter(results)
+        return _map(self.stats, lambda _: next(left))
+
+    def _map(self, function) -> Any:
+        return _map(self.stats, lambda key: function(key.moments()))
+
+    def extra_repr(self) -> str:
+        """The options."""
+        eps, mode, clip, center = self.rule
+        return (
+            f"decay={self.decay}, eps={eps}, eps_mode={EPS_MODES[mode]!r}, "
+            f"clip={clip}, center={center}, until={self.until}"
+        )
+
+
+def keep_from_ddp(model: nn.Module) -> nn.Module:
+    """Has ``DistributedDataParallel`` leave the statistics in a model to each rank.
+
+    Its ``broadcast_buffers`` would write rank 0's over those of the others at each
+    forward call, and their samples would be lost. Call it before the model is wrapped;
+    parameters and other buffers are synchronised as before.
+    """
+    ignored = list(getattr(model, "_ddp_params_and_buffers_to_ignore", []))
+    for prefix, module in model.named_modules():
+        if isinstance(module, _Key):
+            ignored += [
+                f"{prefix}.{name}" if prefix else name for name in module._buffers
+            ]
+    model._ddp_params_and_buffers_to_ignore = ignored
+    return model
+
+
+def _tree(shape: Shape, dtype, device) -> nn.Module:
+    if isinstance(shape, Mapping):
+        if not shape:
+            raise ValueError(
+                "expected a shape for one name at least, got an empty mapping"
+            )
+        return nn.ModuleDict(
+            {name: _tree(child, dtype, device) for name, child in shape.items()}
+        )
+    if isinstance(shape, Integral) and not isinstance(shape, bool):
+        shape = (shape,)
+    is_shape = isinstance(shape, Sequence) and not isinstance(shape, str)
+    if not is_shape or not all(isinstance(n, Integral) and n >= 0 for n in shape):
+        raise TypeError(
+            f"expected shape as an int, a sequence or a mapping of shapes, got {shape!r}"
+        )
+    return _Key(shape, dtype, device)
+
+
+def _pair(node: nn.Module, x, name: str, keys: list, xs: list) -> None:
+    """The tensors of a mapping beside their statistics, in the order of these."""
+    if isinstance(node, _Key):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"expected {name} as a Tensor, got {type(x).__name__}")
+        keys.append(node)
+        xs.append(x)
+        return
+    children = dict(node.named_children())
+    if not isinstance(x, Mapping):
+        raise TypeError(
+            f"expected {name} as a mapping with {sorted(children)}, got {type(x).__name__}"
+        )
+    if x.keys() != children.keys():
+        raise KeyError(
+            f"expected {name} with {sorted(children)}, got {sorted(map(str, x.keys()))}"
+        )
+    for key, child in children.items():
+        _pair(child, x[key], f"{name}[{key!r}]", keys, xs)
+
+
+def _checked(state_dict: Mapping[str, Tensor], path: str, key: _Key) -> Moments:
+    names = [path + name for name in Moments._fields]
+    moments = Moments(*map(state_dict.__getitem__, names))
+    return check_moments(names, moments, key.sum.shape, counts=2, owner="RunningNorm")
+
+
+def _map(node: nn.Module, function) -> Any:
+    if isinstance(node, _Key):
+        return function(node)
+    return {name: _map(child, function) for name, child in node.named_children()}
+
+
+def _leaves(keys: list[_Key]) -> list[Tensor]:
+    return [leaf for key in keys for leaf in key._buffers.values()]
