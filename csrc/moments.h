@@ -24,6 +24,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 #include <limits>
 
 #if defined(__CUDACC__) || defined(__HIPCC__)
@@ -133,56 +134,65 @@ struct Weights {
 };
 
 // Where eps stands; libraries differ.
-enum class EpsMode : int64_t {
+enum class EpsMode {
   kStdFloor,  // max(std, eps)
   kStdAdd,    // std + eps
   kVarAdd,    // sqrt(var + eps)
   kVarFloor,  // sqrt(max(var, eps))
 };
 
-// How values are normalised: every mode is the same formula with other numbers,
+// Every mode is the same formula with other numbers:
 //
 //   scale = max(sqrt(max(var, least_var) + add_var), least_std) + add_std
-//   y     = (x - loc) / scale, within [-clip, clip]
-struct Rule {
-  double least_var = 0;
-  double add_var = 0;
-  double least_std = 0;
-  double add_std = 0;
-  double unseen = 1;  // the scale while nothing was seen: of a deviation of 1
-  double clip = std::numeric_limits<double>::infinity();
-  bool center = true;  // without it values are only scaled
-
-  static Rule of(double eps, EpsMode mode = EpsMode::kStdFloor) {
-    Rule rule;
-    switch (mode) {
-      case EpsMode::kStdFloor:
-        rule.least_std = eps;
-        break;
-      case EpsMode::kStdAdd:
-        rule.add_std = eps;
-        rule.unseen = 1 + eps;
-        break;
-      case EpsMode::kVarAdd:
-        rule.add_var = eps;
-        rule.unseen = std::sqrt(1 + eps);
-        break;
-      case EpsMode::kVarFloor:
-        rule.least_var = eps;
-        break;
-    }
-    return rule;
-  }
+struct Scaling {
+  double least_var;
+  double add_var;
+  double least_std;
+  double add_std;
+  double unseen;     // the scale while nothing was seen: of a deviation of 1
+  double centering;  // 1, or 0 where values are only scaled
 
   VECNORM_HD double widened(double var) const {
     return (var < least_var ? least_var : var) + add_var;  // a NaN stays one
+  }
+};
+
+// How a call normalises: y = (x - loc) / scale, within [-clip, clip].
+struct Rule {
+  Scaling scaling{};
+  double clip = std::numeric_limits<double>::infinity();
+  float float_clip = std::numeric_limits<float>::infinity();
+
+  static Rule of(double eps, EpsMode mode = EpsMode::kStdFloor,
+                 double clip = std::numeric_limits<double>::infinity(),
+                 bool center = true) {
+    double unseen = 1;
+    if (mode == EpsMode::kStdAdd) {
+      unseen = 1 + eps;
+    } else if (mode == EpsMode::kVarAdd) {
+      unseen = std::sqrt(1 + eps);
+    } else if (mode == EpsMode::kVarFloor) {
+      unseen = std::sqrt(eps > 1 ? eps : 1.);
+    }
+    Rule rule;
+    rule.scaling = {mode == EpsMode::kVarFloor ? eps : 0.,
+                    mode == EpsMode::kVarAdd ? eps : 0.,
+                    mode == EpsMode::kStdFloor ? eps : 0.,
+                    mode == EpsMode::kStdAdd ? eps : 0.,
+                    unseen,
+                    center ? 1. : 0.};
+    rule.clip = clip;
+    if (clip < static_cast<double>(kLargest<float>)) {
+      rule.float_clip = static_cast<float>(clip);
+    }
+    return rule;
   }
 
   // The clip in the arithmetic of T.
   template <typename T>
   VECNORM_HD T limit() const {
-    return clip < static_cast<double>(kLargest<T>) ? static_cast<T>(clip)
-                                                   : std::numeric_limits<T>::infinity();
+    return sizeof(T) == sizeof(float) ? static_cast<T>(float_clip)
+                                      : static_cast<T>(clip);
   }
 };
 
@@ -295,24 +305,31 @@ VECNORM_HD Moments impute(Moments batch, const Moments& state) {
   return batch;
 }
 
-// loc and scale of a feature; `root` is that of its variance, widened by the rule.
-// While nothing was seen a deviation of 1 around 0 is assumed.
-VECNORM_HD Statistic statistic(const Moments& m, double root, const Rule& rule,
+// loc and scale of a feature; `root` is that of its variance, widened.
+VECNORM_HD Statistic statistic(const Moments& m, double root, const Scaling& s,
                                Rounding rounding) {
   const double loc = m.loc();
   const double least = std::fabs(loc) * rounding.scale;
-  const double bound = least > rule.least_std ? least : rule.least_std;
-  const double scale = (root < bound ? bound : root) + rule.add_std;  // a NaN stays one
-  return {rule.center ? loc : 0., m.used > 0 ? scale : rule.unseen};
+  const double bound = least > s.least_std ? least : s.least_std;
+  const double scale = (root < bound ? bound : root) + s.add_std;  // a NaN stays one
+  return {s.centering * loc, m.used > 0 ? scale : s.unseen};
 }
 
-VECNORM_HD Statistic statistic(const Moments& m, const Rule& rule, Rounding rounding) {
-  return statistic(m, std::sqrt(rule.widened(m.var)), rule, rounding);
+VECNORM_HD Statistic statistic(const Moments& m, const Scaling& s, Rounding rounding) {
+  return statistic(m, std::sqrt(s.widened(m.var)), s, rounding);
 }
 
 // A normalised value within its limits; a NaN stays one.
 template <typename T>
 VECNORM_HD T clipped(T y, T limit) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  // Two instructions with a constant operand each; comparisons would need registers.
+  if constexpr (sizeof(T) == sizeof(float)) {
+    asm("max.NaN.f32 %0, %0, %1;" : "+f"(y) : "f"(-limit));
+    asm("min.NaN.f32 %0, %0, %1;" : "+f"(y) : "f"(limit));
+    return y;
+  }
+#endif
   const T low = y < -limit ? -limit : y;
   return low > limit ? limit : low;
 }

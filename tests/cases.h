@@ -82,12 +82,7 @@ struct Case {
   double clip = std::numeric_limits<double>::infinity();
   bool center = true;
 
-  Rule rule() const {
-    Rule rule = Rule::of(eps, eps_mode);
-    rule.clip = clip;
-    rule.center = center;
-    return rule;
-  }
+  Rule rule() const { return Rule::of(eps, eps_mode, clip, center); }
 
   long double scale_of(long double var) const {
     switch (eps_mode) {
@@ -290,6 +285,7 @@ struct Buffers {
              c.float_state ? 1e-6 : 1e-12);
         near("left out", 0, f, state(nonfinite, c.features + f), want_left_out[f], 0);
       }
+      scale[f] = c.eps_mode == EpsMode::kStdFloor ? 1 : c.scale_of(1);
       if (want_finite[f] > 0) {
         loc[f] = want_sum[f] / want_finite[f];
         const long double var = want_ssq[f] / want_finite[f] - loc[f] * loc[f];
@@ -297,8 +293,6 @@ struct Buffers {
           near("central", 0, f, state(central, f), var, std::max(exact, 1e-5));
         }
         scale[f] = c.scale_of(std::max(var, 0.0L));
-      } else {
-        scale[f] = c.rule().unseen;
       }
       loc[f] = c.center ? loc[f] : 0;
     }

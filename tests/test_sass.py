@@ -27,10 +27,10 @@ VALUES = {"float": 4, "double": 2, "Float16": 8, "BFloat16": 8, "uint8": 4}
 #: Vectors under way in the loops that sum rows, of two launches and of one.
 SUMMED = {"float": (8, 4), "double": (8, 4), "Float16": (4, 3), "BFloat16": (4, 3)}
 SUMMED["uint8"] = (4, 3)
-#: Instructions a value where rows are mapped: load, convert, map, convert, store, and what
-#: the loop itself takes.
-MOST_MAPPED = {"float": 7.5, "double": 13.0, "Float16": 6.5, "BFloat16": 6.5}
-MOST_MAPPED["uint8"] = 8.5
+#: Instructions a value where rows are mapped: load, convert, map, clip (two of float, six of
+#: double), convert, store, and what the loop itself takes.
+MOST_MAPPED = {"float": 8.75, "double": 17.75, "Float16": 8.0, "BFloat16": 8.0}
+MOST_MAPPED["uint8"] = 9.5
 #: Instructions before a fused kernel asks for its first value.
 MOST_BEFORE = 160
 
@@ -151,7 +151,7 @@ def faults(kernel: Kernel) -> list[str]:
         least("sums", SUMMED[kind][fused])
         least("partials", 8 if fused else 16)
     if role != "accumulate":
-        least("maps", 3 if fused and kind.endswith("16") else 4)
+        least("maps", 3 if fused and kind in ("double", "Float16", "BFloat16") else 4)
         most("mapped", MOST_MAPPED[kind])
     # What a block wrote goes out before the others are told, and what was cached before
     # they are heard is forgotten.

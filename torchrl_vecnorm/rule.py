@@ -48,16 +48,15 @@ class Rule(NamedTuple):
         eps = (
             torch.zeros_like(least) + self.eps
         )  # a number, or one that a graph is given
-        one = torch.ones_like(least)
-        if mode == "std_floor":
-            return torch.where(seen, torch.maximum(var.sqrt(), least.maximum(eps)), one)
-        if mode == "std_add":
-            return torch.where(seen, torch.maximum(var.sqrt(), least), one) + eps
+        var = torch.where(seen, var, 1.0)
         if mode == "var_add":
-            scale = torch.maximum((var + eps).sqrt(), least)
-            return torch.where(seen, scale, (one + eps).sqrt())
-        scale = torch.maximum(torch.maximum(var, eps).sqrt(), least)
-        return torch.where(seen, scale, one)
+            var = var + eps
+        elif mode == "var_floor":
+            var = torch.maximum(var, eps)
+        elif mode == "std_floor":
+            least = torch.maximum(least, eps)
+        scale = torch.where(seen, torch.maximum(var.sqrt(), least), var.sqrt())
+        return scale + eps if mode == "std_add" else scale
 
     def limit(self, y: Tensor) -> Tensor:
         """Y within the clip."""

@@ -599,17 +599,17 @@ class Call {
     using C = decltype(std::declval<Map>()(0, 0));
     const Coefficients<C> k = Coefficients<C>(work.coefficients, work.width()) + begin;
     const Rounding rounding = key.state.rounding();
-    const Rule rule = rule_;  // a copy: stores to others' memory do not change it
+    const Scaling scaling = rule_.scaling;
     double root[kStrip];
     double a[kStrip];
     double b[kStrip];
     double c[kStrip];
     for (int64_t i = 0; i < state.size; ++i) {
-      a[i] = rule.widened(state.var[i]);
+      a[i] = scaling.widened(state.var[i]);
     }
     roots(a, state.size, root);
     for (int64_t i = 0; i < state.size; ++i) {
-      const MapNumbers k = Map::wide(statistic(state[i], root[i], rule, rounding));
+      const MapNumbers k = Map::wide(statistic(state[i], root[i], scaling, rounding));
       a[i] = k.a;
       b[i] = k.b;
       c[i] = k.c;

@@ -823,7 +823,7 @@ __device__ void set_map(double* maps, const Place& at, int f, const Moments& sta
                         const Rule& rule) {
   C* to = reinterpret_cast<C*>(maps);
   const auto [a, b, c] =
-      Map<C>::of(statistic(state, rule, at.key->key.state.rounding()));
+      Map<C>::of(statistic(state, rule.scaling, at.key->key.state.rounding()));
   to[f] = a;
   to[at.features + f] = b;
   to[2 * at.features + f] = c;
@@ -852,7 +852,7 @@ template <typename T, typename M, int V>
 __device__ void store_mapped(const Params& p, Vector<Output<T>>* to,
                              const Vector<T> from, const M (&map)[V]) {
   using C = typename Compute<T>::type;
-  const C limit = limit_of<C>(p);
+  const C limit = p.rule.limit<C>();
   Vector<Output<T>> out;
   if constexpr (sizeof(T) == 2) {
     uint32_t pairs[V / 2];
@@ -883,7 +883,7 @@ __device__ __forceinline__ void map_values(const Params& p, const double* maps,
   }
   const Key& key = at.key->key;
   const auto map = get_map<Map, C>(maps, at, at.first_feature());
-  const C limit = limit_of<C>(p);
+  const C limit = p.rule.limit<C>();
   const int n = rows_of(at);
   const int64_t f = at.first_lane + at.lane;
   const int64_t x_step = key.x.row_stride << at.rows_shift;
@@ -921,7 +921,7 @@ __device__ void map_tail(const Params& p, const double* maps, const Place& at) {
     const int64_t f = i % key.features;
     const auto map = get_map<Map, C>(maps, at, static_cast<int>(f));
     const C value = static_cast<C>(load_any(key.x, r, f));
-    store_any(key.y, r, f, map(value, limit_of<C>(p)));
+    store_any(key.y, r, f, map(value, p.rule.limit<C>()));
   }
 }
 

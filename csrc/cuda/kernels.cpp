@@ -72,7 +72,6 @@ class Arguments {
     p_.slots = 0;
     p_.weights = weights;
     p_.rule = rule;
-    p_.float_limit = rule.limit<float>();
   }
 
   // `inner`: what its blocks count through first.

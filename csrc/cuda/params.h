@@ -57,16 +57,6 @@ struct Params {
   int shared_bytes;  // before the vectors
 };
 
-// The rule's clip in the arithmetic of C.
-template <typename C>
-VECNORM_HD C limit_of(const Params& p) {
-  if constexpr (sizeof(C) == sizeof(float)) {
-    return p.float_limit;
-  } else {
-    return p.rule.clip;
-  }
-}
-
 static_assert(sizeof(Params) <= 4096, "kernel arguments are limited to 4 KB");
 
 }  // namespace cuda

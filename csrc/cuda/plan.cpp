@@ -149,14 +149,14 @@ LanePlan plan_lanes(const Key& key, Use use, int slab_bytes) {
     }
   }
   LanePlan plan;
-  plan.vector = vector;
-  plan.group = static_cast<int32_t>(group);
+  plan.vector = static_cast<int8_t>(vector);
+  plan.group = static_cast<int16_t>(group);
   plan.lanes = static_cast<int32_t>(features * group);
   plan.rows = samples / group;
   const int64_t width =
       group > 1 ? plan.lanes : std::min<int64_t>(features, slab_lanes);
-  plan.columns_shift =
-      log2_of(static_cast<int>(power_of_two_from(ceil_div(width, vector))));
+  plan.columns_shift = static_cast<int8_t>(
+      log2_of(static_cast<int>(power_of_two_from(ceil_div(width, vector)))));
   plan.slab_lanes = group > 1 ? plan.lanes : plan.columns() * vector;
   plan.slabs = static_cast<int32_t>(ceil_div(plan.lanes, plan.slab_lanes));
   plan.features = group > 1 ? static_cast<int32_t>(features)

@@ -75,13 +75,13 @@ enum class Path {
 // share a key by slabs of neighbouring lanes and by chunks of rows. Vectors are 16
 // bytes, or kSmallVector bytes of uint8 that come out as 16 bytes of float32.
 struct LanePlan {
-  int32_t vector = 1;  // lanes that a thread loads at once; 1: any strides
-  int32_t group = 1;
+  int8_t vector = 1;         // lanes that a thread loads at once; 1: any strides
+  int8_t columns_shift = 0;  // log2 of columns()
+  int16_t group = 1;
   int32_t lanes = 0;
   int32_t slab_lanes = 0;
   int32_t slabs = 0;
-  int32_t features = 0;       // of a slab; the last one may have fewer
-  int32_t columns_shift = 0;  // log2 of columns()
+  int32_t features = 0;  // of a slab; the last one may have fewer
   int32_t chunks = 0;
   int64_t rows = 0;
   int64_t rows_per_chunk = 0;

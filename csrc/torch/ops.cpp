@@ -202,22 +202,22 @@ LocScale loc_scale_of(const States& s, size_t i, const Rule& rule) {
     const Tensor slack = n * 1e-9;
     n = at::where(used < -slack, n, at::where(used <= slack, 0., used));
   }
-  Tensor loc = s.sum(i).to(real) / n;
+  const Tensor loc = s.sum(i).to(real) / n;
   Tensor var = (s.ssq(i).to(real) / n - loc * loc).clamp_min(0);
   if (keeps_var) {
     const Tensor kept = s.central(i).to(real);
     const Tensor slack = (kept + var) * 1e-6 + loc * loc * rounding.var;
     var = at::where((kept - var).abs() <= slack, kept, var);
   }
-  const Tensor least = (loc.abs() * rounding.scale).clamp_min(rule.least_std);
-  const Tensor root = (var.clamp_min(rule.least_var) + rule.add_var).sqrt();
-  const Tensor scale = at::maximum(root, least) + rule.add_std;
+  const Scaling& scaling = rule.scaling;
+  const Tensor least = (loc.abs() * rounding.scale).clamp_min(scaling.least_std);
   const Tensor seen = n > 0;
-  if (!rule.center) {
-    loc = at::zeros_like(loc);
-  }
-  return {at::where(seen, loc, at::zeros_like(loc)),
-          at::where(seen, scale, at::full_like(scale, rule.unseen))};
+  var = at::where(seen, var, at::ones_like(var));
+  const Tensor root = (var.clamp_min(scaling.least_var) + scaling.add_var).sqrt();
+  const Tensor scale =
+      at::where(seen, at::maximum(root, least), root) + scaling.add_std;
+  const Tensor zero = at::zeros_like(loc);
+  return {scaling.centering > 0 ? at::where(seen, loc, zero) : zero, scale};
 }
 
 // What the gradients of some keys are made of.

@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <string>
 #include <utility>
 #include <vector>
@@ -74,14 +75,11 @@ inline Rule rule_of(const RuleArgs& args) {
                     "expected eps positive and finite, got ", args.eps);
   TORCH_CHECK_VALUE(0 <= args.eps_mode && args.eps_mode <= 3,
                     "expected eps_mode in 0 … 3, got ", args.eps_mode);
-  Rule rule = Rule::of(args.eps, static_cast<EpsMode>(args.eps_mode));
-  rule.center = args.center;
-  if (args.clip.has_value()) {
-    rule.clip = *args.clip;
-    TORCH_CHECK_VALUE(0 < rule.clip && std::isfinite(rule.clip),
-                      "expected clip positive and finite, or none, got ", rule.clip);
-  }
-  return rule;
+  const double none = std::numeric_limits<double>::infinity();
+  TORCH_CHECK_VALUE(!args.clip.has_value() || (0 < *args.clip && *args.clip < none),
+                    "expected clip positive and finite, or none, got ", *args.clip);
+  return Rule::of(args.eps, static_cast<EpsMode>(args.eps_mode),
+                  args.clip.value_or(none), args.center);
 }
 
 inline void check_leaf(const Tensor& t, size_t i, const char* name) {
