@@ -230,8 +230,8 @@ def test_in_place(layout, dtype, features):
     "samples,features,dtype",
     [
         (200_003, 64, torch.float32),
-        (50_001, 256, torch.float32),
-        (200_003, 63, torch.float32),
+        pytest.param(50_001, 256, torch.float32, marks=pytest.mark.slow),
+        pytest.param(200_003, 63, torch.float32, marks=pytest.mark.slow),
         (30_003, 256, torch.float64),
     ],
     **ids,
@@ -503,13 +503,8 @@ def test_not_finite(samples, dtype, features):
     assert torch.equal(y.isfinite(), x.isfinite())
     left_out = 2 * (~x.isfinite()).sum(0)
     assert torch.equal(state.nonfinite[1], left_out.double())
-    clean = Moments.zeros(features)
-    for _ in range(2):
-        for f in range(features[0]):
-            one = x[:, f][x[:, f].isfinite()]
-            part = oracle.batch_moments(one, 0)
-            clean.sum[f] = 0.9 * clean.sum[f] + part.sum
-    torch.testing.assert_close(state.sum, clean.sum, rtol=1e-6, atol=1e-6)
+    total = torch.where(x.isfinite(), x.double(), 0.0).sum(0)
+    torch.testing.assert_close(state.sum, 0.9 * total + total, rtol=1e-6, atol=1e-6)
 
 
 def test_not_finite_in_the_reference_layout():

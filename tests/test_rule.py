@@ -213,7 +213,13 @@ def test_gradcheck():
 # ------------------------------------------------------------------- torch's machines
 
 
-@pytest.mark.parametrize("sample", [0, 4, 5, 6, 7], ids=lambda i: op_samples()[i].name)
+@pytest.mark.parametrize(
+    "sample",
+    [
+        pytest.param(i, id=op_samples()[i].name, marks=[pytest.mark.slow] * (i != 5))
+        for i in (0, 4, 5, 6, 7)
+    ],
+)
 def test_opcheck(sample):
     sample = op_samples(requires_grad=True)[sample]
     leaves = F.leaves_of(sample.states)
