@@ -31,8 +31,8 @@ TESTS ?= tests -m "not slow"
 PARALLEL ?= -n 2 --dist worksteal
 BENCH ?=
 KILLS ?= 100000
-SANITIZED ?= $(addprefix tests/test_,ops.py state.py checkpoints.py machine.py sharing.py \
-	survival.py) -m "not slow" --mutations 5000
+SANITIZED ?= $(addprefix tests/test_,ops.py rule.py state.py machine.py sharing.py \
+	survival.py) -m "not slow" --mutations 2000
 COVERED ?= $(filter-out tests/test_bench.py tests/test_long_run.py \
 	tests/test_examples.py tests/test_docs.py %_host.py,$(wildcard tests/test_*.py)) --mutations 5000
 
@@ -58,7 +58,7 @@ test: build $(VENV)/tools
 	PYTHONHASHSEED=0 $(bin)/python -m pytest $(PARALLEL) $(TESTS)
 
 test-all: build $(VENV)/tools
-	PYTHONHASHSEED=0 $(bin)/python -m pytest $(PARALLEL) tests --all-architectures --mutations 30000
+	PYTHONHASHSEED=0 $(bin)/python -m pytest $(PARALLEL) tests --all-architectures --mutations 10000
 
 bench: build $(VENV)/peers
 	$(bin)/python -m bench.run $(BENCH)
