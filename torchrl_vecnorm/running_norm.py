@@ -13,8 +13,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from torchrl_vecnorm import _ops, functional
+from torchrl_vecnorm import _ops, functional, oracle
 from torchrl_vecnorm.checks import check_moments
+from torchrl_vecnorm.export import Normalizer, fold_into
 from torchrl_vecnorm.moments import Moments
 from torchrl_vecnorm.rule import EPS_MODES, EpsMode
 
@@ -176,6 +177,36 @@ class RunningNorm(nn.Module):
     def count(self) -> Any:
         """How many samples were taken in so far, without decay; float64, ``[]``."""
         return self._map(lambda m: m.seen().clone())
+
+    # ----------------------------------------------------------------------- export
+
+    def to_module(self) -> Any:
+        """What it does in eval mode now, as a plain :class:`~.export.Normalizer`.
+
+        ``torch.export``, ``torch.jit.script`` and ``torch.onnx.export`` take that, and what
+        they make of it is loaded without this package. For a mapping, a mapping of them.
+        """
+
+        def module(m: Moments) -> Normalizer:
+            return Normalizer(*oracle.loc_scale(m, self.rule), clip=self.rule[2])
+
+        return self._map(module)
+
+    def fold_into(self, linear: nn.Linear) -> nn.Linear:
+        """A layer that does to raw values what ``linear`` does to those normalised here.
+
+        Raises:
+            ValueError: there is a clip, which no linear layer has; or other features.
+            TypeError: not a linear layer, or a mapping's normaliser.
+        """
+        if self.rule[2] is not None:
+            raise ValueError("expected no clip: a linear layer has none")
+        stats = self._modules["stats"]
+        if not isinstance(stats, _Key):
+            raise TypeError(
+                "expected the normaliser of one tensor, got one of a mapping"
+            )
+        return fold_into(linear, *oracle.loc_scale(stats.moments(), self.rule))
 
     # ------------------------------------------------------------------- state_dicts
 

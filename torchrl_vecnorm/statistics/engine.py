@@ -421,18 +421,21 @@ class Statistics:
             if state is not None:
                 yield key, state
 
-    def loc_scale(self) -> tuple[TensorDict, TensorDict]:
+    def loc_scale(
+        self, dtype: torch.dtype | None = None
+    ) -> tuple[TensorDict, TensorDict]:
         """The mean and the standard deviation of each in_key seen so far.
 
-        In the dtype of the normalised values, the default dtype before any was seen.
+        In a dtype, or in that of the normalised values, the default dtype before any was
+        seen.
         """
         loc, scale = TensorDict(), TensorDict()
         with self.session():
             for key, state in self._seen(self._found.inputs):
-                dtype = self.dtypes.get(key.in_key, torch.get_default_dtype())
+                known = self.dtypes.get(key.in_key, torch.get_default_dtype())
                 both = functional.loc_scale(state, eps=self._eps)
                 for td, value in zip((loc, scale), both, strict=True):
-                    td.set(key.in_key, value.to(dtype))
+                    td.set(key.in_key, value.to(dtype or known))
         return loc, scale
 
     def nonfinite(self) -> TensorDict:

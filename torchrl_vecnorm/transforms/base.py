@@ -25,6 +25,7 @@ from torchrl.data.tensor_specs import TensorSpec
 from torchrl.envs.transforms import Compose, ObservationNorm, Transform
 from typing_extensions import Self
 
+from torchrl_vecnorm.export import Normalizer
 from torchrl_vecnorm.statistics import Statistics
 from torchrl_vecnorm.statistics.entries import get_entry
 from torchrl_vecnorm.transforms import specs
@@ -336,6 +337,27 @@ class NormTransform(Transform):
                 )
             )
         return norms[0] if len(norms) == 1 else Compose(*norms)
+
+    def to_module(self) -> dict[NestedKey, Normalizer]:
+        """What it does to each key when it is frozen, as a plain module of torch.
+
+        A :class:`~torchrl_vecnorm.export.Normalizer` for each ``in_key``, for policies that
+        are shipped: ``torch.export``, ``torch.jit.script`` and ``torch.onnx.export`` take it,
+        and what they make of it is loaded without this package.
+
+        Raises:
+            RuntimeError: a key was not seen yet.
+        """
+        loc, scale = self._statistics.loc_scale(torch.float64)
+        modules = {}
+        for key in self._statistics.look_up().inputs:
+            if key.in_key not in loc.keys(True, True):
+                raise RuntimeError(
+                    f"VecNorm must have seen key {key.in_key!r} before it can be "
+                    "converted to a module."
+                )
+            modules[key.in_key] = Normalizer(loc.get(key.in_key), scale.get(key.in_key))
+        return modules
 
     # ----------------------------------------------------------- moving and copying
 
