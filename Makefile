@@ -31,7 +31,7 @@ TESTS ?= tests -m "not slow"
 PARALLEL ?= -n 2 --dist worksteal
 BENCH ?=
 KILLS ?= 100000
-SANITIZED ?= $(addprefix tests/test_,ops.py state.py checkpoints.py machine.py sharing.py \
+SANITIZED ?= $(addprefix tests/test_,ops.py bound.py state.py checkpoints.py machine.py sharing.py \
 	survival.py) -m "not slow" --mutations 5000
 COVERED ?= $(filter-out tests/test_bench.py tests/test_long_run.py \
 	tests/test_examples.py tests/test_docs.py %_host.py,$(wildcard tests/test_*.py)) --mutations 5000
@@ -85,7 +85,7 @@ cuda-torch: build/cuda-torch/installed
 	cd build/cuda-torch/source && ../bin/python -c "import torch; \
 		from torchrl_vecnorm import _C, _build; \
 		assert torch.version.cuda and _build.has_cuda and hasattr(_C, 'cuda_path')" && \
-		../bin/python -m pytest --quiet -p no:cacheprovider -m "not slow" tests/test_ops.py
+		../bin/python -m pytest --quiet -p no:cacheprovider -m "not slow" tests/test_ops.py tests/test_bound.py
 
 build/cuda-torch/installed: requirements.txt tests/requirements.txt
 	$(PYTHON) -m venv build/cuda-torch
@@ -121,7 +121,7 @@ coverage: build $(VENV)/tools
 	PYTHONPATH=build/coverage $(bin)/coverage run $(bin)/pytest $(COVERED)
 	for instructions in default avx2; do \
 		ATEN_CPU_CAPABILITY=$$instructions PYTHONPATH=build/coverage \
-			$(bin)/pytest --quiet tests/test_ops.py -k "not inductor" || exit; \
+			$(bin)/pytest --quiet tests/test_ops.py tests/test_bound.py -k "not inductor" || exit; \
 	done
 	$(bin)/coverage combine --quiet
 	$(bin)/coverage report

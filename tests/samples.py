@@ -2,10 +2,14 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""One list of sample inputs, for correctness, gradients and opcheck alike."""
+"""One list of sample inputs, for correctness, gradients and opcheck alike.
+
+Imports torch alone, as do the tests of the operators and of RunningNorm.
+"""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -143,3 +147,11 @@ def op_samples(requires_grad: bool = False) -> list[Sample]:
         Sample("half", [leaf(8, 4, dtype=torch.float16)], [Moments.zeros([4])], []),
         Sample("integers", [leaf(8, 4, dtype=torch.int32)], [Moments.zeros([4])], []),
     ]
+
+
+def through_a_file(saved, **kwargs):
+    """What another session would load."""
+    file = io.BytesIO()
+    torch.save(saved, file)
+    file.seek(0)
+    return torch.load(file, **kwargs)

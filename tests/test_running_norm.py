@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from common import through_a_file
+from samples import through_a_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -583,6 +583,12 @@ def test_other_names_are_not_there():
 
     with pytest.raises(AttributeError, match="no attribute 'VecNorm3'"):
         torchrl_vecnorm.VecNorm3  # noqa: B018
+
+
+def test_vecnorm_is_there_when_asked_for():
+    pytest.importorskip("torchrl")
+    import torchrl_vecnorm
+
     assert torchrl_vecnorm.VecNorm is torchrl_vecnorm.transforms.VecNorm
 
 
