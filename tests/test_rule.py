@@ -257,6 +257,10 @@ def test_a_number_that_changes_is_compiled_twice_at_most(name):
     for value in (0.5, 0.6, 0.7, 0.8):
         want = function(x, other, value)
         torch.testing.assert_close(compiled(x, state, value), want)
+    if not hasattr(torch.fx.experimental.symbolic_shapes, "has_static_value"):
+        pytest.skip(
+            "this torch compiles a graph for each value of a number (right ones)"
+        )
     assert len(compilations) <= 2
 
 

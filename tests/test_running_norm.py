@@ -557,7 +557,11 @@ import sys
 for name in ("torchrl", "tensordict"):
     sys.modules[name] = None  # what imports it fails
 import torch
+before = set(sys.modules)
 from torchrl_vecnorm import Moments, RunningNorm, functional as F
+new = [name for name in sys.modules.keys() - before if "torchrl_vecnorm" not in name]
+# Dynamo and sympy, which torch has not imported yet, would take as long as torch itself.
+assert sys.stdlib_module_names.issuperset(new), new
 norm = RunningNorm({"a": 3, "b": (2, 2)})
 norm({"a": torch.randn(4, 3), "b": torch.randn(4, 2, 2)})
 state = Moments.zeros([3])

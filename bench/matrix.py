@@ -1,0 +1,328 @@
+# Copyright (c) the torchrl_vecnorm authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Builds and tests the package with each torch that it is for; `make matrix` starts it.
+
+Each has an environment of its own in build/matrix/, in which what a user does is done: torch
+from the package index, ``pip install --no-build-isolation --no-deps`` of the source
+distribution, and then the tests, away from the sources. torchrl is not there: who has torch
+alone is served. It comes afterwards, for a run of the tests against its class.
+
+A torch with CUDA is several gigabytes, downloaded and on disk, and a build some minutes: name
+versions to do these alone. Results go to bench/results/matrix.json, which keeps what is not
+done again, and from there to docs/guides/versions.md.
+
+Exit status: 0 if every version that was asked for is built, imported and without failures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "build" / "matrix"
+RESULTS = ROOT / "bench" / "results" / "matrix.json"
+PAGE = ROOT / "docs" / "guides" / "versions.md"
+
+NEWEST = "newest"
+VERSIONS = ("2.7.1", "2.9.1", "2.11.0", "2.13.0", NEWEST)
+#: What torch alone is enough for.
+TESTS = ("test_rule.py", "test_running_norm.py", "test_ops.py", "test_oracle.py")
+TORCHRL = ("torchrl", "tensordict")
+TORCHRL_TESTS = ("test_reference.py",)
+#: Of a build and the tests. torch before 2.13 wants a setuptools before 82.
+TOOLS = ("setuptools>=77,<82", "wheel", "ninja", "pybind11", "numpy", "pytest")
+
+BEGIN, END = "<!-- from bench/results/matrix.json -->\n", "<!-- end -->"
+
+PROBE = """
+import importlib.util, json, platform, sys, time
+assert not any(map(importlib.util.find_spec, ("torchrl", "tensordict"))), "not alone"
+start = time.process_time()
+import torch
+middle = time.process_time()
+import torchrl_vecnorm
+end = time.process_time()
+print(json.dumps({
+    "torch": torch.__version__, "python": platform.python_version(),
+    "torch_ms": round(1000 * (middle - start)),
+    "import_ms": round(1000 * (end - middle), 1),
+}))
+"""
+
+
+def run(*command: object, log: Path, cwd: Path = ROOT, **variables: str) -> bool:
+    """Whether a command ended well. What it says goes to the end of a file."""
+    with log.open("ab") as output:
+        return not subprocess.run(
+            [str(part) for part in command],
+            cwd=cwd,
+            env={**os.environ, **variables},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        ).returncode
+
+
+def last_error(text: str) -> str:
+    """The line of a log that says what went wrong."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if re.search(r"error\b|Error:", line)]
+    return (errors or lines or ["no output"])[-1][:200]
+
+
+def counted(report: Path) -> dict:
+    """Of pytest's report: how many passed, what failed, and what was skipped and why."""
+    passed, failed, skipped = 0, [], {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        states = {child.tag: child.get("message", "") for child in case}
+        if "skipped" in states:
+            reason = states["skipped"]
+            skipped[reason] = skipped.get(reason, 0) + 1
+        elif "failure" in states or "error" in states:
+            failed.append(f"{case.get('classname')}::{case.get('name')}")
+        else:
+            passed += 1
+    return {"passed": passed, "failed": failed, "skipped": skipped}
+
+
+class Environment:
+    """A virtual environment with one torch."""
+
+    def __init__(self, version: str) -> None:
+        self.version = version
+        self.folder = FOLDER / version
+        self.python = self.folder / "bin" / "python"
+        self.log = FOLDER / f"{version}.log"
+
+    def pip(self, *arguments: object, **variables: str) -> bool:
+        """Whether pip did it."""
+        pip = (
+            self.python,
+            "-m",
+            "pip",
+            "--disable-pip-version-check",
+            "--no-cache-dir",
+        )
+        return run(*pip, *arguments, log=self.log, **variables)
+
+    def create(self) -> bool:
+        """Torch and the tools of a build, where they are not there yet."""
+        self.log.unlink(missing_ok=True)
+        done = self.folder / "installed"
+        if done.exists():
+            return True
+        torch = "torch" if self.version == NEWEST else f"torch=={self.version}"
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        good = run(sys.executable, "-m", "venv", self.folder, log=self.log)
+        if good and self.pip("install", torch, *TOOLS):
+            done.touch()
+        return done.exists()
+
+    def distribution(self) -> Path | None:
+        """The source distribution; its tests are unpacked, without the package."""
+        folder = self.folder / "sdist"
+        shutil.rmtree(folder, ignore_errors=True)
+        command = (self.python, "setup.py", "--quiet", "sdist", "--dist-dir", folder)
+        if not run(*command, log=self.log):
+            return None
+        (archive,) = folder.glob("*.tar.gz")
+        with tarfile.open(archive) as tar:
+            for member in tar.getmembers():
+                member.name = member.name.split("/", 1)[-1]
+                if member.name.startswith("tests/") or member.name == "pyproject.toml":
+                    tar.extract(member, folder)
+        return archive
+
+    def test(self, names: Iterable[str]) -> dict:
+        """Runs files of tests, with the package that is installed."""
+        report = self.folder / "report.xml"
+        report.unlink(missing_ok=True)
+        pytest = (self.python, "-m", "pytest", "--quiet", "-p", "no:cacheprovider")
+        files = [f"tests/{name}" for name in names]
+        arguments = ("-m", "not slow", f"--junitxml={report}")
+        run(
+            *pytest,
+            *arguments,
+            *files,
+            cwd=self.folder / "sdist",
+            log=self.log,
+            PYTHONHASHSEED="0",
+        )
+        if report.exists():
+            return counted(report)
+        return {
+            "passed": 0,
+            "failed": [last_error(self.log.read_text())],
+            "skipped": {},
+        }
+
+    def build(self, archive: Path) -> dict:
+        """The package, built and installed as a user with torch alone does it."""
+        self.pip("uninstall", "--yes", "torchrl_vecnorm")
+        # CUDA kernels include nothing of torch, and take long: a folder without nvcc.
+        cpu = {"CUDA_HOME": str(self.folder), "FORCE_CUDA": "0"}
+        start = time.monotonic()
+        built = self.pip("install", "--no-build-isolation", "--no-deps", archive, **cpu)
+        return {"built": built, "build_s": round(time.monotonic() - start)}
+
+    def renew(self) -> None:
+        """The Python files of now beside what is compiled."""
+        (package,) = self.folder.glob("lib/python*/site-packages/torchrl_vecnorm")
+        for file in (ROOT / "torchrl_vecnorm").rglob("*.py"):
+            if file.name != "_build.py":
+                inside = package / file.relative_to(ROOT / "torchrl_vecnorm")
+                inside.parent.mkdir(exist_ok=True)
+                shutil.copy(file, inside)
+
+    def alone(self, old: dict | None) -> dict:
+        """Builds and tests with torch alone, up to what goes wrong.
+
+        With what was found before, the build that this was about is kept.
+        """
+        if not self.create():
+            return {"installed": False, "error": last_error(self.log.read_text())}
+        self.pip("uninstall", "--yes", *TORCHRL)
+        archive = self.distribution()
+        if old and old.get("built"):
+            self.renew()
+            row = {name: old[name] for name in ("built", "build_s")}
+        elif archive is not None:
+            row = self.build(archive)
+        else:
+            row = {"built": False}
+        row = {"installed": True, **row}
+        if not row["built"]:
+            return {**row, "error": last_error(self.log.read_text())}
+        command = [self.python, "-c", PROBE]
+        probe = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True)
+        if probe.returncode:
+            return {**row, "imported": False, "error": last_error(probe.stderr)}
+        return {
+            **row,
+            "imported": True,
+            **json.loads(probe.stdout),
+            "tests": self.test(TESTS),
+        }
+
+    def beside_torchrl(self, torch: str) -> dict:
+        """Tests against torchrl's class, where torchrl goes with this torch."""
+        pinned = (ROOT / "requirements.txt").read_text().split()
+        wanted = [line for line in pinned if line.partition("==")[0] in TORCHRL]
+        versions = dict(line.split("==") for line in wanted)
+        try:
+            # torch stays what it is: another one would need another build.
+            if not self.pip("install", f"torch==={torch}", *wanted):
+                return {**versions, "error": last_error(self.log.read_text())}
+            return {**versions, **self.test(TORCHRL_TESTS)}
+        finally:
+            self.pip("uninstall", "--yes", *TORCHRL)
+
+
+def counts(tests: dict | None) -> str:
+    """What became of tests, in words."""
+    if tests is None:
+        return "–"
+    parts = [f"{tests['passed']} passed"]
+    parts += [f"{len(tests['failed'])} failed"] * bool(tests["failed"])
+    skipped = sum(tests["skipped"].values())
+    return ", ".join(parts + [f"{skipped} skipped"] * bool(skipped))
+
+
+def build_of(row: dict) -> str:
+    """How far a version came before its tests."""
+    if not row["installed"]:
+        return "torch is not installed"
+    if not row["built"]:
+        return "no"
+    return "yes" if row["imported"] else "yes, not imported"
+
+
+def page(text: str, rows: dict[str, dict]) -> str:
+    """The page with its table, and what is below it, of these results."""
+    lines = [
+        "| torch | built | tests | with torchrl, tensordict | against torchrl's class |",
+        "|---|---|---|---|---|",
+    ]
+    for version, row in rows.items():
+        theirs = row.get("beside")
+        pair = f"{theirs['torchrl']}, {theirs['tensordict']}" if theirs else "–"
+        what = (
+            f"torchrl {pair}: {theirs['error']}" if theirs and "error" in theirs else ""
+        )
+        cells = (
+            row.get("torch", version),
+            build_of(row),
+            counts(row.get("tests")),
+            pair,
+            "not to be had" if what else counts(theirs),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    notes = []
+    for version, row in rows.items():
+        found = [row, *(row[name] for name in ("tests", "beside") if row.get(name))]
+        name = row.get("torch", version)
+        for part in found:
+            if "error" in part:
+                notes.append(f"- {name}, error: `{part['error']}`")
+            notes += [f"- {name}, failed: `{test}`" for test in part.get("failed", ())]
+            notes += [
+                f"- {name}, skipped ({n}): {reason}"
+                for reason, n in part.get("skipped", {}).items()
+            ]
+    lines += ["", *(notes or ["Nothing failed, and nothing was skipped."])]
+    start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
+    return text[:start] + "\n".join(lines) + "\n" + text[end:]
+
+
+def results() -> dict[str, dict]:
+    """What was found so far."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+
+def is_good(row: dict) -> bool:
+    """Whether a version is built, imported and without failures."""
+    of_torchrl = row.get("beside") or {}
+    failed = row.get("tests", {"failed": [""]})["failed"] + of_torchrl.get("failed", [])
+    return not failed and "error" not in of_torchrl
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Does what was asked for, and writes what was found after each version."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("versions", nargs="*", help=f"of {', '.join(VERSIONS)}")
+    parser.add_argument("--page", action="store_true", help="write the page alone")
+    parser.add_argument(
+        "--as-built", action="store_true", help="with the builds that are there"
+    )
+    options = parser.parse_args(arguments)
+    done = True
+    for version in [] if options.page else options.versions or VERSIONS:
+        environment = Environment(version)
+        print(f"torch {version}: {environment.log}", flush=True)
+        row = environment.alone(results().get(version) if options.as_built else None)
+        if row.get("imported"):
+            row["beside"] = environment.beside_torchrl(row["torch"].split("+")[0])
+        print(json.dumps(row, indent=1), flush=True)
+        done = done and is_good(row)
+        rows = {**results(), version: row}  # others may run meanwhile
+        order = [name for name in VERSIONS if name in rows]
+        order += sorted(rows.keys() - order)
+        RESULTS.write_text(json.dumps({v: rows[v] for v in order}, indent=1) + "\n")
+    PAGE.write_text(page(PAGE.read_text(), results()))
+    return 0 if done else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
