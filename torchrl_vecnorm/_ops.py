@@ -20,7 +20,7 @@ from torch.fx.traceback import get_current_meta
 from torchrl_vecnorm import oracle
 from torchrl_vecnorm._load import _C
 from torchrl_vecnorm.moments import Moments, state_dtype
-from torchrl_vecnorm.rule import EPS_MODES, Rule
+from torchrl_vecnorm.rule import EPS_MODES, Rule, RuleArgs
 
 Tensors = Sequence[Tensor]
 
@@ -213,22 +213,25 @@ def _change(*numbers: float | None) -> bool:
     return not all(n is None or symbols.has_static_value(n) for n in numbers)
 
 
-def _rule_changes(rule: Rule) -> bool:
-    return _change(rule.eps, rule.clip)
+def _rule_changes(rule: RuleArgs) -> bool:
+    return _change(rule[0], rule[2])
 
 
 _ANY = Rule(1.0)
 
 
-def check_numbers(keep: float = 1.0, weight: float = 1.0, rule: Rule = _ANY) -> None:
+def check_numbers(
+    keep: float = 1.0, weight: float = 1.0, rule: RuleArgs = _ANY
+) -> None:
     """Refuses what the operators refuse, where plain torch runs in their place."""
-    if not 0 <= rule.eps_mode < len(EPS_MODES):
-        raise ValueError(f"expected eps_mode in 0 … 3, got {rule.eps_mode}")
+    eps, eps_mode, clip, _ = Rule(*rule)
+    if not 0 <= eps_mode < len(EPS_MODES):
+        raise ValueError(f"expected eps_mode in 0 … 3, got {eps_mode}")
     for name, value, most, expected in (
         ("decay", keep, 1.0, "in (0, 1]"),
         ("weight", weight, sys.float_info.max, "positive and finite"),
-        ("eps", rule.eps, sys.float_info.max, "positive and finite"),
-        ("clip", rule.clip, sys.float_info.max, "positive and finite, or none"),
+        ("eps", eps, sys.float_info.max, "positive and finite"),
+        ("clip", clip, sys.float_info.max, "positive and finite, or none"),
     ):
         if value is None:
             continue
@@ -250,7 +253,7 @@ def _write(out: list[Tensor] | None, values: list[Tensor]) -> list[Tensor]:
 
 
 def _normalize_plainly(
-    x: list[Tensor], state: list[Tensor], rule: Rule, out: list[Tensor] | None
+    x: list[Tensor], state: list[Tensor], rule: RuleArgs, out: list[Tensor] | None
 ) -> list[Tensor]:
     check_numbers(rule=rule)
     pairs = zip(x, states_of(state), strict=True)
@@ -263,7 +266,7 @@ def _update_plainly(
     mask: list[Tensor],
     keep: float,
     weight: float,
-    rule: Rule,
+    rule: RuleArgs,
     out: list[Tensor] | None,
 ) -> list[Tensor]:
     check_numbers(keep, weight, rule)
@@ -284,7 +287,7 @@ def update(
     mask: list[Tensor],
     keep: float,
     weight: float,
-    rule: Rule,
+    rule: RuleArgs,
     out: list[Tensor] | None = None,
 ) -> list[Tensor]:
     """Folds x into the state and returns it normalised with the result."""
@@ -329,7 +332,7 @@ def fold(
 def normalize(
     x: list[Tensor],
     state: list[Tensor],
-    rule: Rule,
+    rule: RuleArgs,
     out: list[Tensor] | None = None,
 ) -> list[Tensor]:
     """Returns x normalised with the state as it is."""
@@ -350,7 +353,7 @@ def normalize(
     return _normalize_plainly(x, state, rule, out)
 
 
-def denormalize(y: list[Tensor], state: list[Tensor], rule: Rule) -> list[Tensor]:
+def denormalize(y: list[Tensor], state: list[Tensor], rule: RuleArgs) -> list[Tensor]:
     """The inverse of :func:`normalize`."""
     if needs_plain_torch() or (torch.compiler.is_compiling() and _rule_changes(rule)):
         check_numbers(rule=rule)

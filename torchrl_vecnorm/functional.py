@@ -27,7 +27,7 @@ from torch import Tensor
 
 from torchrl_vecnorm import _ops, oracle
 from torchrl_vecnorm.moments import Moments
-from torchrl_vecnorm.rule import EpsMode, Rule, eps_mode_of
+from torchrl_vecnorm.rule import EpsMode, RuleArgs, eps_mode_of
 
 __all__ = [
     "Moments",
@@ -71,13 +71,13 @@ def number(name: str, value) -> float:
     return float(value)
 
 
-def rule_of(eps, eps_mode: str, clip, center: bool) -> Rule:
+def rule_of(eps, eps_mode: str, clip, center: bool) -> RuleArgs:
     """What a user says about eps, a clip and centring, as the operators take it."""
-    return Rule(
-        number("eps", eps),
+    return (
+        eps if type(eps) is float else number("eps", eps),
         0 if eps_mode == "std_floor" else eps_mode_of(eps_mode),
         None if clip is None else number("clip", clip),
-        bool(center),
+        True if center is True else bool(center),
     )
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from torchrl_vecnorm.moments import Moments, state_dtype
-from torchrl_vecnorm.rule import Rule
+from torchrl_vecnorm.rule import Rule, RuleArgs
 
 
 def batch_moments(x: Tensor, feature_ndim: int, mask: Tensor | None = None) -> Moments:
@@ -123,7 +123,7 @@ def fold(
     )
 
 
-def loc_scale(state: Moments, rule: Rule | float) -> tuple[Tensor, Tensor]:
+def loc_scale(state: Moments, rule: RuleArgs | float) -> tuple[Tensor, Tensor]:
     """``loc = sum / n`` and ``scale = max(sqrt(max(ssq / n - loc², 0)), eps)``.
 
     0 and 1 where nothing was seen yet, so that normalising is the identity there. A scale
@@ -138,19 +138,19 @@ def loc_scale(state: Moments, rule: Rule | float) -> tuple[Tensor, Tensor]:
     return loc if rule.center else torch.zeros_like(loc), scale
 
 
-def rule_of(rule: Rule | float) -> Rule:
+def rule_of(rule: RuleArgs | float) -> Rule:
     """A rule, or one of eps alone."""
-    return rule if isinstance(rule, Rule) else Rule(rule)
+    return Rule(*rule) if isinstance(rule, tuple) else Rule(rule)
 
 
-def normalize(x: Tensor, state: Moments, rule: Rule | float) -> Tensor:
+def normalize(x: Tensor, state: Moments, rule: RuleArgs | float) -> Tensor:
     """``(x - loc) / scale``, clipped, in the dtype of x, the default dtype for integers."""
     loc, scale = loc_scale(state, rule)
     dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
     return rule_of(rule).limit((x.to(loc.dtype) - loc) / scale).to(dtype)
 
 
-def denormalize(y: Tensor, state: Moments, rule: Rule | float) -> Tensor:
+def denormalize(y: Tensor, state: Moments, rule: RuleArgs | float) -> Tensor:
     """``y * scale + loc``, y clipped: the inverse of :func:`normalize`."""
     loc, scale = loc_scale(state, rule)
     return (rule_of(rule).limit(y.to(loc.dtype)) * scale + loc).to(y.dtype)
@@ -162,7 +162,7 @@ def update(
     *,
     keep: float,
     weight: float = 1.0,
-    eps: Rule | float = 1e-4,
+    eps: RuleArgs | float = 1e-4,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Moments]:
     """One call: the batch is folded into the state, x normalised with the result.

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,6 +15,11 @@ EpsMode = Literal["std_floor", "std_add", "var_add", "var_floor"]
 
 # As the operators number them, and `EpsMode` of csrc/moments.h does.
 EPS_MODES: tuple[EpsMode, ...] = ("std_floor", "std_add", "var_add", "var_floor")
+
+
+#: What an operator takes beside statistics: the fields of a `Rule`. Made at each call, and a
+#: plain tuple takes a tenth of the time.
+RuleArgs: TypeAlias = "tuple[float, int, float | None, bool]"
 
 
 class Rule(NamedTuple):
