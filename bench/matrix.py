@@ -26,7 +26,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable
 from pathlib import Path
@@ -39,7 +38,9 @@ PAGE = ROOT / "docs" / "guides" / "versions.md"
 NEWEST = "newest"
 VERSIONS = ("2.7.1", "2.9.1", "2.11.0", "2.13.0", NEWEST)
 #: What torch alone is enough for.
-TESTS = ("test_rule.py", "test_running_norm.py", "test_ops.py", "test_oracle.py")
+TESTS = tuple(
+    f"test_{name}.py" for name in ("rule", "running_norm", "ops", "oracle", "graphs")
+)
 TORCHRL = ("torchrl", "tensordict")
 TORCHRL_TESTS = ("test_reference.py",)
 #: Of a build and the tests. torch before 2.13 wants a setuptools before 82.
@@ -130,20 +131,20 @@ class Environment:
             done.touch()
         return done.exists()
 
-    def distribution(self) -> Path | None:
+    def distribution(self) -> bool:
         """The source distribution; its tests are unpacked, without the package."""
         folder = self.folder / "sdist"
         shutil.rmtree(folder, ignore_errors=True)
         command = (self.python, "setup.py", "--quiet", "sdist", "--dist-dir", folder)
         if not run(*command, log=self.log):
-            return None
+            return False
         (archive,) = folder.glob("*.tar.gz")
         with tarfile.open(archive) as tar:
             for member in tar.getmembers():
                 member.name = member.name.split("/", 1)[-1]
                 if member.name.startswith("tests/") or member.name == "pyproject.toml":
                     tar.extract(member, folder)
-        return archive
+        return True
 
     def test(self, names: Iterable[str]) -> dict:
         """Runs files of tests, with the package that is installed."""
@@ -168,53 +169,41 @@ class Environment:
             "skipped": {},
         }
 
-    def build(self, archive: Path) -> dict:
+    def build(self) -> bool:
         """The package, built and installed as a user with torch alone does it."""
         self.pip("uninstall", "--yes", "torchrl_vecnorm")
+        (archive,) = (self.folder / "sdist").glob("*.tar.gz")
         # CUDA kernels include nothing of torch, and take long: a folder without nvcc.
         cpu = {"CUDA_HOME": str(self.folder), "FORCE_CUDA": "0"}
-        start = time.monotonic()
-        built = self.pip("install", "--no-build-isolation", "--no-deps", archive, **cpu)
-        return {"built": built, "build_s": round(time.monotonic() - start)}
+        alone = ("--no-build-isolation", "--no-deps")
+        return self.pip("install", *alone, archive, **cpu)
 
-    def renew(self) -> None:
-        """The Python files of now beside what is compiled."""
-        (package,) = self.folder.glob("lib/python*/site-packages/torchrl_vecnorm")
-        for file in (ROOT / "torchrl_vecnorm").rglob("*.py"):
-            if file.name != "_build.py":
-                inside = package / file.relative_to(ROOT / "torchrl_vecnorm")
+    def renew(self) -> bool:
+        """The Python files of now beside what was compiled earlier."""
+        mine = ROOT / "torchrl_vecnorm"
+        for package in self.folder.glob("lib/python*/site-packages/torchrl_vecnorm"):
+            for file in set(mine.rglob("*.py")) - {mine / "_build.py"}:
+                inside = package / file.relative_to(mine)
                 inside.parent.mkdir(exist_ok=True)
                 shutil.copy(file, inside)
+            return True
+        return False
 
-    def alone(self, old: dict | None) -> dict:
-        """Builds and tests with torch alone, up to what goes wrong.
-
-        With what was found before, the build that this was about is kept.
-        """
-        if not self.create():
-            return {"installed": False, "error": last_error(self.log.read_text())}
-        self.pip("uninstall", "--yes", *TORCHRL)
-        archive = self.distribution()
-        if old and old.get("built"):
-            self.renew()
-            row = {name: old[name] for name in ("built", "build_s")}
-        elif archive is not None:
-            row = self.build(archive)
-        else:
-            row = {"built": False}
-        row = {"installed": True, **row}
+    def alone(self, as_built: bool) -> dict:
+        """Builds and tests with torch alone, up to what goes wrong."""
+        row = {"installed": self.create(), "built": False, "imported": False}
+        if row["installed"]:
+            self.pip("uninstall", "--yes", *TORCHRL)
+            found = self.distribution() and (self.renew() if as_built else self.build())
+            row["built"] = found
         if not row["built"]:
             return {**row, "error": last_error(self.log.read_text())}
         command = [self.python, "-c", PROBE]
         probe = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True)
         if probe.returncode:
-            return {**row, "imported": False, "error": last_error(probe.stderr)}
-        return {
-            **row,
-            "imported": True,
-            **json.loads(probe.stdout),
-            "tests": self.test(TESTS),
-        }
+            return {**row, "error": last_error(probe.stderr)}
+        row |= {"imported": True, **json.loads(probe.stdout)}
+        return {**row, "tests": self.test(TESTS)}
 
     def beside_torchrl(self, torch: str) -> dict:
         """Tests against torchrl's class, where torchrl goes with this torch."""
@@ -304,14 +293,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("versions", nargs="*", help=f"of {', '.join(VERSIONS)}")
     parser.add_argument("--page", action="store_true", help="write the page alone")
     parser.add_argument(
-        "--as-built", action="store_true", help="with the builds that are there"
+        "--as-built", action="store_true", help="build nothing anew: Python files alone"
     )
     options = parser.parse_args(arguments)
     done = True
     for version in [] if options.page else options.versions or VERSIONS:
         environment = Environment(version)
         print(f"torch {version}: {environment.log}", flush=True)
-        row = environment.alone(results().get(version) if options.as_built else None)
+        row = environment.alone(options.as_built)
         if row.get("imported"):
             row["beside"] = environment.beside_torchrl(row["torch"].split("+")[0])
         print(json.dumps(row, indent=1), flush=True)

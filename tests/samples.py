@@ -13,10 +13,18 @@ import io
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental import symbolic_shapes
 
 from torchrl_vecnorm import Moments
+
+#: Tests of a number as an input of a compiled graph.
+NUMBERS_ARE_INPUTS = pytest.mark.skipif(
+    not hasattr(symbolic_shapes, "has_static_value"),
+    reason="this torch compiles a graph for each value of a number, eight at most",
+)
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTEGERS = (

@@ -9,7 +9,15 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from samples import FLOATS, INTEGERS, LAYOUTS, SHAPES, data, op_samples
+from samples import (
+    FLOATS,
+    INTEGERS,
+    LAYOUTS,
+    NUMBERS_ARE_INPUTS,
+    SHAPES,
+    data,
+    op_samples,
+)
 from test_ops import TOLERANCE, clone
 
 from torchrl_vecnorm import Moments, _ops, oracle
@@ -240,6 +248,7 @@ def test_compile(rule):
             torch.testing.assert_close(a, b)
 
 
+@NUMBERS_ARE_INPUTS
 @pytest.mark.parametrize("name", ["eps", "clip"])
 def test_a_number_that_changes_is_compiled_twice_at_most(name):
     compilations = []
@@ -257,10 +266,6 @@ def test_a_number_that_changes_is_compiled_twice_at_most(name):
     for value in (0.5, 0.6, 0.7, 0.8):
         want = function(x, other, value)
         torch.testing.assert_close(compiled(x, state, value), want)
-    if not hasattr(torch.fx.experimental.symbolic_shapes, "has_static_value"):
-        pytest.skip(
-            "this torch compiles a graph for each value of a number (right ones)"
-        )
     assert len(compilations) <= 2
 
 

@@ -220,6 +220,10 @@ def _rule_changes(rule: RuleArgs) -> bool:
 _ANY = Rule(1.0)
 
 
+# Dynamo of torch 2.7 cannot look it up.
+_MOST = sys.float_info.max
+
+
 def check_numbers(
     keep: float = 1.0, weight: float = 1.0, rule: RuleArgs = _ANY
 ) -> None:
@@ -229,9 +233,9 @@ def check_numbers(
         raise ValueError(f"expected eps_mode in 0 … 3, got {eps_mode}")
     for name, value, most, expected in (
         ("decay", keep, 1.0, "in (0, 1]"),
-        ("weight", weight, sys.float_info.max, "positive and finite"),
-        ("eps", eps, sys.float_info.max, "positive and finite"),
-        ("clip", clip, sys.float_info.max, "positive and finite, or none"),
+        ("weight", weight, _MOST, "positive and finite"),
+        ("eps", eps, _MOST, "positive and finite"),
+        ("clip", clip, _MOST, "positive and finite, or none"),
     ):
         if value is None:
             continue
