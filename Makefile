@@ -8,6 +8,8 @@
 #                 (make bench BENCH="--quick" for a couple of minutes)
 #   make cuda-torch  build against a CUDA build of torch, and test that build on the CPU (five
 #                 gigabytes to download, no GPU needed)
+#   make matrix   build and test with each torch from 2.7.1 on, alone (MATRIX=2.7.1 for one;
+#                 five gigabytes each)
 #   make model    print what an update should take on GPUs, by a model of the kernels
 #   make sanitize run tests of the compiled code under AddressSanitizer and UBSan
 #   make coverage which lines of Python and C++ the tests do not run
@@ -31,6 +33,7 @@ TESTS ?= tests -m "not slow"
 PARALLEL ?= -n 2 --dist worksteal
 BENCH ?=
 KILLS ?= 100000
+MATRIX ?=
 SANITIZED ?= $(addprefix tests/test_,ops.py bound.py state.py checkpoints.py machine.py sharing.py \
 	survival.py) -m "not slow" --mutations 5000
 COVERED ?= $(filter-out tests/test_bench.py tests/test_long_run.py \
@@ -48,7 +51,7 @@ files_alone := awk 'length > 200 && / -c / { match($$0, /-c [^- ][^ ]*/); \
 	print "compiled", (/^\[/ ? $$1 : ""), file; fflush(); next } \
 	length > 200 && / -shared / { next } { print; fflush() }'
 
-.PHONY: demo test test-all bench soak model cuda-torch sanitize coverage gpu-check docs build \
+.PHONY: demo test test-all bench soak model matrix cuda-torch sanitize coverage gpu-check docs build \
 	wheel lint format clean
 
 demo: build
@@ -65,6 +68,9 @@ bench: build $(VENV)/peers
 
 model: $(VENV)/installed
 	$(bin)/python -m bench.model
+
+matrix:
+	$(PYTHON) -m bench.matrix $(MATRIX)
 
 soak: build $(VENV)/tools build/soak
 	build/soak cost

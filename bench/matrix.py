@@ -76,11 +76,11 @@ def run(*command: object, log: Path, cwd: Path = ROOT, **variables: str) -> bool
         ).returncode
 
 
-def last_error(text: str) -> str:
-    """The line of a log that says what went wrong."""
+def error_in(text: str) -> str:
+    """The line of a log that says what went wrong first."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    errors = [line for line in lines if re.search(r"error\b|Error:", line)]
-    return (errors or lines or ["no output"])[-1][:200]
+    errors = [line for line in lines if re.search(r"error: (?!subprocess)", line, re.I)]
+    return [*errors[:1], *lines[-1:], "no output"][0][:200]
 
 
 def counted(report: Path) -> dict:
@@ -165,7 +165,7 @@ class Environment:
             return counted(report)
         return {
             "passed": 0,
-            "failed": [last_error(self.log.read_text())],
+            "failed": [error_in(self.log.read_text())],
             "skipped": {},
         }
 
@@ -197,11 +197,11 @@ class Environment:
             found = self.distribution() and (self.renew() if as_built else self.build())
             row["built"] = found
         if not row["built"]:
-            return {**row, "error": last_error(self.log.read_text())}
+            return {**row, "error": error_in(self.log.read_text())}
         command = [self.python, "-c", PROBE]
         probe = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True)
         if probe.returncode:
-            return {**row, "error": last_error(probe.stderr)}
+            return {**row, "error": error_in(probe.stderr)}
         row |= {"imported": True, **json.loads(probe.stdout)}
         return {**row, "tests": self.test(TESTS)}
 
@@ -213,7 +213,7 @@ class Environment:
         try:
             # torch stays what it is: another one would need another build.
             if not self.pip("install", f"torch==={torch}", *wanted):
-                return {**versions, "error": last_error(self.log.read_text())}
+                return {**versions, "error": error_in(self.log.read_text())}
             return {**versions, **self.test(TORCHRL_TESTS)}
         finally:
             self.pip("uninstall", "--yes", *TORCHRL)
@@ -221,58 +221,34 @@ class Environment:
 
 def counts(tests: dict | None) -> str:
     """What became of tests, in words."""
-    if tests is None:
+    if tests is None or "error" in tests:
         return "–"
-    parts = [f"{tests['passed']} passed"]
-    parts += [f"{len(tests['failed'])} failed"] * bool(tests["failed"])
-    skipped = sum(tests["skipped"].values())
-    return ", ".join(parts + [f"{skipped} skipped"] * bool(skipped))
-
-
-def build_of(row: dict) -> str:
-    """How far a version came before its tests."""
-    if not row["installed"]:
-        return "torch is not installed"
-    if not row["built"]:
-        return "no"
-    return "yes" if row["imported"] else "yes, not imported"
+    many = {"failed": len(tests["failed"]), "skipped": sum(tests["skipped"].values())}
+    parts = [f"{n} {what}" for what, n in many.items() if n]
+    return ", ".join([f"{tests['passed']} passed", *parts])
 
 
 def page(text: str, rows: dict[str, dict]) -> str:
-    """The page with its table, and what is below it, of these results."""
+    """The page with the table of these results, and below it what did not pass."""
     lines = [
-        "| torch | built | tests | with torchrl, tensordict | against torchrl's class |",
+        "| torch | built | imported | with torch alone | against torchrl's class |",
         "|---|---|---|---|---|",
     ]
-    for version, row in rows.items():
-        theirs = row.get("beside")
-        pair = f"{theirs['torchrl']}, {theirs['tensordict']}" if theirs else "–"
-        what = (
-            f"torchrl {pair}: {theirs['error']}" if theirs and "error" in theirs else ""
-        )
-        cells = (
-            row.get("torch", version),
-            build_of(row),
-            counts(row.get("tests")),
-            pair,
-            "not to be had" if what else counts(theirs),
-        )
-        lines.append(f"| {' | '.join(cells)} |")
     notes = []
     for version, row in rows.items():
-        found = [row, *(row[name] for name in ("tests", "beside") if row.get(name))]
         name = row.get("torch", version)
-        for part in found:
+        time = f"{row['import_ms']:.0f} ms" if row["imported"] else "no"
+        built = "yes" if row["built"] else "no" if row["installed"] else "–"
+        cells = (name, built, time, counts(row.get("tests")), counts(row.get("beside")))
+        lines.append(f"| {' | '.join(cells)} |")
+        for part in (row, row.get("tests", {}), row.get("beside", {})):
             if "error" in part:
-                notes.append(f"- {name}, error: `{part['error']}`")
-            notes += [f"- {name}, failed: `{test}`" for test in part.get("failed", ())]
-            notes += [
-                f"- {name}, skipped ({n}): {reason}"
-                for reason, n in part.get("skipped", {}).items()
-            ]
-    lines += ["", *(notes or ["Nothing failed, and nothing was skipped."])]
+                notes.append(f"- {name}: `{part['error']}`")
+            notes += [f"- {name} fails `{test}`" for test in part.get("failed", ())]
+            skipped = part.get("skipped", {})
+            notes += [f"- {name} skips {n}: {reason}" for reason, n in skipped.items()]
     start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
-    return text[:start] + "\n".join(lines) + "\n" + text[end:]
+    return "\n".join([text[:start] + lines[0], *lines[1:], "", *notes, text[end:]])
 
 
 def results() -> dict[str, dict]:
