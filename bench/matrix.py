@@ -148,26 +148,20 @@ class Environment:
 
     def test(self, names: Iterable[str]) -> dict:
         """Runs files of tests, with the package that is installed."""
-        report = self.folder / "report.xml"
-        report.unlink(missing_ok=True)
+        report, log = self.folder / "report.xml", self.folder / "tests.log"
+        for old in (report, log):
+            old.unlink(missing_ok=True)
         pytest = (self.python, "-m", "pytest", "--quiet", "-p", "no:cacheprovider")
-        files = [f"tests/{name}" for name in names]
         arguments = ("-m", "not slow", f"--junitxml={report}")
-        run(
-            *pytest,
-            *arguments,
-            *files,
-            cwd=self.folder / "sdist",
-            log=self.log,
-            PYTHONHASHSEED="0",
-        )
+        files = [f"tests/{name}" for name in names]
+        where = {"cwd": self.folder / "sdist", "log": log, "PYTHONHASHSEED": "0"}
+        good = run(*pytest, *arguments, *files, **where)
+        found: dict = {"passed": 0, "failed": [], "skipped": {}}
         if report.exists():
-            return counted(report)
-        return {
-            "passed": 0,
-            "failed": [error_in(self.log.read_text())],
-            "skipped": {},
-        }
+            found = counted(report)
+        if not good and not found["failed"]:
+            found["failed"] = [error_in(log.read_text())]
+        return found
 
     def build(self) -> bool:
         """The package, built and installed as a user with torch alone does it."""
