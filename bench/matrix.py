@@ -41,7 +41,7 @@ VERSIONS = ("2.7.1", "2.9.1", "2.11.0", "2.13.0", NEWEST)
 TESTS = tuple(
     f"test_{name}.py" for name in ("rule", "running_norm", "ops", "oracle", "graphs")
 )
-TORCHRL = ("torchrl", "tensordict")
+TORCHRL = ("torchrl", "tensordict", "gymnasium")
 TORCHRL_TESTS = ("test_reference.py",)
 #: Of a build and the tests. torch before 2.13 wants a setuptools before 82.
 TOOLS = ("setuptools>=77,<82", "wheel", "ninja", "pybind11", "numpy", "pytest")
