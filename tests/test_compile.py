@@ -6,6 +6,7 @@
 
 import pytest
 import torch
+from samples import NUMBERS_ARE_INPUTS
 from tensordict import TensorDict
 from test_graphs import SLOW_INDUCTOR, Counted
 from torch._dynamo.exc import Unsupported
@@ -258,6 +259,7 @@ def test_statistics_from_inference_mode(backend, first):
     assert_same_state(saved, other)
 
 
+@NUMBERS_ARE_INPUTS
 @SLOW_INDUCTOR
 def test_a_decay_of_a_transform_that_changes(backend):
     counted = Counted(backend)
