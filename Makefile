@@ -8,6 +8,8 @@
 #                 (make bench BENCH="--quick" for a couple of minutes)
 #   make cuda-torch  build against a CUDA build of torch, and test that build on the CPU (five
 #                 gigabytes to download, no GPU needed)
+#   make matrix   build and test with each torch from 2.7.1 on, alone (MATRIX=2.7.1 for one;
+#                 five gigabytes each)
 #   make model    print what an update should take on GPUs, by a model of the kernels
 #   make sanitize run tests of the compiled code under AddressSanitizer and UBSan
 #   make coverage which lines of Python and C++ the tests do not run
@@ -31,7 +33,8 @@ TESTS ?= tests -m "not slow"
 PARALLEL ?= -n 2 --dist worksteal
 BENCH ?=
 KILLS ?= 100000
-SANITIZED ?= $(addprefix tests/test_,ops.py rule.py state.py machine.py sharing.py \
+MATRIX ?=
+SANITIZED ?= $(addprefix tests/test_,ops.py bound.py rule.py state.py machine.py sharing.py \
 	survival.py) -m "not slow"
 COVERED ?= $(filter-out tests/test_bench.py tests/test_long_run.py \
 	tests/test_examples.py tests/test_docs.py %_host.py,$(wildcard tests/test_*.py)) --mutations 5000
@@ -48,7 +51,7 @@ files_alone := awk 'length > 200 && / -c / { match($$0, /-c [^- ][^ ]*/); \
 	print "compiled", (/^\[/ ? $$1 : ""), file; fflush(); next } \
 	length > 200 && / -shared / { next } { print; fflush() }'
 
-.PHONY: demo test test-all bench soak model cuda-torch sanitize coverage gpu-check docs build \
+.PHONY: demo test test-all bench soak model matrix cuda-torch sanitize coverage gpu-check docs build \
 	wheel lint format clean
 
 demo: build
@@ -65,6 +68,9 @@ bench: build $(VENV)/peers
 
 model: $(VENV)/installed
 	$(bin)/python -m bench.model
+
+matrix:
+	$(PYTHON) -m bench.matrix $(MATRIX)
 
 soak: build $(VENV)/tools build/soak
 	build/soak cost
@@ -85,7 +91,7 @@ cuda-torch: build/cuda-torch/installed
 	cd build/cuda-torch/source && ../bin/python -c "import torch; \
 		from torchrl_vecnorm import _C, _build; \
 		assert torch.version.cuda and _build.has_cuda and hasattr(_C, 'cuda_path')" && \
-		../bin/python -m pytest --quiet -p no:cacheprovider -m "not slow" tests/test_ops.py
+		../bin/python -m pytest --quiet -p no:cacheprovider -m "not slow" tests/test_ops.py tests/test_bound.py
 
 build/cuda-torch/installed: requirements.txt tests/requirements.txt
 	$(PYTHON) -m venv build/cuda-torch
@@ -121,7 +127,7 @@ coverage: build $(VENV)/tools
 	PYTHONPATH=build/coverage $(bin)/coverage run $(bin)/pytest $(COVERED)
 	for instructions in default avx2; do \
 		ATEN_CPU_CAPABILITY=$$instructions PYTHONPATH=build/coverage \
-			$(bin)/pytest --quiet tests/test_ops.py -k "not inductor" || exit; \
+			$(bin)/pytest --quiet tests/test_ops.py tests/test_bound.py -k "not inductor" || exit; \
 	done
 	$(bin)/coverage combine --quiet
 	$(bin)/coverage report

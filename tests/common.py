@@ -6,12 +6,12 @@
 
 from __future__ import annotations
 
-import io
 import warnings
 from contextlib import contextmanager
 
 import torch
 import torchrl.envs
+from samples import through_a_file as through_a_file  # needs torch alone
 from tensordict import TensorDict
 from tensordict.utils import NestedKey
 from torchrl.data import Bounded, Categorical, Composite, Unbounded
@@ -84,14 +84,6 @@ def assert_agree(actual, expected, keys, *, rtol: float, count_rtol: float) -> N
                 atol=rtol,
                 msg=lambda text, key=key, field=field: f"{key} {field}: {text}",
             )
-
-
-def through_a_file(saved, **kwargs):
-    """What another session would load."""
-    file = io.BytesIO()
-    torch.save(saved, file)
-    file.seek(0)
-    return torch.load(file, **kwargs)
 
 
 class Expected:

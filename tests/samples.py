@@ -2,17 +2,29 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""One list of sample inputs, for correctness, gradients and opcheck alike."""
+"""One list of sample inputs, for correctness, gradients and opcheck alike.
+
+Imports torch alone, as do the tests of the operators and of RunningNorm.
+"""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental import symbolic_shapes
 
 from torchrl_vecnorm import Moments
+
+#: Tests of a number as an input of a compiled graph.
+NUMBERS_ARE_INPUTS = pytest.mark.skipif(
+    not hasattr(symbolic_shapes, "has_static_value"),
+    reason="this torch compiles a graph for each value of a number, eight at most",
+)
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTEGERS = (
@@ -143,3 +155,11 @@ def op_samples(requires_grad: bool = False) -> list[Sample]:
         Sample("half", [leaf(8, 4, dtype=torch.float16)], [Moments.zeros([4])], []),
         Sample("integers", [leaf(8, 4, dtype=torch.int32)], [Moments.zeros([4])], []),
     ]
+
+
+def through_a_file(saved, **kwargs):
+    """What another session would load."""
+    file = io.BytesIO()
+    torch.save(saved, file)
+    file.seek(0)
+    return torch.load(file, **kwargs)

@@ -110,7 +110,9 @@ def test_arrows_run_one_way():
                 found |= {f"{module}.{name.strip()}" for name in names.split(",")}
         return found
 
-    below = {f"torchrl_vecnorm.{name}" for name in ("_ops", "oracle", "moments")}
+    below = {
+        f"torchrl_vecnorm.{name}" for name in ("_ops", "oracle", "moments", "rule")
+    }
     functions = imported(package / "functional.py")
     assert functions <= {"torchrl_vecnorm", "torchrl_vecnorm.moments", *below}
     engine = imported(*(package / "statistics").glob("*.py"))

@@ -9,7 +9,15 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from samples import FLOATS, INTEGERS, LAYOUTS, SHAPES, data, op_samples
+from samples import (
+    FLOATS,
+    INTEGERS,
+    LAYOUTS,
+    NUMBERS_ARE_INPUTS,
+    SHAPES,
+    data,
+    op_samples,
+)
 from test_ops import TOLERANCE, clone
 
 from torchrl_vecnorm import Moments, _ops, oracle
@@ -246,6 +254,7 @@ def test_compile(rule):
             torch.testing.assert_close(a, b)
 
 
+@NUMBERS_ARE_INPUTS
 @pytest.mark.parametrize("name", ["eps", "clip"])
 def test_a_number_that_changes_is_compiled_twice_at_most(name):
     compilations = []

@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from common import through_a_file
+from samples import through_a_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -557,7 +557,11 @@ import sys
 for name in ("torchrl", "tensordict"):
     sys.modules[name] = None  # what imports it fails
 import torch
+before = set(sys.modules)
 from torchrl_vecnorm import Moments, RunningNorm, functional as F
+new = [name for name in sys.modules.keys() - before if "torchrl_vecnorm" not in name]
+# Dynamo and sympy, which torch has not imported yet, would take as long as torch itself.
+assert sys.stdlib_module_names.issuperset(new), new
 norm = RunningNorm({"a": 3, "b": (2, 2)})
 norm({"a": torch.randn(4, 3), "b": torch.randn(4, 2, 2)})
 state = Moments.zeros([3])
@@ -583,6 +587,12 @@ def test_other_names_are_not_there():
 
     with pytest.raises(AttributeError, match="no attribute 'VecNorm3'"):
         torchrl_vecnorm.VecNorm3  # noqa: B018
+
+
+def test_vecnorm_is_there_when_asked_for():
+    pytest.importorskip("torchrl")
+    import torchrl_vecnorm
+
     assert torchrl_vecnorm.VecNorm is torchrl_vecnorm.transforms.VecNorm
 
 

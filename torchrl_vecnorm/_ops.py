@@ -15,7 +15,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.fx.experimental.symbolic_shapes import has_static_value
 from torch.fx.traceback import get_current_meta
 
 from torchrl_vecnorm import oracle
@@ -188,8 +187,6 @@ for _name, _function in (
 _operators = torch.ops.torchrl_vecnorm
 
 
-# Dynamo asks this as it traces, within the transforms that it traces.
-@torch.compiler.assume_constant_result
 def needs_plain_torch() -> bool:
     """Whether functorch or forward-mode derivatives look into the operators.
 
@@ -201,9 +198,19 @@ def needs_plain_torch() -> bool:
     )
 
 
+# Dynamo asks this as it traces, within the transforms that it traces. The decorator,
+# torch.compiler.assume_constant_result, imports all of Dynamo: as long as torch again.
+needs_plain_torch._dynamo_marked_constant = True
+
+
 def _change(*numbers: float | None) -> bool:
     """Whether numbers are a compiled graph's inputs: operators take constants."""
-    return not all(n is None or has_static_value(n) for n in numbers)
+    # Of what traces, which has imported it; torch 2.7 has no such function, and makes
+    # them constants as it calls an operator.
+    symbols = torch.fx.experimental.symbolic_shapes
+    if not hasattr(symbols, "has_static_value"):
+        return False
+    return not all(n is None or symbols.has_static_value(n) for n in numbers)
 
 
 def _rule_changes(rule: RuleArgs) -> bool:
@@ -211,6 +218,10 @@ def _rule_changes(rule: RuleArgs) -> bool:
 
 
 _ANY = Rule(1.0)
+
+
+# Dynamo of torch 2.7 cannot look it up.
+_MOST = sys.float_info.max
 
 
 def check_numbers(
@@ -222,9 +233,9 @@ def check_numbers(
         raise ValueError(f"expected eps_mode in 0 … 3, got {eps_mode}")
     for name, value, most, expected in (
         ("decay", keep, 1.0, "in (0, 1]"),
-        ("weight", weight, sys.float_info.max, "positive and finite"),
-        ("eps", eps, sys.float_info.max, "positive and finite"),
-        ("clip", clip, sys.float_info.max, "positive and finite, or none"),
+        ("weight", weight, _MOST, "positive and finite"),
+        ("eps", eps, _MOST, "positive and finite"),
+        ("clip", clip, _MOST, "positive and finite, or none"),
     ):
         if value is None:
             continue

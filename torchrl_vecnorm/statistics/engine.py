@@ -37,7 +37,7 @@ from torchrl_vecnorm.statistics.entries import get_entry, set_entry
 from torchrl_vecnorm.statistics.keys import Key, Keys, find_keys
 from torchrl_vecnorm.statistics.layouts import Layout, layouts_of_sums
 from torchrl_vecnorm.statistics.locks import LOCK_TIMEOUT, Lock, Session
-from torchrl_vecnorm.statistics.modes import are_fake
+from torchrl_vecnorm.statistics.modes import are_fake, not_in_graphs
 from torchrl_vecnorm.statistics.names import StateNames, flat_name
 from torchrl_vecnorm.statistics.shared_td import advise, check_shared_td
 from torchrl_vecnorm.statistics.store import Store
@@ -340,7 +340,7 @@ class Statistics:
     ) -> list[Tensor]:
         return compute(entries, updating, self.weights, self._eps)
 
-    @torch.compiler.disable(
+    @not_in_graphs(
         reason="VecNorm: statistics that other processes update need their lock, and "
         "a compiled graph works on copies. Compile without fullgraph=True."
     )

@@ -52,7 +52,8 @@ def read_moments(td: TensorDictBase | None, names: StateNames) -> Moments | None
     total = get_entry(td, names.sum)
     if total is None:
         return None
-    return Moments(total, *(get_entry(td, name) for name in names[1:]))
+    _, *others = names  # Dynamo of torch 2.7 fails at a slice of a NamedTuple
+    return Moments(total, *(get_entry(td, name) for name in others))
 
 
 def write_moments(td: TensorDictBase, names: StateNames, moments: Moments) -> None:
