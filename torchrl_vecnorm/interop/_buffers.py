@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-
+from torchrl_vecnorm import _ops
+from torchrl_vecnorm.rule import Rule
 
 
 def moments_of(mean: Tensor, var: Tensor, count: Tensor) -> list[Tensor]:
@@ -36,6 +37,22 @@ def moments_at_one(mean: Tensor, var: Tensor) -> list[Tensor]:
     """The same for calls that only read: moments of one sample's weight."""
     one = torch.ones((), dtype=torch.float64, device=mean.device)
     return [mean, torch.addcmul(var, mean, mean), one, mean.new_empty(0), var]
+
+
+def learn(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    count: Tensor,
+    rule: Rule,
+    mask: Tensor | None = None,
+    weight: float = 1.0,
+) -> Tensor:
+    """Takes x into mean, var and count, in place, and returns it normalised with them."""
+    state = moments_of(mean, var, count)
+    y = _ops.update([x], state, [] if mask is None else [mask], 1.0, weight, rule)[0]
+    torch.div(state[0], count, out=mean)
+    return y
 
 
 def check_tensor(owner: str, name: str, x: Any) -> None:

@@ -153,6 +153,9 @@ class EmpiricalNormalization(Statistics):
     def _buffers(self, value: dict[str, Tensor]) -> None:
         self.__dict__["_buffers"] = value
 
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_state": None}
+
     def __getattr__(self, name: str):
         self.__dict__["_state"] = None
         return super().__getattr__(name)

@@ -17,8 +17,8 @@ from torchrl_vecnorm import _ops
 from torchrl_vecnorm.interop._buffers import (
     Statistics,
     check_tensor,
+    learn,
     moments_at_one,
-    moments_of,
 )
 from torchrl_vecnorm.rule import EPS_MODES, Rule
 
@@ -100,14 +100,9 @@ class RunningStandardScaler(Statistics):
             state, rule = moments_at_one(mean, var), self._rule()
             call = _ops.denormalize if inverse else _ops.normalize
             return call([x], state, rule)[0]
-        count = buffers["current_count"]
-        state = moments_of(mean, var, count)
+        y = learn(x, mean, var, buffers["current_count"], self._rule())
         if inverse:
-            _ops.fold([x], state, [], 1.0, 1.0)
-            y = _ops.denormalize([x], state, self._rule())[0]
-        else:
-            y = _ops.update([x], state, [], 1.0, 1.0, self._rule())[0]
-        torch.div(state[0], count, out=mean)
+            y = _ops.denormalize([x], moments_at_one(mean, var), self._rule())[0]
         return y
 
     def _rule(self) -> Rule:

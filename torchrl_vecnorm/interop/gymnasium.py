@@ -1,0 +1,153 @@
+# Copyright (c) the torchrl_vecnorm authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""What stands for Gymnasium's normalising wrappers, as of version 1.4.0.
+
+``NormalizeObservation`` and ``NormalizeReward`` are those of ``gymnasium.wrappers``, and
+``vector.NormalizeObservation`` and ``vector.NormalizeReward`` those of
+``gymnasium.wrappers.vector``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import gymnasium.wrappers as theirs
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode
+from gymnasium.wrappers import utils
+from gymnasium.wrappers import vector as their_vector
+
+from torchrl_vecnorm import _ops
+from torchrl_vecnorm.interop._arrays import ArrayStatistics, rule_of
+
+__all__ = ["NormalizeObservation", "NormalizeReward", "RunningMeanStd", "vector"]
+
+
+class RunningMeanStd(ArrayStatistics, utils.RunningMeanStd):
+    """The statistics of a wrapper; a copy or a pickle of it is Gymnasium's."""
+
+    _plain = utils.RunningMeanStd
+
+
+def _statistics(name: str) -> property:
+    """An attribute of statistics, which can be read and assigned to."""
+
+    def get(self) -> RunningMeanStd:
+        return self.__dict__[f"_{name}"]
+
+    def put(self, value: Any) -> None:
+        # Those that Gymnasium's constructor makes say what shape they have.
+        old = self.__dict__.get(f"_{name}", value)
+        shape = np.shape(getattr(old, "mean", ()))
+        self.__dict__[f"_{name}"] = RunningMeanStd.of(name, value, shape)
+
+    return property(
+        get, put, doc=f"``{name}``: mean, var and count, to read or assign."
+    )
+
+
+class _Copied:
+    """Copies and pickles of a wrapper have the library's statistics, until they are here."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for name in ("obs_rms", "return_rms"):
+            if f"_{name}" in state:
+                setattr(self, name, state[f"_{name}"])
+
+
+class NormalizeObservation(_Copied, theirs.NormalizeObservation):
+    """For ``gymnasium.wrappers.NormalizeObservation`` of version 1.4.0; takes what that takes.
+
+    What differs: statistics are float64, where Gymnasium's are float32; NaN and infinite
+    values count as values at the running mean; arrays of ``obs_rms`` are not to be written
+    to in place, and what no data can have given cannot be assigned.
+    """
+
+    obs_rms = _statistics("obs_rms")
+
+    def observation(self, observation: Any) -> np.ndarray:
+        """Normalises an observation, which the statistics take in first."""
+        rms, rule = self.__dict__["_obs_rms"], rule_of(self.epsilon)
+        return np.float32(rms.normalize(observation, rule, self._update_running_mean))
+
+
+class NormalizeReward(_Copied, theirs.NormalizeReward):
+    """For ``gymnasium.wrappers.NormalizeReward`` of version 1.4.0; takes what that takes.
+
+    What differs: a reward that is NaN or infinite counts as one at the running mean, in the
+    statistics; arrays of ``return_rms`` are not to be written to in place, and what no data
+    can have given cannot be assigned.
+    """
+
+    return_rms = _statistics("return_rms")
+
+    def step(self, action: Any) -> tuple:
+        """A step, with its reward over the deviation of discounted sums of rewards."""
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        self.discounted_reward = self.discounted_reward * (
+            self.gamma * (1 - terminated)
+        ) + float(reward)
+        rms = self.__dict__["_return_rms"]
+        if self._update_running_mean:
+            rms.update(self.discounted_reward)
+        scaled = np.float64(reward / math.sqrt(rms._state[-1].item() + self.epsilon))
+        return obs, scaled, terminated, truncated, info
+
+
+class vector:  # a namespace, as Gymnasium has one
+    """The wrappers of vector environments."""
+
+    class NormalizeObservation(_Copied, their_vector.NormalizeObservation):
+        """For ``gymnasium.wrappers.vector.NormalizeObservation`` of version 1.4.0.
+
+        What differs is what differs in the wrapper of one environment.
+        """
+
+        obs_rms = _statistics("obs_rms")
+
+        def observations(self, observations: np.ndarray) -> np.ndarray:
+            """Normalises observations, which the statistics take in first."""
+            rms, rule = self.__dict__["_obs_rms"], rule_of(self.epsilon)
+            y = rms.normalize(observations, rule, self._update_running_mean)
+            return y if y.dtype == np.float32 else y.astype(np.float32)
+
+    class NormalizeReward(_Copied, their_vector.NormalizeReward):
+        """For ``gymnasium.wrappers.vector.NormalizeReward`` of version 1.4.0.
+
+        What differs is what differs in the wrapper of one environment.
+        """
+
+        return_rms = _statistics("return_rms")
+
+        def step(self, actions: Any) -> tuple:
+            """A step, with rewards over the deviation of discounted sums of rewards."""
+            obs, reward, terminated, truncated, info = self.env.step(actions)
+            restarts = self._autoreset_mode == AutoresetMode.SAME_STEP
+            sums = self.accumulated_reward * self.gamma * (1 - terminated) + reward
+            mask = []
+            if restarts or not self._prev_dones.any():
+                self.accumulated_reward[:] = sums
+            else:  # the step after the last one of an episode is its reset
+                active = self._prev_dones == 0
+                np.copyto(
+                    self.accumulated_reward, sums, where=active, casting="same_kind"
+                )
+                mask = [torch.from_numpy(active)]
+            rms, rule = (
+                self.__dict__["_return_rms"],
+                rule_of(self.epsilon, center=False),
+            )
+            if self._update_running_mean:
+                sums = torch.from_numpy(self.accumulated_reward)
+                _ops.fold([sums], rms._state, mask, 1.0, 1.0)
+            done = np.logical_or(terminated, truncated)
+            self._prev_dones = done.astype(np.float32)
+            if restarts:
+                self.accumulated_reward[done] = 0
+            scaled = rms.normalize(np.asarray(reward, dtype=np.float64), rule)
+            return obs, scaled, terminated, truncated, info

@@ -1,0 +1,177 @@
+# Copyright (c) the torchrl_vecnorm authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""What stands for Stable-Baselines3's ``VecNormalize``, as of version 2.9.2."""
+
+from __future__ import annotations
+
+import pickle
+from copy import deepcopy
+from typing import Any
+
+import numpy as np
+from stable_baselines3.common import running_mean_std
+from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecNormalize as Theirs
+
+from torchrl_vecnorm import _ops
+from torchrl_vecnorm.interop._arrays import ArrayStatistics, rule_of, tensor_of
+
+__all__ = ["RunningMeanStd", "VecNormalize"]
+
+# What is of the environment, and in no file.
+_UNSAVED = ("venv", "class_attributes", "returns")
+
+
+class RunningMeanStd(ArrayStatistics, running_mean_std.RunningMeanStd):
+    """The statistics of a :class:`VecNormalize`; a copy or a pickle is Stable-Baselines3's."""
+
+    _plain = running_mean_std.RunningMeanStd
+
+
+class VecNormalize(Theirs):
+    """For ``stable_baselines3.common.vec_env.VecNormalize`` of version 2.9.2.
+
+    Takes what that takes, and is one. ``save`` writes a file of Stable-Baselines3's class,
+    and ``load`` reads one. ``obs_rms`` and ``ret_rms`` can be read, and assigned to.
+
+    What differs: NaN and infinite values count as values at the running mean; arrays of
+    statistics are not to be written to in place; statistics that no data can have given
+    are refused when they are loaded or assigned. Arithmetic is that of float64.
+    """
+
+    @property
+    def obs_rms(self) -> Any:
+        """The statistics of observations, or those of each key."""
+        try:
+            return self.__dict__["_obs_rms"]
+        except KeyError:  # norm_obs=False: Stable-Baselines3 has none
+            raise AttributeError("obs_rms") from None
+
+    @obs_rms.setter
+    def obs_rms(self, value: Any) -> None:
+        spaces = self.observation_space
+        if isinstance(value, dict):
+            new = {
+                key: RunningMeanStd.of(f"obs_rms[{key!r}]", rms, spaces[key].shape)
+                for key, rms in value.items()
+            }
+        else:
+            new = RunningMeanStd.of("obs_rms", value, spaces.shape)
+        self.__dict__["_obs_rms"] = new
+
+    @property
+    def ret_rms(self) -> RunningMeanStd:
+        """The statistics of discounted sums of rewards."""
+        return self.__dict__["_ret_rms"]
+
+    @ret_rms.setter
+    def ret_rms(self, value: Any) -> None:
+        self.__dict__["_ret_rms"] = RunningMeanStd.of("ret_rms", value, ())
+
+    # ------------------------------------------------------------------------ calls
+
+    def reset(self) -> Any:
+        """The first observations, normalised."""
+        self.old_obs = obs = self.venv.reset()
+        self.returns = np.zeros(self.num_envs)
+        return self._normalized(obs, self.training)
+
+    def step_wait(self) -> Any:
+        """Observations, rewards, dones and infos of a step, normalised."""
+        obs, rewards, dones, infos = self.venv.step_wait()
+        self.old_obs, self.old_reward = obs, rewards
+        obs = self._normalized(obs, self.training)
+        if self.training:
+            self._update_reward(rewards)
+        rewards = self.normalize_reward(rewards)
+        if dones.any():
+            for i in np.flatnonzero(dones):
+                if "terminal_observation" in infos[i]:
+                    infos[i]["terminal_observation"] = self.normalize_obs(
+                        infos[i]["terminal_observation"]
+                    )
+            self.returns[dones] = 0
+        return obs, rewards, dones, infos
+
+    def normalize_obs(self, obs: Any) -> Any:
+        """Normalises observations with the statistics as they are."""
+        return self._normalized(obs, False)
+
+    def normalize_reward(self, reward: np.ndarray) -> np.ndarray:
+        """Divides rewards by the deviation of discounted sums, as they are known."""
+        if not self.norm_reward:
+            return reward.astype(np.float32)
+        rule = rule_of(self.epsilon, self.clip_reward, center=False)
+        return _float32(self.ret_rms.normalize(reward, rule))
+
+    def _update_reward(self, reward: np.ndarray) -> None:
+        self.returns = self.returns * self.gamma + reward
+        self.ret_rms.update(self.returns)
+
+    def _normalized(self, obs: Any, update: bool) -> Any:
+        if not self.norm_obs:
+            return deepcopy(obs)
+        rule = rule_of(self.epsilon, self.clip_obs)
+        rms = self.__dict__["_obs_rms"]
+        if not isinstance(rms, dict):
+            return _float32(rms.normalize(obs, rule, update))
+        keys = list(self.norm_obs_keys)
+        xs = [tensor_of(obs[key]) for key in keys]
+        leaves = [leaf for key in keys for leaf in rms[key]._state]
+        if update:
+            ys = _ops.update(xs, leaves, [], 1.0, 1.0, rule)
+        else:
+            ys = _ops.normalize(xs, leaves, rule)
+        result = {k: deepcopy(v) for k, v in obs.items() if k not in rms}
+        normalized = {k: _float32(y.numpy()) for k, y in zip(keys, ys, strict=True)}
+        return {k: normalized.get(k, result.get(k)) for k in obs}
+
+    # ------------------------------------------------------------------------ files
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {k: v for k, v in self.__dict__.items() if k not in _UNSAVED}
+        for name in ("obs_rms", "ret_rms"):
+            if f"_{name}" in state:
+                state[name] = deepcopy(state.pop(f"_{name}"))
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        statistics = {
+            name: state.pop(name) for name in ("obs_rms", "ret_rms") if name in state
+        }
+        super().__setstate__(state)
+        for name, value in statistics.items():
+            setattr(self, name, value)
+
+    @staticmethod
+    def load(load_path: str, venv: VecEnv) -> VecNormalize:
+        """Reads a file of either class.
+
+        Raises:
+            TypeError: a file of something else.
+            ValueError: of statistics of another shape, or such as no data can have given.
+        """
+        with open(load_path, "rb") as file:
+            saved = pickle.load(file)
+        if not isinstance(saved, Theirs):
+            raise TypeError(f"expected a VecNormalize, got {type(saved).__name__}")
+        if not isinstance(saved, VecNormalize):
+            state = {k: v for k, v in saved.__dict__.items() if k not in _UNSAVED}
+            saved = VecNormalize.__new__(VecNormalize)
+            saved.__setstate__(state)
+        saved.set_venv(venv)
+        return saved
+
+    def save(self, save_path: str) -> None:
+        """Writes a file of Stable-Baselines3's class, which `load` of either class reads."""
+        plain = Theirs.__new__(Theirs)
+        plain.__dict__.update(self.__getstate__(), **dict.fromkeys(_UNSAVED))
+        with open(save_path, "wb") as file:
+            pickle.dump(plain, file)
+
+
+def _float32(array: np.ndarray) -> np.ndarray:
+    return array if array.dtype == np.float32 else array.astype(np.float32)
