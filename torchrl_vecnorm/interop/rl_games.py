@@ -10,7 +10,6 @@ TorchScript knows.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Dict, List, Optional  # noqa: UP035 (TorchScript)
 
 import torch
 from rl_games.algos_torch import running_mean_std as theirs
@@ -74,7 +73,7 @@ class RunningMeanStd(Statistics):
         self.register_buffer("count", torch.ones((), dtype=torch.float64))
 
     def forward(
-        self, input: Tensor, denorm: bool = False, mask: Optional[Tensor] = None
+        self, input: Tensor, denorm: bool = False, mask: Tensor | None = None
     ) -> Tensor:
         """Normalises, and in training mode takes the input in first.
 
@@ -86,7 +85,7 @@ class RunningMeanStd(Statistics):
         if not torch.jit.is_scripting():
             check_tensor("RunningMeanStd", "input", input)
         x = input.movedim(1, -1) if self.channel_last else input
-        clip: Optional[float] = None if self.norm_only else 5.0
+        clip: float | None = None if self.norm_only else 5.0
         center = not self.norm_only
         if denorm:
             (y,) = torch.ops.torchrl_vecnorm.denormalize(
@@ -110,7 +109,7 @@ class RunningMeanStd(Statistics):
             )
         return y.movedim(-1, 1) if self.channel_last else y
 
-    def _read(self) -> List[Tensor]:  # noqa: UP006 (TorchScript)
+    def _read(self) -> list[Tensor]:
         mean, var = self.running_mean, self.running_var
         one = torch.ones((), dtype=torch.float64, device=mean.device)
         return [mean, torch.addcmul(var, mean, mean), one, mean.new_empty(0), var]
@@ -124,10 +123,10 @@ def _learn(
     mean: Tensor,
     var: Tensor,
     count: Tensor,
-    mask: Optional[Tensor],
+    mask: Tensor | None,
     weight: float,
     eps: float,
-    clip: Optional[float],
+    clip: float | None,
     center: bool,
 ) -> Tensor:
     mask = None if mask is None else mask != 0
@@ -168,11 +167,11 @@ class RunningMeanStdObs(nn.Module):
 
     def forward(
         self,
-        input: Dict[str, Tensor],  # noqa: UP006 (TorchScript)
+        input: dict[str, Tensor],
         denorm: bool = False,
-    ) -> Dict[str, Tensor]:  # noqa: UP006 (TorchScript)
+    ) -> dict[str, Tensor]:
         """Normalises each entry by its own statistics; see :class:`RunningMeanStd`."""
-        result: Dict[str, Tensor] = {}  # noqa: UP006 (TorchScript)
+        result: dict[str, Tensor] = {}
         for name, norm in self.running_mean_std.items():
             if name in input:
                 result[name] = norm(input[name], denorm)

@@ -14,7 +14,6 @@ from torchrl_vecnorm import _ops
 from torchrl_vecnorm.interop._buffers import (
     Statistics,
     check_tensor,
-    moments_at_one,
     moments_of,
 )
 from torchrl_vecnorm.interop._replace import replace
