@@ -180,6 +180,7 @@ def test_what_is_no_tensor():
 
 class World(Wrapper):
     def __init__(self):
+        torch.manual_seed(0)
         self.points = Points()
         super().__init__(self.points)
         self._device = torch.device("cpu")

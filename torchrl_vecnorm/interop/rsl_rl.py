@@ -118,8 +118,8 @@ class EmpiricalNormalization(Statistics):
     @torch.jit.unused
     def _map(self, x: Tensor, inverse: bool) -> Tensor:
         check_tensor("EmpiricalNormalization", "y" if inverse else "x", x)
-        # A trace is for an export, which knows torch's operators alone.
-        if torch.jit.is_tracing():
+        # Exports know torch's operators alone.
+        if torch.jit.is_tracing() or torch.compiler.is_exporting():
             mean, scale = self._mean, self._std + self.eps
             return x * scale + mean if inverse else (x - mean) / scale
         call = _ops.denormalize if inverse else _ops.normalize
@@ -138,7 +138,8 @@ class EmpiricalNormalization(Statistics):
             return _moments_of(buffers)
         known = _identity(buffers)
         if self._state is None or not known or known != self._known:
-            with torch.no_grad():
+            # A rollout is in inference mode, and what is made there is for there only.
+            with torch.inference_mode(False), torch.no_grad():
                 self._state = _moments_of(buffers)
             self._known = known
         return self._state
@@ -159,11 +160,14 @@ class EmpiricalNormalization(Statistics):
         self.__dict__["_state"] = None
         return super().__getattr__(name)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+    def _load_from_state_dict(
+        self, state_dict, prefix, metadata, strict, *errors
+    ) -> None:
         # What normalises is the variance, and a deviation beside it has to be its root.
-        if isinstance(var := state_dict.get(prefix + "_var"), Tensor):
-            state_dict = {**state_dict, prefix + "_std": var.clamp_min(0).sqrt()}
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        var, std = state_dict.get(prefix + "_var"), prefix + "_std"
+        if isinstance(var, Tensor) and (std in state_dict or not strict):
+            state_dict = {**state_dict, std: var.clamp_min(0).sqrt()}
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *errors)
 
 
 class EmpiricalDiscountedVariationNormalization(nn.Module):
