@@ -71,41 +71,48 @@ class Statistics(nn.Module):
 
     _required = ("running_mean", "running_var", "count")
 
+    # TorchScript leaves ignored methods to Python, bound to a module of its own class.
+
     # Statistics move, but stay what they are under .half() and .to(dtype).
+    @torch.jit.ignore
     def _apply(self, fn, recurse=True):
         def move(leaf: Tensor) -> Tensor:
             moved = fn(leaf)
             return moved if moved.dtype == leaf.dtype else leaf.to(moved.device)
 
-        return super()._apply(move, recurse)
+        return nn.Module._apply(self, move, recurse)
 
+    @torch.jit.ignore
     def _load_from_state_dict(
         self, state_dict, prefix, metadata, strict, missing, unexpected, errors
     ) -> None:
+        buffers = dict(self._buffers.items())
+        required = getattr(self, "_required", Statistics._required)
+        owner = getattr(self, "original_name", type(self).__name__)
         given = {
             name: state_dict[prefix + name]
-            for name in self._buffers
+            for name in buffers
             if prefix + name in state_dict
         }
-        absent = [name for name in self._required if name not in given]
+        absent = [name for name in required if name not in given]
         wrong = [
-            f"{type(self).__name__}: entry {prefix + name!r}: {what}"
+            f"{owner}: entry {prefix + name!r}: {what}"
             for name, value in given.items()
-            if (what := _wrong(name, value, self._buffers[name]))
+            if (what := _wrong(name, value, buffers[name]))
         ]
         if absent or wrong:
             missing += [prefix + name for name in absent]
+            errors += wrong
             if strict:
-                known = {prefix + name for name in self._buffers}
+                known = {prefix + name for name in buffers}
                 unexpected += [
                     name
                     for name in state_dict
                     if name.startswith(prefix) and name not in known
                 ]
-            errors += wrong
             return
-        super()._load_from_state_dict(
-            state_dict, prefix, metadata, strict, missing, unexpected, errors
+        nn.Module._load_from_state_dict(
+            self, state_dict, prefix, metadata, strict, missing, unexpected, errors
         )
 
 

@@ -160,14 +160,11 @@ class EmpiricalNormalization(Statistics):
         self.__dict__["_state"] = None
         return super().__getattr__(name)
 
-    def _load_from_state_dict(
-        self, state_dict, prefix, metadata, strict, *errors
-    ) -> None:
-        # What normalises is the variance, and a deviation beside it has to be its root.
-        var, std = state_dict.get(prefix + "_var"), prefix + "_std"
-        if isinstance(var, Tensor) and (std in state_dict or not strict):
-            state_dict = {**state_dict, std: var.clamp_min(0).sqrt()}
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *errors)
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        # What normalises is the variance: a deviation beside it is its root, loaded or not.
+        if isinstance(var := state_dict.get(prefix + "_var"), Tensor):
+            state_dict = {**state_dict, prefix + "_std": var.clamp_min(0).sqrt()}
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class EmpiricalDiscountedVariationNormalization(nn.Module):
