@@ -144,7 +144,7 @@ def test_dicts_of_observations():
     with pytest.raises(KeyError, match="place.*map.*speed"):
         norm({"speed": x["map"]})
     # Compiling theirs is an error in this version.
-    with pytest.raises(Exception, match="running_mean_std|ModuleDict|key"):
+    with pytest.raises(Exception, match="ModuleDict"):
         torch.jit.script(other)
 
 
@@ -196,7 +196,7 @@ def test_states_that_cannot_be(scripted):
 def test_what_is_no_tensor():
     norm = ours.RunningMeanStd((3,))
     for x in (np.zeros((2, 3)), [[1.0, 2.0, 3.0]], 1.0):
-        with pytest.raises(TypeError, match="expected input as a torch.Tensor, got"):
+        with pytest.raises(TypeError, match="expected input as a torch"):
             norm(x)
     with pytest.raises(TypeError, match="expected insize as a mapping"):
         ours.RunningMeanStdObs((3,))

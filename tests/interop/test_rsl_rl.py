@@ -279,7 +279,7 @@ def test_what_is_no_tensor():
     for x in (np.zeros((2, 3)), [[1.0, 2.0, 3.0]], 1.0):
         for call in (norm, norm.update, norm.inverse, Discounted([])):
             with pytest.raises(
-                TypeError, match="expected (x|y|rew) as a torch.Tensor, got"
+                TypeError, match=r"expected (x|y|rew) as a torch\.Tensor, got"
             ):
                 call(x)
     with pytest.raises(ValueError, match=r"\[3\].*\[2, 4\]"):

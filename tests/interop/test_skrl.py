@@ -166,7 +166,7 @@ def test_states_that_cannot_be():
 def test_what_is_no_tensor():
     ours = RunningStandardScaler(3)
     for x in (np.zeros((2, 3)), [[1.0, 2.0, 3.0]], 1.0):
-        with pytest.raises(TypeError, match="expected x as a torch.Tensor, got"):
+        with pytest.raises(TypeError, match="expected x as a torch"):
             ours(x, train=True)
     with pytest.raises(ValueError, match=r"\[3\].*\[2, 4\]"):
         ours(torch.zeros(2, 4), train=True)

@@ -16,8 +16,10 @@ from stable_baselines3.common.env_checker import check_env
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import (
     DummyVecEnv,
-    VecNormalize as Theirs,
     sync_envs_normalization,
+)
+from stable_baselines3.common.vec_env import (
+    VecNormalize as Theirs,
 )
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv
 
@@ -296,6 +298,12 @@ def test_statistics_to_read_and_to_assign():
         ours.obs_rms = 3
     assert type(copy.deepcopy(ours.obs_rms)) is RunningMeanStd
     assert_same_statistics(ours, theirs)
+
+
+def test_without_statistics_of_observations():
+    ours, theirs = pair(norm_obs=False)
+    assert not hasattr(ours, "obs_rms") and not hasattr(theirs, "obs_rms")
+    sync_envs_normalization(ours, pair(norm_obs=False)[0])
 
 
 def test_evaluation_takes_the_statistics_over():

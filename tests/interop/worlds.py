@@ -73,7 +73,7 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor], **close: float) -> N
             value,
             b[name],
             **(close or {"rtol": 0, "atol": 0}),
-            msg=lambda m: f"{name} {m}",
+            msg=lambda m, name=name: f"{name} {m}",
         )
 
 

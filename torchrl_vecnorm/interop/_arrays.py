@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import math
 from typing import Any
 
@@ -152,18 +153,12 @@ class ArrayStatistics:
 
     # Files and copies are the library's, which has the attributes as such.
     def __reduce__(self):
-        return _plain, (
-            self._plain,
-            np.array(self.mean),
-            np.array(self.var),
-            self.count,
-        )
-
-
-def _plain(cls: type, mean: np.ndarray, var: np.ndarray, count: float) -> Any:
-    new = cls(shape=mean.shape)
-    new.mean, new.var, new.count = mean, var, count
-    return new
+        state = {
+            "mean": np.array(self.mean),
+            "var": np.array(self.var),
+            "count": self.count,
+        }
+        return copyreg._reconstructor, (self._plain, object, None), state
 
 
 def _read_only(values: Tensor) -> np.ndarray:

@@ -33,34 +33,26 @@ class RunningMeanStd(ArrayStatistics, utils.RunningMeanStd):
     _plain = utils.RunningMeanStd
 
 
-def _statistics(name: str) -> property:
-    """An attribute of statistics, which can be read and assigned to."""
+class _Statistics:
+    """A wrapper whose statistics are those of this module, whoever sets them."""
 
-    def get(self) -> RunningMeanStd:
-        return self.__dict__[f"_{name}"]
-
-    def put(self, value: Any) -> None:
-        # Those that Gymnasium's constructor makes say what shape they have.
-        old = self.__dict__.get(f"_{name}", value)
-        shape = np.shape(getattr(old, "mean", ()))
-        self.__dict__[f"_{name}"] = RunningMeanStd.of(name, value, shape)
-
-    return property(
-        get, put, doc=f"``{name}``: mean, var and count, to read or assign."
-    )
-
-
-class _Copied:
-    """Copies and pickles of a wrapper have the library's statistics, until they are here."""
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _STATISTICS:
+            # Those that Gymnasium's constructor makes say what shape they have.
+            shape = np.shape(getattr(self.__dict__.get(name, value), "mean", ()))
+            value = RunningMeanStd.of(name, value, shape)
+        super().__setattr__(name, value)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        for name in ("obs_rms", "return_rms"):
-            if f"_{name}" in state:
-                setattr(self, name, state[f"_{name}"])
+        for name in _STATISTICS & state.keys():  # as copied, those of the library
+            setattr(self, name, state[name])
 
 
-class NormalizeObservation(_Copied, theirs.NormalizeObservation):
+_STATISTICS = {"obs_rms", "return_rms"}
+
+
+class NormalizeObservation(_Statistics, theirs.NormalizeObservation):
     """For ``gymnasium.wrappers.NormalizeObservation`` of version 1.4.0; takes what that takes.
 
     What differs: statistics are float64, where Gymnasium's are float32; NaN and infinite
@@ -68,15 +60,13 @@ class NormalizeObservation(_Copied, theirs.NormalizeObservation):
     to in place, and what no data can have given cannot be assigned.
     """
 
-    obs_rms = _statistics("obs_rms")
-
     def observation(self, observation: Any) -> np.ndarray:
         """Normalises an observation, which the statistics take in first."""
-        rms, rule = self.__dict__["_obs_rms"], rule_of(self.epsilon)
+        rms, rule = self.obs_rms, rule_of(self.epsilon)
         return np.float32(rms.normalize(observation, rule, self._update_running_mean))
 
 
-class NormalizeReward(_Copied, theirs.NormalizeReward):
+class NormalizeReward(_Statistics, theirs.NormalizeReward):
     """For ``gymnasium.wrappers.NormalizeReward`` of version 1.4.0; takes what that takes.
 
     What differs: a reward that is NaN or infinite counts as one at the running mean, in the
@@ -84,15 +74,13 @@ class NormalizeReward(_Copied, theirs.NormalizeReward):
     can have given cannot be assigned.
     """
 
-    return_rms = _statistics("return_rms")
-
     def step(self, action: Any) -> tuple:
         """A step, with its reward over the deviation of discounted sums of rewards."""
         obs, reward, terminated, truncated, info = self.env.step(action)
         self.discounted_reward = self.discounted_reward * (
             self.gamma * (1 - terminated)
         ) + float(reward)
-        rms = self.__dict__["_return_rms"]
+        rms = self.return_rms
         if self._update_running_mean:
             rms.update(self.discounted_reward)
         scaled = np.float64(reward / math.sqrt(rms._state[-1].item() + self.epsilon))
@@ -102,27 +90,23 @@ class NormalizeReward(_Copied, theirs.NormalizeReward):
 class vector:  # a namespace, as Gymnasium has one
     """The wrappers of vector environments."""
 
-    class NormalizeObservation(_Copied, their_vector.NormalizeObservation):
+    class NormalizeObservation(_Statistics, their_vector.NormalizeObservation):
         """For ``gymnasium.wrappers.vector.NormalizeObservation`` of version 1.4.0.
 
         What differs is what differs in the wrapper of one environment.
         """
 
-        obs_rms = _statistics("obs_rms")
-
         def observations(self, observations: np.ndarray) -> np.ndarray:
             """Normalises observations, which the statistics take in first."""
-            rms, rule = self.__dict__["_obs_rms"], rule_of(self.epsilon)
+            rms, rule = self.obs_rms, rule_of(self.epsilon)
             y = rms.normalize(observations, rule, self._update_running_mean)
             return y if y.dtype == np.float32 else y.astype(np.float32)
 
-    class NormalizeReward(_Copied, their_vector.NormalizeReward):
+    class NormalizeReward(_Statistics, their_vector.NormalizeReward):
         """For ``gymnasium.wrappers.vector.NormalizeReward`` of version 1.4.0.
 
         What differs is what differs in the wrapper of one environment.
         """
-
-        return_rms = _statistics("return_rms")
 
         def step(self, actions: Any) -> tuple:
             """A step, with rewards over the deviation of discounted sums of rewards."""
@@ -139,7 +123,7 @@ class vector:  # a namespace, as Gymnasium has one
                 )
                 mask = [torch.from_numpy(active)]
             rms, rule = (
-                self.__dict__["_return_rms"],
+                self.return_rms,
                 rule_of(self.epsilon, center=False),
             )
             if self._update_running_mean:

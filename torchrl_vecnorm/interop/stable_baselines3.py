@@ -41,34 +41,23 @@ class VecNormalize(Theirs):
     are refused when they are loaded or assigned. Arithmetic is that of float64.
     """
 
-    @property
-    def obs_rms(self) -> Any:
-        """The statistics of observations, or those of each key."""
-        try:
-            return self.__dict__["_obs_rms"]
-        except KeyError:  # norm_obs=False: Stable-Baselines3 has none
-            raise AttributeError("obs_rms") from None
+    obs_rms: Any
+    ret_rms: RunningMeanStd
 
-    @obs_rms.setter
-    def obs_rms(self, value: Any) -> None:
-        spaces = self.observation_space
-        if isinstance(value, dict):
-            new = {
+    # Not properties: without norm_obs there is no obs_rms, which VecEnvWrapper asks for
+    # over and over where a property raises AttributeError.
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "ret_rms":
+            value = RunningMeanStd.of("ret_rms", value, ())
+        elif name == "obs_rms" and isinstance(value, dict):
+            spaces = self.observation_space.spaces
+            value = {
                 key: RunningMeanStd.of(f"obs_rms[{key!r}]", rms, spaces[key].shape)
                 for key, rms in value.items()
             }
-        else:
-            new = RunningMeanStd.of("obs_rms", value, spaces.shape)
-        self.__dict__["_obs_rms"] = new
-
-    @property
-    def ret_rms(self) -> RunningMeanStd:
-        """The statistics of discounted sums of rewards."""
-        return self.__dict__["_ret_rms"]
-
-    @ret_rms.setter
-    def ret_rms(self, value: Any) -> None:
-        self.__dict__["_ret_rms"] = RunningMeanStd.of("ret_rms", value, ())
+        elif name == "obs_rms":
+            value = RunningMeanStd.of("obs_rms", value, self.observation_space.shape)
+        super().__setattr__(name, value)
 
     # ------------------------------------------------------------------------ calls
 
@@ -114,7 +103,7 @@ class VecNormalize(Theirs):
         if not self.norm_obs:
             return deepcopy(obs)
         rule = rule_of(self.epsilon, self.clip_obs)
-        rms = self.__dict__["_obs_rms"]
+        rms = self.obs_rms
         if not isinstance(rms, dict):
             return _float32(rms.normalize(obs, rule, update))
         keys = list(self.norm_obs_keys)
@@ -130,21 +119,11 @@ class VecNormalize(Theirs):
 
     # ------------------------------------------------------------------------ files
 
-    def __getstate__(self) -> dict[str, Any]:
-        state = {k: v for k, v in self.__dict__.items() if k not in _UNSAVED}
-        for name in ("obs_rms", "ret_rms"):
-            if f"_{name}" in state:
-                state[name] = deepcopy(state.pop(f"_{name}"))
-        return state
-
     def __setstate__(self, state: dict[str, Any]) -> None:
-        state = dict(state)
-        statistics = {
-            name: state.pop(name) for name in ("obs_rms", "ret_rms") if name in state
-        }
         super().__setstate__(state)
-        for name, value in statistics.items():
-            setattr(self, name, value)
+        for name in ("obs_rms", "ret_rms"):  # as pickled, those of the library
+            if name in state:
+                setattr(self, name, state[name])
 
     @staticmethod
     def load(load_path: str, venv: VecEnv) -> VecNormalize:
@@ -168,7 +147,7 @@ class VecNormalize(Theirs):
     def save(self, save_path: str) -> None:
         """Writes a file of Stable-Baselines3's class, which `load` of either class reads."""
         plain = Theirs.__new__(Theirs)
-        plain.__dict__.update(self.__getstate__(), **dict.fromkeys(_UNSAVED))
+        plain.__dict__.update(self.__dict__)
         with open(save_path, "wb") as file:
             pickle.dump(plain, file)
 
