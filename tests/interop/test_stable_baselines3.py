@@ -173,6 +173,8 @@ def test_the_same_numbers(space, options):
             ours.unnormalize_reward(reward), theirs.unnormalize_reward(reward2)
         )
     assert_same_statistics(ours, theirs)
+    for reward in (np.float64(3), np.float32(3), np.arange(6)):
+        assert_close(ours.normalize_reward(reward), theirs.normalize_reward(reward))
 
 
 def test_arrays_as_they_come():

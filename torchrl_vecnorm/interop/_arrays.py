@@ -14,32 +14,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchrl_vecnorm import _ops
+from torchrl_vecnorm._load import _C
 from torchrl_vecnorm.interop._buffers import moments_of
-from torchrl_vecnorm.rule import EPS_MODES, Rule
+from torchrl_vecnorm.rule import EPS_MODES
 
 _VAR_ADD = EPS_MODES.index("var_add")
 
+_FLOAT32 = np.dtype(np.float32)
 #: What the operators take as it is; anything else goes as float64, halves as float32.
 _DTYPES = frozenset(
     map(np.dtype, ("f4", "f8", "i1", "i2", "i4", "i8", "u1", "?")),
 )
 
 
-def rule_of(epsilon: float, clip: float | None = None, center: bool = True) -> Rule:
-    """``(x - mean) / sqrt(var + epsilon)``, clipped."""
-    return Rule(
-        float(epsilon),
-        _VAR_ADD,
-        None if clip is None or clip == math.inf else float(clip),
-        center,
-    )
+def rule_of(epsilon: float, clip: float = math.inf) -> tuple:
+    """``(x - mean) / sqrt(var + epsilon)``, clipped: the fields of a `Rule`."""
+    return epsilon, _VAR_ADD, None if clip == math.inf else clip, True
 
 
 def tensor_of(x: Any) -> Tensor:
     """An array as a tensor, without a copy where torch can read it as it lies."""
     if type(x) is not np.ndarray:
         x = np.asarray(x)
+    if x.dtype == _FLOAT32 and x.flags.carray:  # as nearly all are
+        return torch.from_numpy(x)
     if x.dtype not in _DTYPES:
         if x.dtype.kind not in "fiu":
             raise TypeError(f"expected an array of real numbers, got {x.dtype}")
@@ -48,6 +46,24 @@ def tensor_of(x: Any) -> Tensor:
     if not x.flags.writeable or (x.ndim and min(x.strides) < 0):
         x = x.copy()
     return torch.from_numpy(x)
+
+
+# As those of `_ops`, which look whether a graph or a transform of torch is at work: neither
+# is on arrays.
+
+
+def fold(xs: list[Tensor], leaves: list[Tensor], *mask: Tensor) -> None:
+    """Folds tensors of arrays into their statistics."""
+    _C.update(xs, leaves, list(mask), 1.0, 1.0, [], 1.0)
+
+
+def normalize(
+    xs: list[Tensor], leaves: list[Tensor], rule: tuple, update: bool
+) -> list[Tensor]:
+    """Normalises tensors of arrays, with them taken in first or not."""
+    if update:
+        return _C.update(xs, leaves, [], 1.0, 1.0, None, *rule)
+    return _C.normalize(xs, leaves, None, *rule)
 
 
 class ArrayStatistics:
@@ -89,16 +105,15 @@ class ArrayStatistics:
 
     def update(self, arr: np.ndarray) -> None:
         """Takes in ``[*samples, *shape]``."""
-        _ops.fold([tensor_of(arr)], self._state, [], 1.0, 1.0)
+        fold([tensor_of(arr)], self._state)
 
-    def normalize(self, x: Any, rule: Rule, update: bool = False) -> np.ndarray:
+    def normalize(self, x: Any, rule: tuple, update: bool = False) -> np.ndarray:
         """Normalises ``[*samples, *shape]``, with x taken in first or not."""
-        x = tensor_of(x)
-        if update:
-            (y,) = _ops.update([x], self._state, [], 1.0, 1.0, rule)
-        else:
-            (y,) = _ops.normalize([x], self._state, rule)
-        return y.numpy()
+        return normalize([tensor_of(x)], self._state, rule, update)[0].numpy()
+
+    def scale(self, epsilon: float) -> float:
+        """``sqrt(var + epsilon)``, of statistics of one number."""
+        return math.sqrt(self._state[-1].item() + epsilon)
 
     @property
     def mean(self) -> np.ndarray:

@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import gymnasium.wrappers as theirs
@@ -21,8 +20,7 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.wrappers import utils
 from gymnasium.wrappers import vector as their_vector
 
-from torchrl_vecnorm import _ops
-from torchrl_vecnorm.interop._arrays import ArrayStatistics, rule_of
+from torchrl_vecnorm.interop._arrays import ArrayStatistics, fold, rule_of
 
 __all__ = ["NormalizeObservation", "NormalizeReward", "RunningMeanStd", "vector"]
 
@@ -83,7 +81,7 @@ class NormalizeReward(_Statistics, theirs.NormalizeReward):
         rms = self.return_rms
         if self._update_running_mean:
             rms.update(self.discounted_reward)
-        scaled = np.float64(reward / math.sqrt(rms._state[-1].item() + self.epsilon))
+        scaled = np.float64(reward / rms.scale(self.epsilon))
         return obs, scaled, terminated, truncated, info
 
 
@@ -111,27 +109,34 @@ class vector:  # a namespace, as Gymnasium has one
         def step(self, actions: Any) -> tuple:
             """A step, with rewards over the deviation of discounted sums of rewards."""
             obs, reward, terminated, truncated, info = self.env.step(actions)
-            restarts = self._autoreset_mode == AutoresetMode.SAME_STEP
-            sums = self.accumulated_reward * self.gamma * (1 - terminated) + reward
-            mask = []
-            if restarts or not self._prev_dones.any():
-                self.accumulated_reward[:] = sums
-            else:  # the step after the last one of an episode is its reset
-                active = self._prev_dones == 0
-                np.copyto(
-                    self.accumulated_reward, sums, where=active, casting="same_kind"
-                )
-                mask = [torch.from_numpy(active)]
-            rms, rule = (
-                self.return_rms,
-                rule_of(self.epsilon, center=False),
+            sums, restarts = self.accumulated_reward, self._restarts()
+            resets = not restarts and np.count_nonzero(self._prev_dones)
+            if resets or np.count_nonzero(terminated):
+                new = sums * self.gamma * (1 - terminated) + reward
+            else:
+                new = sums * self.gamma + reward
+            # The step after the last one of an episode is its reset, and counts for nothing.
+            active = [self._prev_dones == 0] if resets else []
+            np.copyto(
+                sums, new, casting="same_kind", where=active[0] if resets else True
             )
+            rms = self.return_rms
             if self._update_running_mean:
-                sums = torch.from_numpy(self.accumulated_reward)
-                _ops.fold([sums], rms._state, mask, 1.0, 1.0)
+                fold(
+                    [torch.from_numpy(sums)], rms._state, *map(torch.from_numpy, active)
+                )
             done = np.logical_or(terminated, truncated)
             self._prev_dones = done.astype(np.float32)
             if restarts:
-                self.accumulated_reward[done] = 0
-            scaled = rms.normalize(np.asarray(reward, dtype=np.float64), rule)
-            return obs, scaled, terminated, truncated, info
+                sums[done] = 0
+            return (
+                obs,
+                np.divide(reward, rms.scale(self.epsilon), dtype=np.float64),
+                terminated,
+                truncated,
+                info,
+            )
+
+        def _restarts(self) -> bool:
+            """Whether environments begin anew in the step that ends an episode."""
+            return self._autoreset_mode == AutoresetMode.SAME_STEP

@@ -15,8 +15,12 @@ from stable_baselines3.common import running_mean_std
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env import VecNormalize as Theirs
 
-from torchrl_vecnorm import _ops
-from torchrl_vecnorm.interop._arrays import ArrayStatistics, rule_of, tensor_of
+from torchrl_vecnorm.interop._arrays import (
+    ArrayStatistics,
+    normalize,
+    rule_of,
+    tensor_of,
+)
 
 __all__ = ["RunningMeanStd", "VecNormalize"]
 
@@ -70,12 +74,13 @@ class VecNormalize(Theirs):
     def step_wait(self) -> Any:
         """Observations, rewards, dones and infos of a step, normalised."""
         obs, rewards, dones, infos = self.venv.step_wait()
-        self.old_obs, self.old_reward = obs, rewards
+        attributes = self.__dict__  # past what looks at each assignment
+        attributes["old_obs"], attributes["old_reward"] = obs, rewards
         obs = self._normalized(obs, self.training)
         if self.training:
             self._update_reward(rewards)
         rewards = self.normalize_reward(rewards)
-        if dones.any():
+        if np.count_nonzero(dones):
             for i in np.flatnonzero(dones):
                 if "terminal_observation" in infos[i]:
                     infos[i]["terminal_observation"] = self.normalize_obs(
@@ -92,30 +97,27 @@ class VecNormalize(Theirs):
         """Divides rewards by the deviation of discounted sums, as they are known."""
         if not self.norm_reward:
             return reward.astype(np.float32)
-        rule = rule_of(self.epsilon, self.clip_reward, center=False)
-        return _float32(self.ret_rms.normalize(reward, rule))
+        scaled = np.asarray(reward / self.ret_rms.scale(self.epsilon))
+        scaled.clip(-self.clip_reward, self.clip_reward, out=scaled)
+        return _float32(scaled)[()]  # a number comes back as one
 
     def _update_reward(self, reward: np.ndarray) -> None:
-        self.returns = self.returns * self.gamma + reward
-        self.ret_rms.update(self.returns)
+        returns = self.__dict__["returns"] = self.returns * self.gamma + reward
+        self.ret_rms.update(returns)
 
     def _normalized(self, obs: Any, update: bool) -> Any:
         if not self.norm_obs:
             return deepcopy(obs)
-        rule = rule_of(self.epsilon, self.clip_obs)
-        rms = self.obs_rms
+        rms, rule = self.obs_rms, rule_of(self.epsilon, self.clip_obs)
         if not isinstance(rms, dict):
             return _float32(rms.normalize(obs, rule, update))
-        keys = list(self.norm_obs_keys)
+        keys = self.norm_obs_keys
         xs = [tensor_of(obs[key]) for key in keys]
         leaves = [leaf for key in keys for leaf in rms[key]._state]
-        if update:
-            ys = _ops.update(xs, leaves, [], 1.0, 1.0, rule)
-        else:
-            ys = _ops.normalize(xs, leaves, rule)
+        ys = normalize(xs, leaves, rule, update)
         result = {k: deepcopy(v) for k, v in obs.items() if k not in rms}
-        normalized = {k: _float32(y.numpy()) for k, y in zip(keys, ys, strict=True)}
-        return {k: normalized.get(k, result.get(k)) for k in obs}
+        result |= {k: _float32(y.numpy()) for k, y in zip(keys, ys, strict=True)}
+        return {k: result[k] for k in obs}
 
     # ------------------------------------------------------------------------ files
 
