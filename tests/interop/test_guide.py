@@ -5,6 +5,8 @@
 """What the guide shows runs, where the libraries are."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,3 +23,13 @@ def test_snippets(block, tmp_path, monkeypatch, quiet):
 
 def test_every_library_has_one():
     assert len(BLOCKS) == 5
+
+
+@pytest.mark.parametrize("name", ["skrl", "rl_games", "stable_baselines3", "gymnasium"])
+def test_neither_torchrl_nor_tensordict(name):
+    """rsl_rl imports tensordict itself."""
+    code = (
+        f"import sys, torchrl_vecnorm.interop.{name}; "
+        "assert not {'torchrl', 'tensordict'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
