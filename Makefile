@@ -15,6 +15,8 @@
 #   make coverage which lines of Python and C++ the tests do not run
 #   make soak     kill workers that share statistics, KILLS of them (100,000: twenty minutes),
 #                 then ten million updates by 16 of them
+#   make interop  what stands for the normalisers of skrl, rsl_rl, rl_games, Stable-Baselines3 and
+#                 Gymnasium, tested and measured beside them, in an environment in build/
 #   make docs     the documentation, into build/docs/
 #   make build    compile what has changed
 #   make wheel    a wheel for the PyTorch that is here, into dist/
@@ -51,8 +53,8 @@ files_alone := awk 'length > 200 && / -c / { match($$0, /-c [^- ][^ ]*/); \
 	print "compiled", (/^\[/ ? $$1 : ""), file; fflush(); next } \
 	length > 200 && / -shared / { next } { print; fflush() }'
 
-.PHONY: demo test test-all bench soak model matrix cuda-torch sanitize coverage gpu-check docs build \
-	wheel lint format clean
+.PHONY: demo test test-all interop bench soak model matrix cuda-torch sanitize coverage gpu-check \
+	docs build wheel lint format clean
 
 demo: build
 	$(bin)/python examples/pendulum.py
@@ -132,6 +134,27 @@ coverage: build $(VENV)/tools
 	$(bin)/coverage combine --quiet
 	$(bin)/coverage report
 	$(bin)/gcovr --merge-lines --filter csrc/ --object-directory build/coverage/objects build/coverage
+
+# The libraries see the packages of .venv, torch among them, but not the editable one. With
+# the last rsl_rl twice: mjlab wants the one before.
+interop: build $(VENV)/tools build/interop/installed
+	build/interop/bin/python -m pytest $(PARALLEL) tests/interop
+	PYTHONPATH=build/interop/rsl-rl-5.4.2 build/interop/bin/python -m pytest $(PARALLEL) \
+		tests/interop/test_rsl_rl.py
+	build/interop/bin/python -m bench.interop
+
+build/interop/installed: $(VENV)/tools tests/interop/requirements.txt
+	@echo "installing skrl, rsl_rl, rl_games and Stable-Baselines3 into build/interop"
+	rm -rf build/interop
+	$(PYTHON) -m venv build/interop
+	packages='import site; print(site.getsitepackages()[0])'; \
+		$(bin)/python -c "$$packages" \
+		> "$$(build/interop/bin/python -c "$$packages")/packages.pth"
+	build/interop/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		-r tests/interop/requirements.txt
+	build/interop/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--target build/interop/rsl-rl-5.4.2 rsl-rl-lib==5.4.2
+	touch $@
 
 build/soak: tests/shared_host/check.cpp $(wildcard csrc/shared/*)
 	mkdir -p build

@@ -20,6 +20,8 @@ def update(
 ) -> list[Tensor] | None:
     """Folds x into the state and returns it normalised with the result.
 
+    Nothing is normalised where out is an empty list.
+
     None where functorch or forward-mode derivatives look into x or out: they know plain
     torch only. Nothing has happened then.
     """

@@ -1,0 +1,260 @@
+# Copyright (c) the torchrl_vecnorm authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""What a call costs beside the libraries that the drop-ins stand for.
+
+``make interop`` runs it, in the environment that has them. What is compared takes turns,
+as in the other benchmarks; the results go to ``bench/results/<machine>/interop.json``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import io
+import json
+import platform
+import re
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from stable_baselines3.common.vec_env import VecEnv
+from torch.utils.benchmark import Timer
+
+from bench import results_folder
+from torchrl_vecnorm.interop import gymnasium as our_gymnasium
+from torchrl_vecnorm.interop import rl_games as our_rl_games
+from torchrl_vecnorm.interop import rsl_rl as our_rsl_rl
+from torchrl_vecnorm.interop import skrl as our_skrl
+from torchrl_vecnorm.interop import stable_baselines3 as our_sb3
+
+LARGE, SMALL = (4096, 64), (64, 32)
+#: How many times faster ours is to be.
+GOALS = {LARGE: 15, SMALL: 5}
+ROUNDS, SECONDS = 9, 0.1
+
+Call = Callable[[], object]
+
+
+def values(shape: tuple[int, ...]) -> torch.Tensor:
+    """Normal, with mean 3 and deviation 2."""
+    return torch.randn(shape) * 2 + 3
+
+
+def skrl(ours: bool, shape: tuple[int, int]) -> Call:
+    """As an agent calls it while it learns."""
+    from skrl.resources.preprocessors.torch import RunningStandardScaler
+
+    kind = our_skrl.RunningStandardScaler if ours else RunningStandardScaler
+    norm, x = kind(shape[1], device="cpu"), values(shape)
+    return lambda: norm(x, train=True)
+
+
+def skrl_read(ours: bool, shape: tuple[int, int]) -> Call:
+    """As it is called in a rollout."""
+    from skrl.resources.preprocessors.torch import RunningStandardScaler
+
+    kind = our_skrl.RunningStandardScaler if ours else RunningStandardScaler
+    norm, x = kind(shape[1], device="cpu"), values(shape)
+    norm(x, train=True)
+    return lambda: norm(x)
+
+
+def rsl_rl(ours: bool, shape: tuple[int, int]) -> Call:
+    """``update`` and ``forward``, each of a step in 5.4.2."""
+    from rsl_rl.modules import EmpiricalNormalization
+
+    kind = our_rsl_rl.EmpiricalNormalization if ours else EmpiricalNormalization
+    norm, x = kind(shape[1]), values(shape)
+
+    def call():
+        norm.update(x)
+        return norm(x)
+
+    return call
+
+
+def rsl_rl_read(ours: bool, shape: tuple[int, int]) -> Call:
+    """``forward`` alone."""
+    from rsl_rl.modules import EmpiricalNormalization
+
+    kind = our_rsl_rl.EmpiricalNormalization if ours else EmpiricalNormalization
+    norm, x = kind(shape[1]), values(shape)
+    norm.update(x)
+    return lambda: norm(x)
+
+
+def rl_games(ours: bool, shape: tuple[int, int]) -> Call:
+    """Scripted, as rl_games has it."""
+    from rl_games.algos_torch.running_mean_std import RunningMeanStd
+
+    kind = our_rl_games.RunningMeanStd if ours else RunningMeanStd
+    with contextlib.redirect_stdout(io.StringIO()):
+        norm = torch.jit.script(kind((shape[1],)))
+    x = values(shape)
+    return lambda: norm(x)
+
+
+def stable_baselines3(ours: bool, shape: tuple[int, int]) -> Call:
+    """A whole step of the wrapper, around an environment that does nothing."""
+    from stable_baselines3.common.vec_env import VecNormalize
+
+    class Prepared(VecEnv):
+        def __init__(self):
+            box = gym.spaces.Box(-np.inf, np.inf, shape[1:], np.float32)
+            super().__init__(shape[0], box, gym.spaces.Discrete(2))
+            no = np.zeros(shape[0], bool)
+            infos = [{} for _ in no]
+            rewards = values(shape[:1]).numpy()
+            self.returned = values(shape).numpy(), rewards, no, infos
+
+        def step_wait(self):
+            return self.returned
+
+        def reset(self):
+            return self.returned[0]
+
+        def get_attr(self, name, indices=None):
+            return [None] * self.num_envs
+
+        step_async = close = env_is_wrapped = env_method = set_attr = None
+
+    env = (our_sb3.VecNormalize if ours else VecNormalize)(Prepared())
+    env.reset()
+    return env.step_wait
+
+
+class Prepared(VectorEnv):
+    """A vector environment of Gymnasium that does nothing."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        n = self.num_envs = shape[0]
+        self.metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}
+        self.single_observation_space = gym.spaces.Box(
+            -np.inf, np.inf, shape[1:], np.float32
+        )
+        self.single_action_space = gym.spaces.Box(-1, 1)
+        self.observation_space = batch_space(self.single_observation_space, n)
+        self.action_space = batch_space(self.single_action_space, n)
+        no = np.zeros(n, bool)
+        rewards = values(shape[:1]).double().numpy()
+        self.returned = values(shape).numpy(), rewards, no, no, {}
+
+    def step(self, actions):
+        """The same each time."""
+        return self.returned
+
+
+def gymnasium(ours: bool, shape: tuple[int, int]) -> Call:
+    """A step of the wrapper of observations."""
+    from gymnasium.wrappers import vector
+
+    kind = (our_gymnasium.vector if ours else vector).NormalizeObservation
+    env = kind(Prepared(shape))
+    return lambda: env.step(None)
+
+
+def gymnasium_reward(ours: bool, shape: tuple[int, int]) -> Call:
+    """A step of the wrapper of rewards."""
+    from gymnasium.wrappers import vector
+
+    kind = (our_gymnasium.vector if ours else vector).NormalizeReward
+    env = kind(Prepared(shape))
+    return lambda: env.step(None)
+
+
+#: Name, package, maker, shape, and whether it is what the goal is about.
+ROWS = [
+    ("skrl", "skrl", skrl, LARGE, True),
+    ("skrl, no training", "skrl", skrl_read, LARGE, False),
+    ("rsl_rl", "rsl-rl-lib", rsl_rl, LARGE, True),
+    ("rsl_rl, forward alone", "rsl-rl-lib", rsl_rl_read, LARGE, False),
+    ("rl_games", "rl-games", rl_games, LARGE, True),
+    ("Stable-Baselines3", "stable-baselines3", stable_baselines3, SMALL, True),
+    ("Gymnasium, observations", "gymnasium", gymnasium, SMALL, True),
+    ("Gymnasium, rewards", "gymnasium", gymnasium_reward, SMALL, False),
+]
+
+
+def measure(calls: dict[str, Call], threads: int) -> dict[str, float]:
+    """Microseconds of a call: the median of rounds in which all take their turn."""
+    timers = {
+        name: Timer("f()", globals={"f": f}, num_threads=threads)
+        for name, f in calls.items()
+    }
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(ROUNDS):
+        for name, timer in timers.items():
+            run = timer.blocked_autorange(min_run_time=SECONDS)
+            times[name].append(run.median * 1e6)
+    return {name: float(np.median(each)) for name, each in times.items()}
+
+
+def machine() -> str:
+    """The name of the processor."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    found = re.search(r"model name\s*:\s*(.+)", text)
+    return found.group(1) if found else platform.machine()
+
+
+def main() -> int:
+    """Prints a table and writes the numbers."""
+    warnings.simplefilter("ignore")
+    threads = torch.get_num_threads()
+    records = []
+    print(
+        f"µs a call, float32, {threads} threads, medians of {ROUNDS} rounds in turn\n"
+    )
+    header = ("", "N × F", "theirs", "ours", "faster", "goal")
+    line = "{:28} {:>10} {:>9} {:>9} {:>9} {:>7}"
+    print(line.format(*header))
+    for name, package, make, shape, is_goal in ROWS:
+        calls = {"theirs": make(False, shape), "ours": make(True, shape)}
+        for call in calls.values():
+            for _ in range(10):
+                call()
+        times = measure(calls, threads)
+        ratio = times["theirs"] / times["ours"]
+        goal = GOALS[shape] if is_goal else None
+        records.append(
+            {
+                "name": name,
+                "version": importlib.metadata.version(package),
+                "samples": shape[0],
+                "features": shape[1],
+                "theirs_us": round(times["theirs"], 2),
+                "ours_us": round(times["ours"], 2),
+                "times_faster": round(ratio, 2),
+                "goal": goal,
+            }
+        )
+        print(
+            line.format(
+                name,
+                f"{shape[0]} × {shape[1]}",
+                f"{times['theirs']:.1f}",
+                f"{times['ours']:.1f}",
+                f"{ratio:.1f} ×",
+                f"{goal} ×" if goal else "",
+            )
+        )
+    folder = results_folder(machine())
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {"device": machine(), "torch": torch.__version__, "threads": threads}
+    file = folder / "interop.json"
+    file.write_text(json.dumps({"about": about, "rows": records}, indent=1) + "\n")
+    print(f"\nwritten to {file}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

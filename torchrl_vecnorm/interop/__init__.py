@@ -1,0 +1,11 @@
+# Copyright (c) the torchrl_vecnorm authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Drop-ins for the running normalisers of other libraries, one module a library.
+
+Each has the names, constructors, methods, buffers and files of the library's own
+classes, and gives their numbers; what differs is in the docstrings and the guide. A module
+imports its library, and is imported only by who asks:
+``from torchrl_vecnorm.interop.skrl import RunningStandardScaler``.
+"""
