@@ -157,6 +157,15 @@ def test_gradients():
     assert not any(buffer.requires_grad for buffer in norm.buffers())
 
 
+def test_compiled():
+    norm, other = ours.RunningMeanStd((3,)), ours.RunningMeanStd((3,))
+    compiled = torch.compile(norm, backend="aot_eager", fullgraph=True)
+    for how in ({}, {"denorm": True}, {}):
+        x = torch.randn(50, 3) + 2
+        torch.testing.assert_close(compiled(x, **how), other(x, **how))
+    assert_same(norm.state_dict(), other.state_dict(), rtol=1e-9, atol=1e-9)
+
+
 def test_half_precision_keeps_the_statistics():
     norm = ours.RunningMeanStd((2,))
     norm(torch.randn(20, 2) + 1e3)

@@ -428,14 +428,21 @@ def test_exports(tmp_path, installed):
     )
 
 
-def test_compiled(tmp_path, installed):
-    plain, compiled = runner_of(World(), tmp_path), None
-    norm = normalizers(plain)[0]
-    compiled = torch.compile(norm, backend="aot_eager")
-    for _ in range(3):
-        x = torch.randn(64, 4) + 3
-        torch.testing.assert_close(compiled(x), norm(x), **CLOSE)
-        norm.update(x)
+@pytest.mark.parametrize("until", [None, 100])
+def test_compiled(until):
+    norm, other = Empirical(3, until=until), Empirical(3, until=until)
+    options = {"backend": "aot_eager", "fullgraph": True}
+    forward = torch.compile(norm, **options)
+    update = torch.compile(norm.update, **options)
+    for _ in range(4):
+        x = torch.randn(50, 3) + 2
+        update(x), other.update(x)
+        for call in (forward, norm):
+            torch.testing.assert_close(call(x), other(x), **CLOSE)
+    assert norm.count == other.count == (100 if until else 200)
+
+
+def test_training_compiled(tmp_path, installed):
     runner = runner_of(World(), tmp_path, compiled="default")
     runner.learn(2)
     assert normalizers(runner)[0].count == 2 * 16 * 64

@@ -130,6 +130,15 @@ def test_gradients():
     assert not any(buffer.requires_grad for buffer in ours.buffers())
 
 
+def test_compiled():
+    ours, other = RunningStandardScaler(3), RunningStandardScaler(3)
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    for how in ({"train": True}, {}, {"inverse": True}, {"train": True}):
+        x = torch.randn(50, 3) + 2
+        torch.testing.assert_close(compiled(x, **how), other(x, **how))
+    assert_same(ours.state_dict(), other.state_dict(), rtol=1e-9, atol=1e-9)
+
+
 def test_half_precision_keeps_the_statistics():
     ours = RunningStandardScaler(2)
     ours(torch.randn(20, 2) + 1e3, train=True)

@@ -20,7 +20,7 @@ from torchrl_vecnorm.rule import EPS_MODES
 
 _VAR_ADD = EPS_MODES.index("var_add")
 
-_FLOAT32 = np.dtype(np.float32)
+_FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 #: What the operators take as it is; anything else goes as float64, halves as float32.
 _DTYPES = frozenset(
     map(np.dtype, ("f4", "f8", "i1", "i2", "i4", "i8", "u1", "?")),
@@ -36,7 +36,7 @@ def tensor_of(x: Any) -> Tensor:
     """An array as a tensor, without a copy where torch can read it as it lies."""
     if type(x) is not np.ndarray:
         x = np.asarray(x)
-    if x.dtype == _FLOAT32 and x.flags.carray:  # as nearly all are
+    if x.dtype in _FLOATS and x.flags.carray:  # as nearly all are
         return torch.from_numpy(x)
     if x.dtype not in _DTYPES:
         if x.dtype.kind not in "fiu":

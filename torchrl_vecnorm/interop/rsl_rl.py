@@ -108,7 +108,10 @@ class EmpiricalNormalization(Statistics):
         buffers["_var"].copy_(var)
         buffers["_std"].copy_(var.sqrt())
         buffers["count"].copy_(count)
-        self._known = _identity(buffers)
+        if torch.compiler.is_compiling():
+            self._state = None
+        else:
+            self._known = _identity(buffers)
 
     @torch.jit.unused
     def inverse(self, y: Tensor) -> Tensor:
@@ -197,7 +200,7 @@ class EmpiricalDiscountedVariationNormalization(nn.Module):
         check_tensor("EmpiricalDiscountedVariationNormalization", "rew", rew)
         if self.training:
             self.emp_norm.update(self.disc_avg.update(rew))
-        std = self.emp_norm._buffers["_std"]
+        std = self.emp_norm.__dict__["_buffers"]["_std"]
         return rew / torch.where(std > 0, std, 1.0)
 
 
