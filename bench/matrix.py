@@ -206,7 +206,7 @@ class Environment:
         versions = dict(line.split("==") for line in wanted)
         try:
             # torch stays what it is: another one would need another build.
-            if not self.pip("install", f"torch==={torch}", *wanted):
+            if not self.pip("install", f"torch=={torch}", *wanted):
                 return {**versions, "error": error_in(self.log.read_text())}
             return {**versions, **self.test(TORCHRL_TESTS)}
         finally:
