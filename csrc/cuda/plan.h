@@ -75,9 +75,9 @@ enum class Path {
 // share a key by slabs of neighbouring lanes and by chunks of rows. Vectors are 16
 // bytes, or kSmallVector bytes of uint8 that come out as 16 bytes of float32.
 struct LanePlan {
-  int8_t vector = 1;         // lanes that a thread loads at once; 1: any strides
-  int8_t columns_shift = 0;  // log2 of columns()
   int16_t group = 1;
+  int8_t columns_shift = 0;  // log2 of columns()
+  int8_t vector = 1;         // lanes that a thread loads at once; 1: any strides
   int32_t lanes = 0;
   int32_t slab_lanes = 0;
   int32_t slabs = 0;
