@@ -13,10 +13,7 @@ def update(
     keep: float,
     weight: float,
     out: list[Tensor] | None,
-    eps: float,
-    eps_mode: int = 0,
-    clip: float | None = None,
-    center: bool = True,
+    rule: tuple[float, int, float | None, bool],
 ) -> list[Tensor] | None:
     """Folds x into the state and returns it normalised with the result.
 
@@ -30,10 +27,7 @@ def normalize(
     x: list[Tensor],
     state: list[Tensor],
     out: list[Tensor] | None,
-    eps: float,
-    eps_mode: int = 0,
-    clip: float | None = None,
-    center: bool = True,
+    rule: tuple[float, int, float | None, bool],
 ) -> list[Tensor] | None:
     """Returns x normalised with the state as it is; None as update does."""
 

@@ -304,7 +304,7 @@ def update(
             _operators.update(x, state, y, mask, keep, weight, *rule)
             return y
     else:
-        y = _C.update(x, state, mask, keep, weight, out, *rule)
+        y = _C.update(x, state, mask, keep, weight, out, rule)
         if y is not None:
             return y
         check_numbers(keep, weight, rule)
@@ -328,7 +328,7 @@ def fold(
     """Folds x into the state."""
     # With no outputs, the faster door too; it leaves to the operator what it cannot see.
     if not torch.compiler.is_compiling() and (
-        _C.update(x, state, mask, keep, weight, [], 1.0) is not None
+        _C.update(x, state, mask, keep, weight, [], _ANY) is not None
     ):
         return
     x = [v.detach() for v in x]
@@ -354,7 +354,7 @@ def normalize(
         return out
     y = None
     if out is not None or not needs_plain_torch():
-        y = _C.normalize(x, state, out, *rule)
+        y = _C.normalize(x, state, out, rule)
     if y is not None:
         return y
     if out is not None:

@@ -38,9 +38,12 @@ struct Coefficients {
 };
 
 // A map on packs. The formulas are those of moments.h, whose functions are compiled for
-// any processor.
-template <template <typename> class Map, typename C>
+// any processor. Without a clip the loops have nothing of it: they are bound by what
+// they read and compute.
+template <template <typename> class Map, typename C, bool kClips>
 struct PackMap {
+  using Scalar = Map<C>;
+
   Pack<C> a;
   Pack<C> b;
   Pack<C> c;
@@ -61,6 +64,9 @@ struct PackMap {
   }
 
   static inline Pack<C> clip(Pack<C> y, C limit) {
+    if constexpr (!kClips) {
+      return y;
+    }
     const Pack<C> most = limit - Pack<C>{};
     y = y < -most ? -most : y;
     return y > most ? most : y;
@@ -77,14 +83,13 @@ inline void put(T* at, Pack<C> y) {
 }
 
 // Rows of N packs at most, all coefficients in registers.
-template <template <typename> class Map, typename C, int64_t N, bool kStream,
-          typename In, typename Out>
+template <typename M, typename C, int64_t N, bool kStream, typename In, typename Out>
 void map_narrow(const In* x, int64_t x_stride, Out* y, int64_t y_stride, int64_t rows,
                 int64_t lanes, const Coefficients<C>& k) {
   const int64_t last = lanes - kPack<C>;
-  PackMap<Map, C> maps[N];
+  M maps[N];
   for (int64_t p = 0; p < N; ++p) {
-    maps[p] = PackMap<Map, C>(k, p + 1 < N ? p * kPack<C> : last);
+    maps[p] = M(k, p + 1 < N ? p * kPack<C> : last);
   }
   for (int64_t r = 0; r < rows; ++r, x += x_stride, y += y_stride) {
     Pack<C> value[N];
@@ -100,8 +105,7 @@ void map_narrow(const In* x, int64_t x_stride, Out* y, int64_t y_stride, int64_t
 
 // R rows of any width at once, so that coefficients are read once for all of them. All
 // packs but the first and the last start `skip` values in.
-template <template <typename> class Map, typename C, int64_t R, bool kStream,
-          typename In, typename Out>
+template <typename M, typename C, int64_t R, bool kStream, typename In, typename Out>
 void map_wide(const In* x, int64_t x_stride, Out* y, int64_t y_stride, int64_t lanes,
               int64_t skip, const Coefficients<C>& k) {
   const int64_t last = lanes - kPack<C>;
@@ -112,7 +116,7 @@ void map_wide(const In* x, int64_t x_stride, Out* y, int64_t y_stride, int64_t l
     tail[r] = load_pack<C>(x + r * x_stride + last);
   }
   const auto apply = [&](int64_t j) {
-    const PackMap<Map, C> map(k, j);
+    const M map(k, j);
     for (int64_t r = 0; r < R; ++r) {
       put<kStream, C>(y + r * y_stride + j,
                       map(load_pack<C>(x + r * x_stride + j), k.limit));
@@ -130,21 +134,20 @@ void map_wide(const In* x, int64_t x_stride, Out* y, int64_t y_stride, int64_t l
   for (; j < last; j += kPack<C>) {
     apply(j);
   }
-  const PackMap<Map, C> first_map(k, 0);
-  const PackMap<Map, C> last_map(k, last);
+  const M first_map(k, 0);
+  const M last_map(k, last);
   for (int64_t r = 0; r < R; ++r) {
     put<kStream, C>(y + r * y_stride, first_map(head[r], k.limit));
     put<kStream, C>(y + r * y_stride + last, last_map(tail[r], k.limit));
   }
 }
 
-template <template <typename> class Map, typename C, bool kStream, typename In,
-          typename Out>
+template <typename M, typename C, bool kStream, typename In, typename Out>
 void map_packs(const In* x, int64_t x_stride, Out* y, int64_t y_stride, int64_t rows,
                int64_t lanes, const Coefficients<C>& k) {
   const auto narrow = [&](auto packs) {
-    map_narrow<Map, C, decltype(packs)::value, kStream>(x, x_stride, y, y_stride, rows,
-                                                        lanes, k);
+    map_narrow<M, C, decltype(packs)::value, kStream>(x, x_stride, y, y_stride, rows,
+                                                      lanes, k);
   };
   switch (ceil_div(lanes, kPack<C>)) {
     case 1:
@@ -166,18 +169,18 @@ void map_packs(const In* x, int64_t x_stride, Out* y, int64_t y_stride, int64_t 
   int64_t r = 0;
   if (y_stride % kPack<C> == 0) {
     for (; r + kWideRows <= rows; r += kWideRows) {
-      map_wide<Map, C, kWideRows, kStream>(x + r * x_stride, x_stride, y + r * y_stride,
-                                           y_stride, lanes, to_line(y), k);
+      map_wide<M, C, kWideRows, kStream>(x + r * x_stride, x_stride, y + r * y_stride,
+                                         y_stride, lanes, to_line(y), k);
     }
   }
   for (; r < rows; ++r) {
     Out* const row = y + r * y_stride;
-    map_wide<Map, C, 1, kStream>(x + r * x_stride, x_stride, row, y_stride, lanes,
-                                 to_line(row), k);
+    map_wide<M, C, 1, kStream>(x + r * x_stride, x_stride, row, y_stride, lanes,
+                               to_line(row), k);
   }
 }
 
-template <template <typename> class Map, typename C, typename In, typename Out>
+template <typename M, typename C, typename In, typename Out>
 void map_rows(const Rows<const In>& x, const Rows<Out>& y, int64_t rows, int64_t lanes,
               bool may_stream, const Coefficients<C>& k) {
   if (x.lane_stride != 1 || y.lane_stride != 1 || lanes < kPack<C>) {
@@ -185,7 +188,7 @@ void map_rows(const Rows<const In>& x, const Rows<Out>& y, int64_t rows, int64_t
       const In* in = x.data + r * x.row_stride;
       Out* out = y.data + r * y.row_stride;
       for (int64_t j = 0; j < lanes; ++j) {
-        const Map<C> map{k.a[j], k.b[j], k.c[j]};
+        const typename M::Scalar map{k.a[j], k.b[j], k.c[j]};
         out[j * y.lane_stride] =
             store<Out>(map(load<C>(in[j * x.lane_stride]), k.limit));
       }
@@ -196,27 +199,36 @@ void map_rows(const Rows<const In>& x, const Rows<Out>& y, int64_t rows, int64_t
     const bool aligned = reinterpret_cast<uintptr_t>(y.data) % kPackBytes == 0 &&
                          y.row_stride % kPack<C> == 0 && lanes % kPack<C> == 0;
     if (may_stream && aligned) {
-      map_packs<Map, C, true>(x.data, x.row_stride, y.data, y.row_stride, rows, lanes,
-                              k);
+      map_packs<M, C, true>(x.data, x.row_stride, y.data, y.row_stride, rows, lanes, k);
       return flush_stream();
     }
   }
-  map_packs<Map, C, false>(x.data, x.row_stride, y.data, y.row_stride, rows, lanes, k);
+  map_packs<M, C, false>(x.data, x.row_stride, y.data, y.row_stride, rows, lanes, k);
 }
 
 // All rows of a piece, `group` of them taken as one.
-template <template <typename> class Map, typename C, typename In, typename Out>
-void map_piece(Rows<const In> x, Rows<Out> y, int64_t rows, int64_t group,
-               int64_t features, bool may_stream, const Coefficients<C>& k) {
+template <typename M, typename C, typename In, typename Out>
+void map_groups(Rows<const In> x, Rows<Out> y, int64_t rows, int64_t group,
+                int64_t features, bool may_stream, const Coefficients<C>& k) {
   const int64_t whole = rows / group;
   const int64_t tail = rows - whole * group;
   x.row_stride *= group;
   y.row_stride *= group;
-  map_rows<Map, C>(x, y, whole, group * features, may_stream, k);
+  map_rows<M, C>(x, y, whole, group * features, may_stream, k);
   if (tail > 0) {
     x.data += whole * x.row_stride;
     y.data += whole * y.row_stride;
-    map_rows<Map, C>(x, y, 1, tail * features, false, k);
+    map_rows<M, C>(x, y, 1, tail * features, false, k);
+  }
+}
+
+template <template <typename> class Map, typename C, typename In, typename Out>
+void map_piece(Rows<const In> x, Rows<Out> y, int64_t rows, int64_t group,
+               int64_t features, bool may_stream, const Coefficients<C>& k) {
+  if (std::isfinite(k.limit)) {
+    map_groups<PackMap<Map, C, true>>(x, y, rows, group, features, may_stream, k);
+  } else {
+    map_groups<PackMap<Map, C, false>>(x, y, rows, group, features, may_stream, k);
   }
 }
 

@@ -51,30 +51,37 @@ bool came_from_another_process(const Tensor& t) {
   return t.is_cuda() && t.storage().unsafeGetStorageImpl()->received_cuda();
 }
 
+// A rule's fields, as torchrl_vecnorm/rule.py has them. As arguments of their own they
+// would take a tenth of a call of few values.
+RuleArgs rule_args(const py::tuple& fields) {
+  TORCH_CHECK_VALUE(fields.size() == 4, "expected a rule of eps, eps_mode, clip and ",
+                    "center, got ", fields.size(), " fields");
+  return {fields[0].cast<double>(), fields[1].cast<int64_t>(),
+          fields[2].is_none() ? std::nullopt : std::optional(fields[2].cast<double>()),
+          fields[3].cast<bool>()};
+}
+
 std::optional<Tensors> update_and_normalize(const Tensors& x, const Tensors& state,
                                             const Tensors& mask, double keep,
                                             double weight, std::optional<Tensors> out,
-                                            double eps, int64_t eps_mode,
-                                            std::optional<double> clip, bool center) {
+                                            const py::tuple& rule) {
   if (any_transformed(x) || (out.has_value() && any_transformed(*out))) {
     return std::nullopt;
   }
   Tensors y = out.has_value() ? std::move(*out) : outputs_like(x);
-  update(x, state, y, mask, keep, weight, {eps, eps_mode, clip, center});
+  update(x, state, y, mask, keep, weight, rule_args(rule));
   return y;
 }
 
 std::optional<Tensors> normalized(const Tensors& x, const Tensors& state,
-                                  std::optional<Tensors> out, double eps,
-                                  int64_t eps_mode, std::optional<double> clip,
-                                  bool center) {
+                                  std::optional<Tensors> out, const py::tuple& rule) {
   if (any_transformed(x) || (out.has_value() && any_transformed(*out))) {
     return std::nullopt;
   }
   if (!out.has_value()) {
-    return normalize(x, state, {eps, eps_mode, clip, center});
+    return normalize(x, state, rule_args(rule));
   }
-  normalize_out(x, state, *out, {eps, eps_mode, clip, center});
+  normalize_out(x, state, *out, rule_args(rule));
   return out;
 }
 
@@ -332,11 +339,9 @@ class Binding {
 PYBIND11_MODULE(_C, m) {
   m.def("update", &update_and_normalize, py::arg("x"), py::arg("state"),
         py::arg("mask"), py::arg("keep"), py::arg("weight"), py::arg("out"),
-        py::arg("eps"), py::arg("eps_mode") = 0, py::arg("clip") = py::none(),
-        py::arg("center") = true);
+        py::arg("rule"));
   m.def("normalize", &normalized, py::arg("x"), py::arg("state"), py::arg("out"),
-        py::arg("eps"), py::arg("eps_mode") = 0, py::arg("clip") = py::none(),
-        py::arg("center") = true);
+        py::arg("rule"));
   // What kernels check, for implementations in plain torch.
   m.def(
       "check_values",

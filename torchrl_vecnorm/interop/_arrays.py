@@ -19,6 +19,7 @@ from torchrl_vecnorm.interop._buffers import moments_of
 from torchrl_vecnorm.rule import EPS_MODES
 
 _VAR_ADD = EPS_MODES.index("var_add")
+_FOLD = (1.0, 0, None, True)  # nothing is normalised by it
 
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 #: What the operators take as it is; anything else goes as float64, halves as float32.
@@ -54,7 +55,7 @@ def tensor_of(x: Any) -> Tensor:
 
 def fold(xs: list[Tensor], leaves: list[Tensor], *mask: Tensor) -> None:
     """Folds tensors of arrays into their statistics."""
-    _C.update(xs, leaves, list(mask), 1.0, 1.0, [], 1.0)
+    _C.update(xs, leaves, list(mask), 1.0, 1.0, [], _FOLD)
 
 
 def normalize(
@@ -62,8 +63,8 @@ def normalize(
 ) -> list[Tensor]:
     """Normalises tensors of arrays, with them taken in first or not."""
     if update:
-        return _C.update(xs, leaves, [], 1.0, 1.0, None, *rule)
-    return _C.normalize(xs, leaves, None, *rule)
+        return _C.update(xs, leaves, [], 1.0, 1.0, None, rule)
+    return _C.normalize(xs, leaves, None, rule)
 
 
 class ArrayStatistics:
