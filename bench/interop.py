@@ -27,9 +27,8 @@ import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from stable_baselines3.common.vec_env import VecEnv
-from torch.utils.benchmark import Timer
 
-from bench import results_folder
+from bench import measure, results_folder
 from torchrl_vecnorm.interop import gymnasium as our_gymnasium
 from torchrl_vecnorm.interop import rl_games as our_rl_games
 from torchrl_vecnorm.interop import rsl_rl as our_rsl_rl
@@ -184,17 +183,9 @@ ROWS = [
 ]
 
 
-def measure(calls: dict[str, Call], threads: int) -> dict[str, float]:
+def medians(calls: dict[str, Call], threads: int) -> dict[str, float]:
     """Microseconds of a call: the median of rounds in which all take their turn."""
-    timers = {
-        name: Timer("f()", globals={"f": f}, num_threads=threads)
-        for name, f in calls.items()
-    }
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(ROUNDS):
-        for name, timer in timers.items():
-            run = timer.blocked_autorange(min_run_time=SECONDS)
-            times[name].append(run.median * 1e6)
+    times = measure.eager(calls, ROUNDS, SECONDS, threads)
     return {name: float(np.median(each)) for name, each in times.items()}
 
 
@@ -222,7 +213,7 @@ def main() -> int:
         for call in calls.values():
             for _ in range(10):
                 call()
-        times = measure(calls, threads)
+        times = medians(calls, threads)
         ratio = times["theirs"] / times["ours"]
         goal = GOALS[shape] if is_goal else None
         records.append(

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from typing import Any, TypeAlias
 
@@ -25,6 +25,19 @@ Shape: TypeAlias = "int | Sequence[int] | Mapping[str, Shape]"
 Values: TypeAlias = "Tensor | Mapping[str, Values]"
 
 
+def keeping_dtypes(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What ``nn.Module._apply`` does to statistics.
+
+    They move, but stay what they are under ``.half()`` and ``.to(dtype)``.
+    """
+
+    def move(leaf: Tensor) -> Tensor:
+        moved = fn(leaf)
+        return moved if moved.dtype == leaf.dtype else leaf.to(moved.device)
+
+    return move
+
+
 class _Key(nn.Module):
     """The statistics of one tensor: the leaves of :class:`~torchrl_vecnorm.Moments`."""
 
@@ -40,13 +53,8 @@ class _Key(nn.Module):
     def _load_from_state_dict(self, *args) -> None:
         """All statistics of a module are loaded, or none: it sees to that."""
 
-    # Statistics move, but stay what they are under .half() and .to(dtype).
     def _apply(self, fn, recurse=True):
-        def move(leaf: Tensor) -> Tensor:
-            moved = fn(leaf)
-            return moved if moved.dtype == leaf.dtype else leaf.to(moved.device)
-
-        return super()._apply(move, recurse)
+        return super()._apply(keeping_dtypes(fn), recurse)
 
 
 class RunningNorm(nn.Module):
@@ -162,16 +170,12 @@ class RunningNorm(nn.Module):
     @property
     def var(self) -> Any:
         """The variance (of all values, not n - 1 of them); 1 before data."""
-        return self._map(
-            lambda m: torch.where(m.used() > 0, m.mean_var()[1], 1.0),
-        )
+        return self._map(_var)
 
     @property
     def std(self) -> Any:
         """The standard deviation, without eps; 1 before data."""
-        return self._map(
-            lambda m: torch.where(m.used() > 0, m.mean_var()[1].sqrt(), 1.0),
-        )
+        return self._map(lambda m: _var(m).sqrt())
 
     @property
     def count(self) -> Any:
@@ -362,6 +366,10 @@ def _map(node: nn.Module, function) -> Any:
     if isinstance(node, _Key):
         return function(node)
     return {name: _map(child, function) for name, child in node.named_children()}
+
+
+def _var(moments: Moments) -> Tensor:
+    return torch.where(moments.used() > 0, moments.mean_var()[1], 1.0)
 
 
 def _leaves(keys: list[_Key]) -> list[Tensor]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from torchrl_vecnorm import _ops
 from torchrl_vecnorm.rule import Rule
+from torchrl_vecnorm.running_norm import keeping_dtypes
 
 
 def moments_of(mean: Tensor, var: Tensor, count: Tensor) -> list[Tensor]:
@@ -73,14 +74,9 @@ class Statistics(nn.Module):
 
     # TorchScript leaves ignored methods to Python, bound to a module of its own class.
 
-    # Statistics move, but stay what they are under .half() and .to(dtype).
     @torch.jit.ignore
     def _apply(self, fn, recurse=True):
-        def move(leaf: Tensor) -> Tensor:
-            moved = fn(leaf)
-            return moved if moved.dtype == leaf.dtype else leaf.to(moved.device)
-
-        return nn.Module._apply(self, move, recurse)
+        return nn.Module._apply(self, keeping_dtypes(fn), recurse)
 
     @torch.jit.ignore
     def _load_from_state_dict(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import copy
 from typing import Any
 
@@ -28,6 +28,7 @@ from typing_extensions import Self
 from torchrl_vecnorm.export import Normalizer
 from torchrl_vecnorm.statistics import Statistics
 from torchrl_vecnorm.statistics.entries import get_entry
+from torchrl_vecnorm.statistics.keys import Key
 from torchrl_vecnorm.transforms import specs
 from torchrl_vecnorm.transforms.masks import Partial, StepMasks
 from torchrl_vecnorm.transforms.placing import called_by_torchrl
@@ -318,19 +319,13 @@ class NormTransform(Transform):
         Raises:
             RuntimeError: a key was not seen yet.
         """
-        loc, scale = self._statistics.loc_scale()
         norms = []
-        for key in self._statistics.look_up().inputs:
-            if key.in_key not in loc.keys(True, True):
-                raise RuntimeError(
-                    f"VecNorm must have seen key {key.in_key!r} before it can be "
-                    "converted to an ObservationNorm."
-                )
-            _warn_of_rounding(key.in_key, loc.get(key.in_key), scale.get(key.in_key))
+        for key, loc, scale in self._converted("an ObservationNorm"):
+            _warn_of_rounding(key.in_key, loc, scale)
             norms.append(
                 ObservationNorm(
-                    loc=loc.get(key.in_key),
-                    scale=scale.get(key.in_key),
+                    loc=loc,
+                    scale=scale,
                     standard_normal=True,
                     in_keys=key.in_key,
                     out_keys=key.out_key,
@@ -348,16 +343,23 @@ class NormTransform(Transform):
         Raises:
             RuntimeError: a key was not seen yet.
         """
-        loc, scale = self._statistics.loc_scale(torch.float64)
-        modules = {}
+        return {
+            key.in_key: Normalizer(loc, scale)
+            for key, loc, scale in self._converted("a module", torch.float64)
+        }
+
+    def _converted(
+        self, to: str, dtype: torch.dtype | None = None
+    ) -> Iterator[tuple[Key, Tensor, Tensor]]:
+        """Each key with its mean and deviation, all of which must have been seen."""
+        loc, scale = self._statistics.loc_scale(dtype)
         for key in self._statistics.look_up().inputs:
             if key.in_key not in loc.keys(True, True):
                 raise RuntimeError(
                     f"VecNorm must have seen key {key.in_key!r} before it can be "
-                    "converted to a module."
+                    f"converted to {to}."
                 )
-            modules[key.in_key] = Normalizer(loc.get(key.in_key), scale.get(key.in_key))
-        return modules
+            yield key, loc.get(key.in_key), scale.get(key.in_key)
 
     # ----------------------------------------------------------- moving and copying
 
