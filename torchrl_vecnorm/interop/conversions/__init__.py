@@ -244,7 +244,7 @@ def write(
         return made
     if place.owner is not None:
         put = of.put(place, made)
-        return replaced(like, place.trail, put) if place.trail else put
+        return like if put is place.owner else replaced(like, place.trail, put)
     result = like
     for name, value in made.items():
         if name in place.names:

@@ -281,11 +281,9 @@ class EMANorm(Buffers):
     ) -> dict[str, Any]:
         """As in :class:`Format`."""
         decay = decay_of(self, place, options)
-        rows = moments.count.flatten()[-1:]
-        made = super().make(moments._replace(count=rows), place, options)
-        mean, var = moments.mean_var()
-        for name, value in zip(self.names, (mean, var), strict=False):
-            made[name].copy_(value)
+        made = super().make(moments, place, options)
+        name, rows = self.names[2], moments.seen().item()
+        made[name] = whole(self.library, name, rows, torch.int32)
         weight, batches = batches_of(moments.samples().item(), decay)
         made["inv_learning_rate"] = torch.tensor(weight, dtype=torch.float32)
         made["num_batches"] = whole(self.library, "num_batches", batches, torch.int32)

@@ -129,8 +129,9 @@ def of_mean_var(mean: Tensor, var: Tensor, count: Tensor, seen: Any = None) -> M
     """
     if count.item() == 0:
         mean, var = torch.zeros_like(mean), torch.zeros_like(var)
-    total = mean * count
-    squares = count * (var + mean * mean)
+    n = count.reshape(())
+    total = mean * n
+    squares = n * (var + mean * mean)
     if not (total.isfinite().all() and squares.isfinite().all()):
         raise ValueError("expected statistics whose sums are finite, got larger ones")
     both = count if seen is None else torch.cat([count, seen])
@@ -160,7 +161,8 @@ def of_sums(
         if total.any() or squares.any():
             raise ValueError(wrong(owner, names[0], "0 beside a count of 0", total))
         return of_mean_var(total, squares, count)
-    mean, square = total / count, squares / count
+    n = count.reshape(())
+    mean, square = total / n, squares / n
     if (square < mean * mean * (1 - slack)).any() or (square < 0).any():
         expected = f"{names[1]} · count ≥ {names[0]}²"
         raise ValueError(wrong(owner, names[1], expected, squares))

@@ -108,16 +108,12 @@ class Attributes(Format):
             var, count = torch.ones_like(var), self.first
         if isinstance(self.first, int):
             count = int(whole(self.library, "count", count, torch.int64))
+        # float64, whatever it has: numpy goes on in that.
         made: dict[str, Any] = {"mean": mean.numpy(), "var": var.numpy()}
         for name, value in made.items() if place is not None else ():
-            old = place.entries[name]
-            if np.shape(old) != value.shape and np.ndim(old) > 0:
-                got = value.shape
-                raise ValueError(
-                    wrong(self.library, name, f"shape {np.shape(old)}", got)
-                )
-            if isinstance(old, np.ndarray):
-                made[name] = value.astype(old.dtype)
+            old = torch.Size(np.shape(place.entries[name]))
+            if old:  # tianshou begins with numbers, whatever the shape will be
+                same_shape(self.library, name, torch.from_numpy(value), old)
         return {**made, "count": count}
 
 
@@ -182,22 +178,23 @@ class LeRobot(Format):
     library = "lerobot"
     packages = ("lerobot",)
     classes = ("NormalizerProcessorStep", "UnnormalizerProcessorStep")
-    required = ("mean", "std")
+    required = ()
+    names = ("mean", "std")
     others = ("var", "summed_variance", "m2", "running_stats")
 
     def recognises(self, entries: Mapping[str, Any]) -> bool:
         """Not what other libraries have under these names among others."""
-        return super().recognises(entries) and not any(
-            n in entries for n in self.others
+        return all(name in entries for name in self.names) and not any(
+            name in entries for name in self.others
         )
 
     def in_object(self, obj: Any, path: str) -> Iterator[Place]:
         """As in :class:`Format`: one for each feature."""
         if is_of(obj, self.packages, self.classes):
-            for feature, entries in obj._tensor_stats.items():
-                if super().recognises(entries):
-                    where = joined(path, feature)
-                    yield Place(where, self, entries, obj, leaf=(feature,))
+            for feature in dict.fromkeys((*obj.features, *obj._tensor_stats)):
+                entries = obj._tensor_stats.get(feature, {})
+                where = joined(path, feature)
+                yield Place(where, self, entries, obj, leaf=(feature,))
 
     def rule(self, place: Place | None) -> dict[str, Any]:
         """As in :class:`Format`."""
@@ -215,7 +212,12 @@ class LeRobot(Format):
 
     def read(self, place: Place, options: Options) -> Carried:
         """As in :class:`Format`."""
-        mean, std = (tensor(self.library, n, place.entries[n]) for n in self.required)
+        absent = [name for name in self.names if name not in place.entries]
+        if absent:
+            raise ValueError(
+                f"{self.library}: expected {absent} of {place.path!r}, got none"
+            )
+        mean, std = (tensor(self.library, n, place.entries[n]) for n in self.names)
         if (std < 0).any():
             raise ValueError(
                 wrong(self.library, "std", "none below 0", std[std < 0][0])
@@ -238,16 +240,19 @@ class LeRobot(Format):
         if n == 0:
             var = torch.ones_like(var)
         made = {"mean": mean, "std": var.sqrt(), "count": n.reshape(1)}
-        for name in self.required if place is not None else ():
-            shape = torch.Size(np.shape(place.entries[name]))
-            same_shape(self.library, name, made[name], shape)
+        shapes = {} if place is None else place.entries
+        for name in self.names:
+            if name in shapes:
+                shape = torch.Size(np.shape(shapes[name]))
+                same_shape(self.library, name, made[name], shape)
         return {name: value.float() for name, value in made.items()}
 
     def put(self, place: Place, entries: Mapping[str, Any]) -> Any:
         """Into both of the places where it keeps them."""
         step, (feature,) = place.owner, place.leaf
-        old = step._tensor_stats[feature]
-        old.update({n: v.to(old["mean"]) for n, v in entries.items()})
+        like = {"device": step.device, "dtype": step.dtype}
+        old = step._tensor_stats.setdefault(feature, {})
+        old.update({n: v.to(**like) for n, v in entries.items()})
         arrays = {n: v.numpy() for n, v in entries.items()}
         step.stats.setdefault(feature, {}).update(arrays)
         return step

@@ -109,12 +109,17 @@ class Brax(Format):
         """As in :class:`Format`."""
         doubts = []
         std = tensor(self.library, "std", place.entries["std"])
+        squares = tensor(self.library, "", place.entries["summed_variance"])
+        if (squares < 0).any():
+            doubts.append(
+                f"{self.library}: a 'summed_variance' is {squares.min().item():.3g}, by the "
+                "rounding of float32 far from zero; it was read as 0, as it is used"
+            )
         if (std >= self.bounds[1]).any() and carried.moments.count > 0:
             doubts.append(
                 f"{self.library}: a deviation that it bounds at 1e6 is not here"
             )
         if carried.moments.count > 1 and place.entries.get("mode") is not None:
-            squares = tensor(self.library, "", place.entries["summed_variance"])
             mode = int(place.entries["mode"])
             if not self._fits(place, squares, std, carried.moments.count, mode):
                 doubts.append(
