@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
@@ -85,7 +85,7 @@ class RslRl(Other):
 class RlGames(Other):
     library = "rl_games"
     ambiguous = True
-    options: dict[str, Any] = {}
+    options: ClassVar[dict[str, Any]] = {}
 
     def make(self, features):
         from rl_games.algos_torch.running_mean_std import RunningMeanStd
@@ -95,7 +95,7 @@ class RlGames(Other):
 
 
 class RlGamesScaled(RlGames):
-    options = {"norm_only": True}  # noqa: RUF012
+    options: ClassVar = {"norm_only": True}
 
 
 class SampleFactory(Other):

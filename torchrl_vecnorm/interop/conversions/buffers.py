@@ -315,8 +315,8 @@ def batches_of(weight: float, decay: float) -> tuple[float, int]:
     """
     if decay < 1:
         weight = min(weight, 1 / (1 - decay))
-        gone = min(weight * (1 - decay), 1 - 1e-12)
-        n = math.log1p(-gone) / math.log(decay)
+        left = max(1 - weight * (1 - decay), 2.0**-54)  # nothing beside 1
+        n = math.log(left) / math.log(decay)
     else:
         n = weight
     return weight, max(round(n), 1) if weight > 0 else 0

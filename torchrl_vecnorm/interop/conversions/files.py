@@ -9,14 +9,28 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from torchrl_vecnorm.interop.conversions.pickles import NUMBERS, unpickled
+from torchrl_vecnorm.interop.conversions.pickles import unpickled
+
+try:
+    from numpy._core.multiarray import scalar
+except ImportError:  # numpy 1
+    from numpy.core.multiarray import scalar  # type: ignore[no-redef]
+
+#: What torch's unpickler is to take beside tensors: numbers of numpy.
+_NUMBERS = [
+    scalar,
+    np.dtype,
+    *(type(np.dtype(name)) for name in ("f4", "f8", "i4", "i8", "?")),
+]
 
 _DTYPES = {
     "F64": torch.float64,
@@ -43,7 +57,7 @@ def loaded(path: str | os.PathLike[str]) -> Any:
         if file.suffix == ".safetensors":
             return safetensors(file.read_bytes())
         if zipfile.is_zipfile(file):
-            with torch.serialization.safe_globals(NUMBERS):
+            with torch.serialization.safe_globals(_NUMBERS):
                 return torch.load(file, map_location="cpu", weights_only=True)
         with file.open("rb") as stream:
             return unpickled(stream)
@@ -51,7 +65,9 @@ def loaded(path: str | os.PathLike[str]) -> Any:
         raise
     except Exception as err:
         # Of torch, of zipfile: as many as there are ways to be no such file.
-        raise ValueError(f"{str(path)!r}: {err}") from None
+        name = re.search(r"GLOBAL (\S+)", str(err))
+        why = f"expected statistics, got {name[1]}, which is not run" if name else err
+        raise ValueError(f"{str(path)!r}: {why}") from None
 
 
 def safetensors(data: bytes) -> dict[str, Tensor]:

@@ -199,7 +199,8 @@ class V2(Transform):
     classes = ("VecNormV2",)
     required = ()
     separator = ".-|-."
-    fields = (("loc", "var", "count"), ("sum", "ssq", "weight"))
+    ours = ("sum", "ssq", "weight")
+    theirs = ("loc", "var", "count")
 
     def name(self, field: str, key: str) -> str:
         """As in :class:`Transform`."""
@@ -207,17 +208,17 @@ class V2(Transform):
 
     def keys_of(self, state: Mapping) -> list[str]:
         """As in :class:`Transform`."""
-        heads = [self.name(first, "") for first, *_ in self.fields]
+        heads = [self.name(fields[0], "") for fields in (self.ours, self.theirs)]
         found = [str(k)[len(h) :] for k in state for h in heads if str(k).startswith(h)]
-        return [k for k in dict.fromkeys(found) if len(self.entries_in(state, k)) == 3]
+        return [key for key in dict.fromkeys(found) if self.entries_in(state, key)]
 
     def entries_in(self, state: Mapping, key: str) -> dict[str, str]:
-        """As in :class:`Transform`."""
-        for fields in self.fields:
-            names = {field: self.name(field, key) for field in fields}
-            if all(name in state for name in names.values()):
-                return names
-        return {}
+        """As in :class:`Transform`; ours has torchrl's beside its own."""
+        fields = (*self.ours, "nonfinite", "central", *self.theirs)
+        names = {field: self.name(field, key) for field in fields}
+        names = {field: name for field, name in names.items() if name in state}
+        whole = any(all(f in names for f in of) for of in (self.ours, self.theirs))
+        return names if whole else {}
 
     def rule(self, place: Place | None) -> dict[str, Any]:
         """As in :class:`Format`."""
@@ -232,27 +233,18 @@ class V2(Transform):
                 f"{self.library}: expected statistics of {key!r}, got none"
             )
         decay = decay_of(self, place, options)
-        fields = list(entries)
+        fields = self.ours if all(f in entries for f in self.ours) else self.theirs
         names = [self.name(field, key) for field in fields]
-        mean, squares, count = entries.values()
+        mean, squares, last = (entries[field] for field in fields)
         if fields[2] == "count":
-            count = count_of(self.library, names[2], count)
-            mass = count if decay == 1 else -torch.expm1(count * math.log(decay))
+            count = count_of(self.library, names[2], last)
+            mass = -torch.expm1(count * math.log(decay)) if decay < 1 else count.sign()
+            weight = mass / (1 - decay) if decay < 1 else count
         else:
-            mass = tensor(self.library, names[2], count).flatten()[:1]
-        if decay == 1 and fields[2] == "count":  # plain averages
-            mean, squares = (
-                tensor(self.library, name, value)
-                for name, value in zip(names, (mean, squares), strict=False)
-            )
-            same_shape(self.library, names[1], squares, mean.shape)
-            mean, squares = mean * mass, squares * mass
-            # Rounded to float32 before.
-            mean, squares = mean, _no_less(squares, mean, mass)
-        moments = of_sums(self.library, (names[0], names[1]), mean, squares, mass)
-        if decay < 1:
-            weight = mass / (1 - decay)
-            moments = of_mean_var(*moments.mean_var(), weight)
+            mass = tensor(self.library, names[2], last).flatten()[:1]
+            weight = mass / (1 - decay) if decay < 1 else mass
+        averages = of_sums(self.library, (names[0], names[1]), mean, squares, mass)
+        moments = of_mean_var(*averages.mean_var(), weight)
         return Carried(moments, **self.rule(place))
 
     def doubts(self, place: Place, carried: Carried) -> list[str]:
@@ -283,28 +275,33 @@ class V2(Transform):
     def make(
         self, moments: Moments, place: Place | None, options: Options
     ) -> dict[str, Any]:
-        """Torchrl's entries, which our transform takes too."""
+        """As in :class:`Format`, in the names that are there."""
         decay = decay_of(self, place, options)
         mean, var = moments.mean_var()
-        _, n = batches_of(moments.samples().item(), decay)
+        weight, n = batches_of(moments.samples().item(), decay)
+        squares = var + mean * mean
         mass = 1.0 if decay == 1 else -math.expm1(n * math.log(decay))
         mass = mass if n else 0.0
-        values = (mean * mass, (var + mean * mean) * mass, torch.tensor(n))
-        made = dict(zip(self.fields[0], values, strict=True))
+        values = (mean * mass, squares * mass, torch.tensor(n))
+        made = dict(zip(self.theirs, values, strict=True))
+        if is_ours(place) or (place is not None and "central" in place.entries):
+            mass = weight if decay == 1 else weight * (1 - decay)
+            both = torch.tensor([mass, max(moments.seen().item(), n)], dtype=mean.dtype)
+            made = {
+                **dict(
+                    zip(self.ours, (mean * mass, squares * mass, both), strict=True)
+                ),
+                "nonfinite": moments.nonfinite,
+                "central": var,
+                **made,
+            }
         for field, value in made.items():
             old = place.entries.get(field) if place is not None else None
             if old is not None:
-                same_shape(
-                    self.library, self.name(field, *place.leaf), value, old.shape
-                )
+                name = self.name(field, *place.leaf)
+                same_shape(self.library, name, value, old.shape)
                 made[field] = value.to(old.dtype)
         return made
-
-
-def _no_less(squares, total, count):
-    least = total * total / count.clamp_min(1e-300)
-    near = (squares < least) & (squares >= least * (1 - 1e-2))
-    return torch.where(near, least, squares)
 
 
 class PopArt(InModule):
@@ -344,7 +341,9 @@ class PopArt(InModule):
         weight = min(moments.samples().item() * (1 - decay), 1.0)
         if weight > 0:  # it divides by eps where that is more
             weight = max(weight, self.rule(place)["eps"])
-        total = torch.tensor(weight, dtype=torch.float32)
+        old = place.entries[self.names[2]] if place is not None else None
+        total = torch.tensor(weight, dtype=torch.float32 if old is None else old.dtype)
+        weight = total.double()
         values = (mean * weight, (var + mean * mean) * weight, total)
         return alike(self, values, place, torch.float32)
 

@@ -20,11 +20,6 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-try:
-    from numpy._core import multiarray, numeric
-except ImportError:  # numpy 1
-    from numpy.core import multiarray, numeric  # type: ignore[no-redef]
-
 #: Classes that are read as their attributes: what holds statistics, and what is saved with
 #: it.
 _RECORDS = {
@@ -46,6 +41,79 @@ _RECORDS = {
     "numpy.random.bit_generator": ("SeedSequence", "__pyx_unpickle_SeedSequence"),
     "numpy.random._pickle": ("__generator_ctor", "__bit_generator_ctor"),
 }
+#: Names of modules in pickles that Python 2 could read.
+_OLD = {"__builtin__": "builtins", "copy_reg": "copyreg"}
+
+
+class Dtype:
+    """What a pickle says of a dtype; numpy's own would take anything that it is told."""
+
+    def __init__(self, code: str, *args: Any) -> None:
+        self.code, self.order = str(code), "="
+
+    def __setstate__(self, state: tuple) -> None:
+        """Takes the order of bytes."""
+        self.order = {"|": "=", "<": "<", ">": ">"}[state[1]]
+
+    def numpy(self) -> np.dtype:
+        """As numpy has it, if it is of numbers."""
+        kind, size = self.code[:1], self.code[1:]
+        if kind not in "fiub" or size not in ("1", "2", "4", "8"):
+            raise ValueError(f"expected arrays of real numbers, got {self.code!r}")
+        return np.dtype(f"{self.order}{kind}{size}")
+
+
+class Array:
+    """What a pickle says of an array."""
+
+    def __init__(self, *args: Any) -> None:
+        self.values = np.zeros(0)
+
+    def __setstate__(self, state: tuple) -> None:
+        """Takes the shape, the dtype, the order of dimensions and the bytes."""
+        _, shape, dtype, columns_first, data = state
+        if isinstance(data, list):  # of objects
+            self.values = np.empty(0, object)
+            return
+        self.values = _values(data, dtype, shape, "F" if columns_first else "C")
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        """The array."""
+        return np.asarray(self.values, dtype=dtype)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """As that of the array, as is ``shape``."""
+        return self.values.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """See ``dtype``."""
+        return self.values.shape
+
+
+def _values(data: Any, dtype: Dtype, shape: Any, order: Any = "C") -> np.ndarray:
+    if not isinstance(dtype, Dtype):
+        raise TypeError(f"expected a dtype, got {type(dtype).__name__}")
+    return np.frombuffer(data, dtype.numpy()).reshape(shape, order=order)
+
+
+def _array(data: Any, dtype: Dtype, shape: Any, order: Any = "C") -> Array:
+    array = Array()
+    array.values = _values(data, dtype, shape, order)
+    return array
+
+
+def _scalar(dtype: Dtype, data: bytes) -> Any:
+    return _values(data, dtype, ())[()]
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    if encoding != "latin1":
+        raise ValueError(f"expected bytes as latin1, got {encoding}")
+    return text.encode("latin1")
+
+
 _KNOWN: dict[tuple[str, str], Any] = {
     ("builtins", "dict"): dict,
     ("builtins", "list"): list,
@@ -54,12 +122,13 @@ _KNOWN: dict[tuple[str, str], Any] = {
     ("builtins", "slice"): slice,
     ("collections", "OrderedDict"): OrderedDict,
     ("collections", "defaultdict"): defaultdict,
-    ("numpy", "dtype"): np.dtype,
-    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): Dtype,
+    ("numpy", "ndarray"): Array,
     ("torch", "Size"): torch.Size,
     ("torch", "device"): torch.device,
 }
-_FUNCTIONS = {
+_FUNCTIONS: dict[tuple[str, str], Any] = {
+    ("_codecs", "encode"): _encode,
     ("copyreg", "_reconstructor"): copyreg._reconstructor,
     ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
     ("torch.storage", "_load_from_bytes"): lambda data: torch.load(
@@ -68,17 +137,10 @@ _FUNCTIONS = {
 }
 for _core in ("numpy.core", "numpy._core"):
     _FUNCTIONS |= {
-        (f"{_core}.multiarray", "_reconstruct"): multiarray._reconstruct,
-        (f"{_core}.multiarray", "scalar"): multiarray.scalar,
-        (f"{_core}.numeric", "_frombuffer"): numeric._frombuffer,
+        (f"{_core}.multiarray", "_reconstruct"): Array,
+        (f"{_core}.multiarray", "scalar"): _scalar,
+        (f"{_core}.numeric", "_frombuffer"): _array,
     }
-
-#: What torch's own unpickler is to take beside tensors: numbers of numpy.
-NUMBERS = [
-    multiarray.scalar,
-    np.dtype,
-    *(type(np.dtype(name)) for name in ("f4", "f8", "i4", "i8", "?")),
-]
 
 
 class Record:
@@ -99,6 +161,7 @@ class Record:
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        module = _OLD.get(module, module)
         known = _KNOWN.get((module, name))
         if known is not None:
             return known
