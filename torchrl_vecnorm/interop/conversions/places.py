@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import nn
 
 from torchrl_vecnorm.interop.conversions.carried import Carried
@@ -162,10 +163,14 @@ def joined(*parts: str) -> str:
 
 def is_of(obj: Any, packages: Sequence[str], classes: Sequence[str]) -> bool:
     """Whether an object is of a class with one of these names, of these packages."""
+    found = [(cls.__module__, cls.__name__) for cls in type(obj).__mro__]
+    if isinstance(obj, torch.jit.ScriptModule):  # all of them are of one class
+        module, _, name = obj._c._type().qualified_name().rpartition(".")
+        parts = [p for p in module.split(".") if not p.startswith("__")]
+        found.append((".".join(parts), name))
     return any(
-        cls.__name__ in classes
-        and any(f"{cls.__module__}.".startswith(f"{of}.") for of in packages)
-        for cls in type(obj).__mro__
+        name in classes and any(f"{module}.".startswith(f"{of}.") for of in packages)
+        for module, name in found
     )
 
 
