@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from importlib.machinery import PathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 
@@ -23,7 +23,8 @@ def alone(name: str, *without: str) -> ModuleType:
 
     Args:
         name: of the module, as one imports it.
-        without: modules that it imports for annotations only; empty ones stand for them.
+        without: what it imports and does not call, as ``module:name``; the module is an empty
+            one with that name.
     """
     top, *rest = name.split(".")
     if name not in sys.modules:
@@ -36,9 +37,11 @@ def alone(name: str, *without: str) -> ModuleType:
             if package not in sys.modules:
                 module = ModuleType(package)
                 module.__path__ = [str(path.joinpath(*rest[:i]))]
+                module.__spec__ = ModuleSpec(package, None, is_package=True)
                 sys.modules[package] = module
         for other in without:
             module, _, attribute = other.rpartition(":")
             stand_in = sys.modules.setdefault(module, ModuleType(module))
+            stand_in.__path__ = [str(path.joinpath(*module.split(".")[1:]))]
             setattr(stand_in, attribute, object)
     return importlib.import_module(name)

@@ -409,6 +409,29 @@ def test_lerobot_by_other_statistics():
     assert interop.read(stats, count=50).moments.count == 50
 
 
+def test_d3rlpy_keeps_no_count():
+    module = alone("d3rlpy.preprocessing.observation_scalers")
+    x = torch.from_numpy(rows(1))
+    data = rows().astype(np.float64)
+    scaler = module.StandardObservationScaler(mean=data.mean(0), std=data.std(0))
+    want = scaler.transform(x)
+    with pytest.raises(
+        ValueError, match=r"d3rlpy: expected entry 'count'.*pass count="
+    ):
+        interop.read(scaler)
+    for source in (scaler, {"type": "standard", "params": scaler.to_dict()}):
+        carried = interop.read(source, count=200)
+        torch.testing.assert_close(carried.normalize(x), want.float(), **CLOSE)
+    # It has kept tensors of its first use, which are not those any more.
+    interop.write(F.moments(x + 9), like=scaler)
+    torch.testing.assert_close(
+        scaler.transform((x + 9).double()).mean(0),
+        torch.zeros(5).double(),
+        rtol=0,
+        atol=1e-5,
+    )
+
+
 def test_from_one_to_another():
     """What stable-baselines3 has learnt, in skrl."""
     env, scaler = trained(StableBaselines3()), Skrl().make(5)

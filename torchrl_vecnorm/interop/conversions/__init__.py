@@ -132,6 +132,7 @@ FORMATS: list[Format] = [
     of_rllib.RLlib(),
     of_arrays.EvoTorch(),
     of_arrays.LeRobot(),
+    of_arrays.D3rlpy(),
 ]
 
 
