@@ -137,7 +137,8 @@ coverage: build $(VENV)/tools
 	$(bin)/gcovr --merge-lines --filter csrc/ --object-directory build/coverage/objects build/coverage
 
 # The libraries see the packages of .venv, torch among them, but not the editable one. With
-# the last rsl_rl twice: mjlab wants the one before.
+# the last rsl_rl twice: mjlab wants the one before. Ray is aside: torchrl imports all of it
+# where it finds it.
 interop: build $(VENV)/tools build/interop/installed
 	build/interop/bin/python -m pytest $(PARALLEL) tests/interop
 	PYTHONPATH=build/interop/rsl-rl-5.4.2 build/interop/bin/python -m pytest $(PARALLEL) \
@@ -155,6 +156,8 @@ build/interop/installed: $(VENV)/tools tests/interop/requirements.txt tests/inte
 		-r tests/interop/requirements.txt -r tests/interop/large.txt
 	build/interop/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		--target build/interop/rsl-rl-5.4.2 rsl-rl-lib==5.4.2
+	build/interop/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--target build/interop/aside ray==2.60.0
 	touch $@
 
 build/soak: tests/shared_host/check.cpp $(wildcard csrc/shared/*)

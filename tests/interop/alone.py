@@ -14,6 +14,9 @@ from types import ModuleType
 
 import pytest
 
+#: Where `make interop` puts what other libraries would import if they found it.
+ASIDE = Path(sys.prefix) / "aside"
+
 
 def alone(name: str, *without: str) -> ModuleType:
     """The module; the test is skipped where the library is not installed.
@@ -28,7 +31,7 @@ def alone(name: str, *without: str) -> ModuleType:
     """
     top, *rest = name.split(".")
     if name not in sys.modules:
-        spec = PathFinder.find_spec(top)
+        spec = PathFinder.find_spec(top, [*sys.path, str(ASIDE)])
         if spec is None:
             pytest.skip(f"{top} is not installed")
         path = Path(spec.submodule_search_locations[0])

@@ -4,8 +4,10 @@
 # LICENSE file in the root directory of this source tree.
 """Checkpoints, files and objects as other libraries make them, and their traps."""
 
+import importlib.util
 import pickle
 import warnings
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -226,6 +228,19 @@ def test_stable_baselines3_files(saved):
     for source in (file, ours):
         mean = interop.read(source, key="pos").moments.mean_var()[0]
         np.testing.assert_allclose(mean, rows(2).mean(0) + 7, rtol=1e-6)
+
+
+def test_the_example(saved, tmp_path, quiet):
+    """Its file into a VecNorm."""
+    env, file = saved
+    path = Path(__file__).parents[2] / "examples" / "convert_statistics.py"
+    spec = importlib.util.spec_from_file_location("convert_statistics", path)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    t = example.forth(file, "obs_rms.pos", None, tmp_path / "vecnorm.pt")
+    np.testing.assert_allclose(t.loc["observation"], env.obs_rms["pos"].mean, rtol=1e-6)
+    scale = np.sqrt(env.obs_rms["pos"].var)
+    np.testing.assert_allclose(t.scale["observation"], scale, rtol=1e-6)
 
 
 class MyNormalize:
