@@ -258,7 +258,8 @@ class D3rlpy(Format):
 
     def rule(self, place: Place | None) -> dict[str, Any]:
         """As in :class:`Format`."""
-        eps = 1e-3 if place is None else float(place.entries["eps"])
+        given = 1e-3 if place is None else place.entries["eps"]
+        eps = count_of(self.library, "eps", given).item()
         return {"eps": eps, "eps_mode": "std_add", "clip": None, "center": True}
 
     def read(self, place: Place, options: Options) -> Carried:
