@@ -28,6 +28,7 @@
 // In this order: each builds on those before it.
 #include "accumulate.inl"
 #include "apply.inl"
+#include "statistics.inl"
 
 namespace vecnorm {
 namespace cpu {
@@ -41,122 +42,6 @@ constexpr int64_t kSerialValues = 32768;
 constexpr int64_t kFeatureValues = 16;
 // So many strips are prepared before the threads start.
 constexpr int64_t kSerialParts = 16;
-
-// ---------------------------------------------------------------------- the state
-
-bool any(const double* values, int64_t n) {
-  int64_t found = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    found += values[i] != 0 ? 1 : 0;
-  }
-  return found > 0;
-}
-
-// The moments of some features, as arrays: loops over them become packs of features,
-// where one feature after the other would wait for each division.
-struct Some {
-  int64_t size;
-  double count;
-  double sum[kStrip];
-  double ssq[kStrip];
-  double missing[kStrip];
-  double var[kStrip];
-  double used[kStrip];
-  double per_value[kStrip];
-
-  inline Moments operator[](int64_t i) const {
-    return {sum[i], ssq[i], count, missing[i], var[i], used[i], per_value[i]};
-  }
-
-  inline void set(int64_t i, const Moments& m) {
-    sum[i] = m.sum;
-    ssq[i] = m.ssq;
-    missing[i] = m.missing;
-    var[i] = m.var;
-  }
-
-  // As settle() of key.h.
-  void settle(const State& s) {
-    if (any(missing, size)) {
-      for (int64_t i = 0; i < size; ++i) {
-        used[i] = Moments::used_of(count, missing[i]);
-        per_value[i] = inverse(used[i]);
-      }
-    } else {
-      std::fill_n(used, size, Moments::used_of(count, 0));
-      std::fill_n(per_value, size, inverse(used[0]));
-    }
-    if (s.central.data == nullptr) {
-      for (int64_t i = 0; i < size; ++i) {
-        var[i] = (*this)[i].var_of_sums();
-      }
-      return;
-    }
-    const Rounding rounding = s.rounding();
-    for (int64_t i = 0; i < size; ++i) {
-      var[i] = kept_var(var[i], (*this)[i], rounding);
-    }
-  }
-};
-
-void read_leaf(const Leaf& leaf, Range range, double* to) {
-  if (leaf.data == nullptr) {
-    std::fill_n(to, range.size(), 0.);
-  } else if (leaf.dtype == Dtype::kFloat64) {
-    std::copy_n(static_cast<const double*>(leaf.data) + range.begin, range.size(), to);
-  } else {
-    std::copy_n(static_cast<const float*>(leaf.data) + range.begin, range.size(), to);
-  }
-}
-
-// Leaves in `values` what can be read there from now on.
-void write_leaf(const Leaf& leaf, Range range, double* values) {
-  if (leaf.data == nullptr) {
-    return;
-  }
-  if (leaf.dtype == Dtype::kFloat64) {
-    std::copy_n(values, range.size(), static_cast<double*>(leaf.data) + range.begin);
-    return;
-  }
-  float* to = static_cast<float*>(leaf.data) + range.begin;
-  for (int64_t i = 0; i < range.size(); ++i) {
-    to[i] = static_cast<float>(values[i]);
-    values[i] = to[i];
-  }
-}
-
-void read_some(const State& s, Range features, Some& m) {
-  m.size = features.size();
-  m.count = s.count.read(0);
-  read_leaf(s.sum, features, m.sum);
-  read_leaf(s.ssq, features, m.ssq);
-  read_leaf(s.nonfinite, features, m.missing);
-  read_leaf(s.central, features, m.var);
-  m.settle(s);
-}
-
-// Writes all but `count`, which the features of a key share; `m` is then what can be
-// read. Counters of missing values are left alone while nothing is missing.
-void write_some(const State& s, Range features, int64_t all, Some& m, bool was_missing,
-                double* left_out) {
-  m.count = s.count.rounded(m.count);
-  write_leaf(s.sum, features, m.sum);
-  write_leaf(s.ssq, features, m.ssq);
-  if (was_missing || any(left_out, m.size)) {
-    write_leaf(s.nonfinite, features, m.missing);
-    if (s.nonfinite.data != nullptr) {
-      const Range total{all + features.begin, all + features.end};
-      double before[kStrip];
-      read_leaf(s.nonfinite, total, before);
-      for (int64_t i = 0; i < m.size; ++i) {
-        before[i] += left_out[i];
-      }
-      write_leaf(s.nonfinite, total, before);
-    }
-  }
-  write_leaf(s.central, features, m.var);
-  m.settle(s);
-}
 
 // ----------------------------------------------------------------- the workspace
 
@@ -321,10 +206,10 @@ class Call {
   void update(Weights weights, RunPhases run) {
     weights_ = weights;
     const Phase prepare{strips_.size(), [this](int64_t b, int64_t e) {
-                          for_strips(b, e, &Call::update_strip, &Call::prepare);
+                          for_strips(b, e, &Call::update_strip, &Call::choose_shifts);
                         }};
     const Phase finish{strips_.size(), [this](int64_t b, int64_t e) {
-                         for_strips(b, e, nullptr, &Call::finish);
+                         for_strips(b, e, nullptr, &Call::fold_and_project);
                        }};
     const Phase accumulate{pieces_.size(), [this](int64_t b, int64_t e) {
                              for (int64_t i = b; i < e; ++i) {
@@ -403,14 +288,12 @@ class Call {
     StripWork mine;
     const Work work = mine.of(of, features);
     const Range rows{0, key.samples};
-    Some state;
-    read_some(key.state, features, state);
-    choose_shifts(key, work, features, state);
+    choose_shifts(key, work, features);
     accumulate(key, work, 0, rows, features);
     if (features.begin == 0) {
       *of.counted = mine.counted;
     }
-    fold_and_project(key, work, features, state);
+    fold_and_project(key, work, features);
     apply(key, work, rows, features);
   }
 
@@ -421,28 +304,32 @@ class Call {
     apply(key, work, {0, key.samples}, features);
   }
 
-  void prepare(const Key& key, const Work& work, Range features) {
-    Some state;
-    read_some(key.state, features, state);
-    choose_shifts(key, work, features, state);
-  }
-
   // The shift of a feature: the running mean, or the first sample while there is none,
   // rounded to what the sums are taken in.
-  void choose_shifts(const Key& key, const Work& work, Range features,
-                     const Some& state) const {
+  void choose_shifts(const Key& key, const Work& work, Range features) {
     if (key.samples == 0) {
       return;
     }
+    const double samples = static_cast<double>(key.samples);
     double* shift = work.shift + features.begin - work.first;
+    double& anchor = work.anchors[(features.begin - work.first) / kStrip];
+    Plain plain;
+    if (plain.find(key.state, features) && plain.used > 0) {
+      dispatch_any(key.x.dtype, [&](auto type) {
+        using T = typename decltype(type)::type;
+        plain.shifts<typename Compute<T>::type>(shift);
+      });
+      anchor = anchored(plain.used, samples, weights_) ? 1. : 0.;
+      return;
+    }
+    Some state;
+    read_some(key.state, features, state);
     int64_t unknown = 0;
     int64_t adrift = 0;
     for (int64_t i = 0; i < state.size; ++i) {
       shift[i] = state[i].near_loc();
       unknown += state.used[i] > 0 ? 0 : 1;
-      const bool holds =
-          anchored(state.used[i], static_cast<double>(key.samples), weights_);
-      adrift += holds ? 0 : 1;
+      adrift += anchored(state.used[i], samples, weights_) ? 0 : 1;
     }
     dispatch_any(key.x.dtype, [&](auto type) {
       using T = typename decltype(type)::type;
@@ -459,7 +346,7 @@ class Call {
         shift[i] = usable(shift[i]) ? shift[i] : 0.;
       }
     });
-    work.anchors[(features.begin - work.first) / kStrip] = adrift == 0 ? 1. : 0.;
+    anchor = adrift == 0 ? 1. : 0.;
   }
 
   // The first sample that counts: others may be anything.
@@ -499,14 +386,7 @@ class Call {
     });
   }
 
-  void finish(const Key& key, const Work& work, Range features) {
-    Some state;
-    read_some(key.state, features, state);
-    fold_and_project(key, work, features, state);
-  }
-
-  void fold_and_project(const Key& key, const Work& work, Range features,
-                        Some& state) const {
+  void fold_and_project(const Key& key, const Work& work, Range features) {
     const int64_t at = features.begin - work.first;
     const int64_t size = features.size();
     Totals sums = work.totals(0) + at;
@@ -520,10 +400,19 @@ class Call {
       }
       samples += work.counted[c];
     }
+    Plain plain;
+    if (samples > 0 && plain.find(key.state, features) &&
+        std::count(sums.n, sums.n + size, samples) == size) {
+      double var[kStrip];
+      plain.fold(sums, samples, work.shift + at, weights_, var);
+      return project(key, work, at, plain, var);
+    }
+    Some state;
+    read_some(key.state, features, state);
     if (samples > 0) {
       fold_batch(key, sums, samples, work.shift + at, features, state);
     }
-    project(key, work, at, state);
+    project(key, work, at, state, state.var);
   }
 
   // Folds a batch's sums into the state, and leaves what can be read there in `state`.
@@ -576,26 +465,34 @@ class Call {
   }
 
   void project_state(const Key& key, const Work& work, Range features) {
+    const int64_t at = features.begin - work.first;
+    Plain plain;
+    if (plain.find(key.state, features)) {
+      double var[kStrip];
+      plain.settle(var);
+      return project(key, work, at, plain, var);
+    }
     Some state;
     read_some(key.state, features, state);
-    project(key, work, features.begin - work.first, state);
+    project(key, work, at, state, state.var);
   }
 
-  // From the moments to the coefficients of the map.
-  void project(const Key& key, const Work& work, int64_t begin,
-               const Some& state) const {
+  // From the moments (Plain or Some) to the coefficients of the map.
+  template <typename Strip>
+  void project(const Key& key, const Work& work, int64_t begin, const Strip& state,
+               const double* var) const {
     if (work.in_double) {
-      inverse_ ? project_to<InverseAffine<double>>(key, work, begin, state)
-               : project_to<Affine<double>>(key, work, begin, state);
+      inverse_ ? project_to<InverseAffine<double>>(key, work, begin, state, var)
+               : project_to<Affine<double>>(key, work, begin, state, var);
     } else {
-      inverse_ ? project_to<InverseAffine<float>>(key, work, begin, state)
-               : project_to<Affine<float>>(key, work, begin, state);
+      inverse_ ? project_to<InverseAffine<float>>(key, work, begin, state, var)
+               : project_to<Affine<float>>(key, work, begin, state, var);
     }
   }
 
-  template <typename Map>
-  void project_to(const Key& key, const Work& work, int64_t begin,
-                  const Some& state) const {
+  template <typename Map, typename Strip>
+  void project_to(const Key& key, const Work& work, int64_t begin, const Strip& state,
+                  const double* var) const {
     using C = decltype(std::declval<Map>()(0, 0));
     const Coefficients<C> k = Coefficients<C>(work.coefficients, work.width()) + begin;
     const Rounding rounding = key.state.rounding();
@@ -607,7 +504,7 @@ class Call {
     double b[kStrip];
     double c[kStrip];
     for (int64_t i = 0; i < state.size; ++i) {
-      a[i] = scaling.widened(state.var[i]);
+      a[i] = scaling.widened(var[i]);
     }
     roots(a, state.size, b);
     for (int64_t i = 0; i < state.size; ++i) {
