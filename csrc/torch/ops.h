@@ -36,6 +36,11 @@ std::vector<at::Tensor> normalize(at::TensorList x, at::TensorList state,
 void normalize_out(at::TensorList x, at::TensorList state, at::TensorList y,
                    const RuleArgs& rule);
 
+// See returns.cpp.
+void scale_returns(at::TensorList x, at::TensorList done, at::TensorList returns,
+                   at::TensorList state, at::TensorList y, at::TensorList mask,
+                   double gamma, bool clears_before, double keep, const RuleArgs& rule);
+
 // New tensors for normalised values: integers come out in the default dtype.
 at::Tensor output_like(const at::Tensor& x);
 std::vector<at::Tensor> outputs_like(at::TensorList x);

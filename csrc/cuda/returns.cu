@@ -1,0 +1,247 @@
+// Copyright (c) the torchrl_vecnorm authors.
+//
+// This source code is licensed under the MIT license found in the
+// LICENSE file in the root directory of this source tree.
+
+// Rewards over the deviation of discounted returns. The rewards of a step are few: what
+// one block can do in the time that a launch takes, it does, from the returns to the
+// scaled rewards. More are shared by blocks: each sums its rows, the last one to finish
+// adds up the sums of all in order and folds them into the state, and normalize() is a
+// second launch.
+//
+// Sums are in double from the start; values of any type and stride are read one at a
+// time, as there are a few for each thread.
+
+#include <algorithm>
+
+#include "block.cuh"
+#include "launches.h"
+#include "returns.h"
+
+namespace vecnorm {
+namespace cuda {
+namespace {
+
+#include "../step_return.inl"
+
+constexpr int kReturnThreads = kFusedThreads;
+// Values of a block that is alone, and rows of one that is not, while these are few.
+constexpr int64_t kAlone = 16 * kReturnThreads;
+constexpr int64_t kReturnRows = 4 * kReturnThreads;
+constexpr int64_t kMostBlocks = 256;
+// What a block finds of a feature: a Partial, and how many rows count.
+constexpr int kFound = 4;
+
+struct ReturnsParams {
+  Returns of;
+  Discount by;
+  Weights weights;
+  Rule rule;
+  int64_t rows_per_block;
+  double* partials;  // [features][blocks][kFound]
+  unsigned* counter;
+};
+
+struct RoundTo {
+  const Leaf& leaf;
+  __device__ double operator()(double x) const { return leaf.rounded(x); }
+};
+
+struct Found {
+  Partial sums;
+  double rows = 0;
+
+  __device__ void add(const Found& other) {
+    sums = combine(sums, other.sums);
+    rows += other.rows;
+  }
+};
+
+// What all threads of the block have found, for each of them. Also a barrier.
+__device__ inline Found sum_over_block(const Found& mine) {
+  double values[kFound] = {mine.sums.n, mine.sums.d1, mine.sums.d2, mine.rows};
+  for (int step = kWarp / 2; step > 0; step /= 2) {
+    for (double& value : values) {
+      value += shuffle_xor(value, step);
+    }
+  }
+  double* const scratch = reinterpret_cast<double*>(shared_memory());
+  const int thread = static_cast<int>(threadIdx.x);
+  __syncthreads();  // it may still be read
+  if (thread % kWarp == 0) {
+    for (int q = 0; q < kFound; ++q) {
+      scratch[thread / kWarp * kFound + q] = values[q];
+    }
+  }
+  __syncthreads();
+  Found all;
+  for (int w = 0; w < static_cast<int>(blockDim.x) / kWarp; ++w) {
+    const double* const of = scratch + w * kFound;
+    all.add({{of[0], of[1], of[2]}, of[3]});
+  }
+  return all;
+}
+
+// The returns of the block's rows go on, and are summed by each thread.
+__device__ inline Found step_rows(const ReturnsParams& p, int64_t f, double shift) {
+  const Key& key = p.of.key;
+  const int64_t begin = blockIdx.x * p.rows_per_block;
+  const int64_t left = key.samples - begin;
+  const int64_t end = begin + (left < p.rows_per_block ? left : p.rows_per_block);
+  Found mine;
+#pragma unroll 4
+  for (int64_t row = begin + static_cast<int>(threadIdx.x); row < end;
+       row += blockDim.x) {
+    const bool counts = key.mask == nullptr || key.mask[row];
+    const int64_t at = row * key.features + f;
+    const ReturnStep<double> step =
+        step_return(p.of.returns.read(at), load_any(key.x, row, f), p.of.done[row],
+                    counts, p.by, RoundTo{p.of.returns});
+    p.of.returns.write(at, step.left);
+    mine.sums = reduce(mine.sums, step.seen, shift);
+    mine.rows += counts ? 1 : 0;
+  }
+  return mine;
+}
+
+template <typename C>
+__device__ void scale_rows(const ReturnsParams& p, int64_t f, const Statistic& s) {
+  const Key& key = p.of.key;
+  const auto map = Affine<C>::of(s);
+  const C limit = p.rule.limit<C>();
+#pragma unroll 4
+  for (int64_t row = static_cast<int>(threadIdx.x); row < key.samples;
+       row += blockDim.x) {
+    const C value = static_cast<C>(load_any(key.x, row, f));
+    store_any(key.y, row, f, map(value, limit));
+  }
+}
+
+// Has one thread fold a feature, and shows all what comes of it.
+__device__ inline Statistic fold_returns(const ReturnsParams& p, int64_t f,
+                                         const Found& all, double shift) {
+  const Key& key = p.of.key;
+  double* const shown = reinterpret_cast<double*>(shared_memory()) +
+                        kFound * (static_cast<int>(blockDim.x) / kWarp);
+  if (threadIdx.x == 0) {
+    const Moments folded =
+        fold_sums(key.state, f, key.features, all.sums, shift, all.rows, p.weights);
+    const Statistic s = statistic(folded, p.rule.scaling, key.state.rounding());
+    shown[0] = s.loc;
+    shown[1] = s.scale;
+  }
+  __syncthreads();
+  return {shown[0], shown[1]};
+}
+
+__device__ inline double shift_of(const ReturnsParams& p, int64_t f) {
+  return shift_of_returns(p.of.key, f, load_any(p.of.key.x, 0, f), p.weights);
+}
+
+__global__ void __launch_bounds__(kReturnThreads, 1)
+    alone_kernel(const __grid_constant__ ReturnsParams p) {
+  const Key& key = p.of.key;
+  double rows = 0;
+  for (int64_t f = 0; f < key.features; ++f) {
+    const double shift = shift_of(p, f);
+    const Found all = sum_over_block(step_rows(p, f, shift));
+    const Statistic s = fold_returns(p, f, all, shift);
+    rows = all.rows;
+    if (key.y.data != nullptr) {
+      maps_in_float(key) ? scale_rows<float>(p, f, s) : scale_rows<double>(p, f, s);
+    }
+  }
+  // All have read the count: the last fold is behind a barrier.
+  if (threadIdx.x == 0) {
+    fold_count(key.state, rows, p.weights);
+  }
+}
+
+__global__ void __launch_bounds__(kReturnThreads, 1)
+    together_kernel(const __grid_constant__ ReturnsParams p) {
+  const Key& key = p.of.key;
+  const int blocks = static_cast<int>(gridDim.x);
+  for (int64_t f = 0; f < key.features; ++f) {
+    const Found mine = sum_over_block(step_rows(p, f, shift_of(p, f)));
+    if (threadIdx.x == 0) {
+      double* const to = p.partials + (f * blocks + blockIdx.x) * kFound;
+      to[0] = mine.sums.n;
+      to[1] = mine.sums.d1;
+      to[2] = mine.sums.d2;
+      to[3] = mine.rows;
+    }
+  }
+  // The thread that has written says so, and one that reads hears it.
+  const bool last =
+      threadIdx.x == 0 && comes_last(p.counter, static_cast<unsigned>(blocks));
+  if (!__syncthreads_or(last)) {
+    return;
+  }
+  double rows = 0;
+  for (int64_t f = 0; f < key.features; ++f) {
+    const double shift = shift_of(p, f);
+    Found mine;
+    for (int b = static_cast<int>(threadIdx.x); b < blocks; b += blockDim.x) {
+      const double* const of = p.partials + (f * blocks + b) * kFound;
+      mine.add({{of[0], of[1], of[2]}, of[3]});
+    }
+    const Found all = sum_over_block(mine);
+    fold_returns(p, f, all, shift);
+    rows = all.rows;
+  }
+  if (threadIdx.x == 0) {
+    fold_count(key.state, rows, p.weights);
+  }
+}
+
+bool is_alone(const Key& key) { return key.samples * key.features <= kAlone; }
+
+int64_t blocks_of(const Key& key) {
+  return std::min((key.samples + kReturnRows - 1) / kReturnRows, kMostBlocks);
+}
+
+}  // namespace
+
+cudaError_t allow_returns() {
+  const cudaError_t error = load_now(alone_kernel);
+  return error != cudaSuccess ? error : load_now(together_kernel);
+}
+
+WorkspaceSize returns_workspace(const Returns& of) {
+  if (is_alone(of.key)) {
+    return {};
+  }
+  return {static_cast<size_t>(of.key.features * blocks_of(of.key) * kFound), 1};
+}
+
+cudaError_t scale_returns(const Returns& of, Discount by, Weights weights,
+                          const Rule& rule, Workspace workspace, Stream stream) {
+  Limits limits;
+  if (const cudaError_t error = current_limits(&limits)) {
+    return error;
+  }
+  const Key& key = of.key;
+  if (key.samples == 0 || key.features == 0) {
+    return cudaSuccess;
+  }
+  const bool alone = is_alone(key);
+  ReturnsParams p{of, by, weights, rule, key.samples, nullptr, nullptr};
+  Launch shape;
+  shape.threads = kReturnThreads;
+  shape.shared = sizeof(double) * (kFound * (kReturnThreads / kWarp) + 2);
+  shape.blocks = 1;
+  if (alone) {
+    return launch(alone_kernel, shape, stream, p);
+  }
+  shape.blocks = static_cast<int>(blocks_of(key));
+  p.rows_per_block = (key.samples + shape.blocks - 1) / shape.blocks;
+  p.partials = workspace.partials;
+  p.counter = workspace.counters;
+  if (const cudaError_t error = launch(together_kernel, shape, stream, p)) {
+    return error;
+  }
+  return normalize({key}, rule, stream);
+}
+
+}  // namespace cuda
+}  // namespace vecnorm

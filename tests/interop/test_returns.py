@@ -1,0 +1,230 @@
+# Copyright (c) the torchrl_vecnorm authors.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Rewards scaled by the deviation of discounted returns, beside the libraries that do so.
+
+Stable-Baselines3 clears a return after its last reward, Gymnasium before it. Their
+statistics begin with a weight of 1e-4 of a variance of 1; a state that begins so gives
+their numbers from the first call on.
+"""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode
+from gymnasium.wrappers import NormalizeReward
+from gymnasium.wrappers.vector import NormalizeReward as VectorNormalizeReward
+from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.common.vec_env.base_vec_env import VecEnv
+
+from torchrl_vecnorm import Moments
+from torchrl_vecnorm import functional as F
+
+CALLS = 3000
+
+
+def prior() -> Moments:
+    """What both libraries begin with: a weight of 1e-4, at 0, of variance 1."""
+    state = Moments.zeros(())
+    state.ssq.fill_(1e-4)
+    state.count.fill_(1e-4)
+    state.central.fill_(1.0)
+    return state
+
+
+class Script:
+    """Rewards and ends of episodes, drawn before anybody asks for them."""
+
+    def __init__(self, envs: int, calls: int = CALLS, seed: int = 0) -> None:
+        rng = np.random.default_rng(seed)
+        size = (calls, envs)
+        self.rewards = rng.normal(size=size) * rng.choice([0.1, 1, 5], size) + 0.4
+        self.terminated = rng.random(size) < 0.03
+        self.truncated = rng.random(size) < 0.02
+        self.rewards[self.terminated] += 100
+
+
+class Scripted(VecEnv):
+    """One for Stable-Baselines3."""
+
+    def __init__(self, script: Script) -> None:
+        envs = script.rewards.shape[1]
+        super().__init__(envs, spaces.Box(-1, 1, (1,)), spaces.Discrete(2))
+        self.script, self.at = script, 0
+
+    def reset(self):
+        return np.zeros((self.num_envs, 1), np.float32)
+
+    def step_async(self, actions):
+        pass
+
+    def step_wait(self):
+        done = self.script.terminated[self.at] | self.script.truncated[self.at]
+        reward = self.script.rewards[self.at].astype(np.float32)
+        self.at += 1
+        return self.reset(), reward, done, [{} for _ in range(self.num_envs)]
+
+    def close(self):
+        pass
+
+    def env_is_wrapped(self, wrapper_class, indices=None):
+        return [False] * self.num_envs
+
+    def env_method(self, name, *args, indices=None, **kwargs):
+        raise NotImplementedError
+
+    def get_attr(self, name, indices=None):
+        return [None] * self.num_envs
+
+    def set_attr(self, name, value, indices=None):
+        raise NotImplementedError
+
+
+class ScriptedVector(gym.vector.VectorEnv):
+    """One for Gymnasium's vector wrapper."""
+
+    def __init__(self, script: Script, mode: AutoresetMode) -> None:
+        self.script, self.at = script, 0
+        self.num_envs = script.rewards.shape[1]
+        self.metadata = {"autoreset_mode": mode}
+        self.single_observation_space = spaces.Box(-1, 1, (1,))
+        self.single_action_space = spaces.Discrete(2)
+        self.observation_space = gym.vector.utils.batch_space(
+            self.single_observation_space, self.num_envs
+        )
+        self.action_space = gym.vector.utils.batch_space(
+            self.single_action_space, self.num_envs
+        )
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros((self.num_envs, 1), np.float32), {}
+
+    def step(self, actions):
+        at, self.at = self.at, self.at + 1
+        s = self.script
+        reward, ends = s.rewards[at], (s.terminated[at], s.truncated[at])
+        return self.reset()[0], reward, *ends, {}
+
+
+class ScriptedEnv(gym.Env):
+    """One for Gymnasium's wrapper of a single environment."""
+
+    observation_space = spaces.Box(-1, 1, (1,))
+    action_space = spaces.Discrete(2)
+
+    def __init__(self, script: Script) -> None:
+        self.script, self.at = script, 0
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        at, self.at = self.at, self.at + 1
+        s = self.script
+        return (
+            self.reset()[0],
+            float(s.rewards[at, 0]),
+            bool(s.terminated[at, 0]),
+            bool(s.truncated[at, 0]),
+            {},
+        )
+
+
+def assert_same_statistics(state: Moments, rms, rtol=1e-9) -> None:
+    mean, var = state.mean_var()
+    np.testing.assert_allclose(mean.numpy(), rms.mean, rtol=rtol)
+    np.testing.assert_allclose(var.numpy(), rms.var, rtol=rtol)
+    np.testing.assert_allclose(state.samples().numpy(), rms.count, rtol=1e-12)
+
+
+@pytest.mark.parametrize("envs", [1, 2, 17])
+def test_stable_baselines3(envs):
+    script = Script(envs)
+    theirs = VecNormalize(Scripted(script), norm_obs=False, gamma=0.95)
+    theirs.reset()
+    state, returns = prior(), torch.zeros(envs, dtype=torch.float64)
+    for i in range(CALLS):
+        training = i % 500 < 400
+        theirs.training = training
+        _, want, done, _ = theirs.step(np.zeros(envs, int))
+        reward = torch.from_numpy(script.rewards[i].astype(np.float32))
+        done = torch.from_numpy(done)
+        if training:
+            y = F.scale_returns_(reward, done, returns, state, gamma=0.95)
+        else:
+            y = F.normalize(
+                reward, state, eps=1e-8, eps_mode="var_add", clip=10.0, center=False
+            )
+            returns[done] = 0  # as the library does, whoever goes on learning
+        np.testing.assert_allclose(y.numpy(), want, rtol=3e-7)
+        np.testing.assert_allclose(returns.numpy(), theirs.returns, rtol=1e-12)
+    assert_same_statistics(state, theirs.ret_rms)
+
+
+@pytest.mark.parametrize("mode", [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP])
+def test_gymnasium_vector(mode):
+    """Its returns are float32."""
+    envs = 17
+    script = Script(envs)
+    theirs = VectorNormalizeReward(ScriptedVector(script, mode), gamma=0.95)
+    theirs.reset()
+    state, returns = prior(), torch.zeros(envs, dtype=torch.float32)
+    ended = torch.zeros(envs, dtype=torch.bool)
+    for i in range(CALLS):
+        want = theirs.step(None)[1]
+        terminated = torch.from_numpy(script.terminated[i])
+        y = F.scale_returns_(
+            torch.from_numpy(script.rewards[i]),
+            terminated,
+            returns,
+            state,
+            gamma=0.95,
+            clear="before",
+            clip=None,
+            mask=~ended if mode == AutoresetMode.NEXT_STEP else None,
+        )
+        ended = terminated | torch.from_numpy(script.truncated[i])
+        if mode == AutoresetMode.SAME_STEP:
+            returns[ended] = 0
+        np.testing.assert_allclose(y.numpy(), want, rtol=1e-5)
+        np.testing.assert_allclose(returns, theirs.accumulated_reward, rtol=1e-4)
+    assert_same_statistics(state, theirs.return_rms, rtol=1e-5)
+
+
+def test_gymnasium_single():
+    script = Script(1)
+    theirs = NormalizeReward(ScriptedEnv(script), gamma=0.95)
+    theirs.reset()
+    state, returns = prior(), torch.zeros(1, dtype=torch.float64)
+    for i in range(CALLS):
+        want = theirs.step(0)[1]
+        y = F.scale_returns_(
+            torch.from_numpy(script.rewards[i]),
+            torch.from_numpy(script.terminated[i]),
+            returns,
+            state,
+            gamma=0.95,
+            clear="before",
+            clip=None,
+        )
+        np.testing.assert_allclose(y.numpy(), want, rtol=1e-12)
+        np.testing.assert_allclose(returns, theirs.discounted_reward, rtol=1e-12)
+    assert_same_statistics(state, theirs.return_rms)
+
+
+def test_they_differ():
+    """A last reward that decides: the rules make quite different scales of it."""
+    envs, steps = 64, 50
+    scales = []
+    for clear in ("after", "before"):
+        state, returns = Moments.zeros(()), torch.zeros(envs, dtype=torch.float64)
+        for i in range(2000):
+            done = torch.full((envs,), i % steps == steps - 1)
+            reward = torch.where(done, 100.0, 0.0)
+            F.scale_returns_(reward, done, returns, state, clear=clear)
+        scales.append(F.loc_scale(state, eps=1e-8, eps_mode="var_add")[1].item())
+    after, before = scales
+    assert before > 1.5 * after
