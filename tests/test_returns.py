@@ -496,7 +496,8 @@ def test_any_other_device():
     args, others = operator_args(), operator_args()
     ops.scale_returns(*args)
     _return_ops._scale_returns(*others)
-    for a, b in zip(args[2] + args[3] + args[4], others[2] + others[3] + others[4]):
+    written = [[t for at in (2, 3, 4) for t in of[at]] for of in (args, others)]
+    for a, b in zip(*written, strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -539,7 +540,7 @@ def test_a_state_without_dimensions_is_kept_by_a_graph():
 
 def test_trace_is_refused():
     args = good()
-    with pytest.raises(NotImplementedError, match="torch.jit.trace"):
+    with pytest.raises(NotImplementedError, match=r"torch\.jit\.trace"):
         torch.jit.trace(
             lambda x: F.scale_returns_(**(args | {"reward": x})), args["reward"]
         )

@@ -29,6 +29,9 @@ from torchrl_vecnorm import _ops, _return_ops, oracle
 from torchrl_vecnorm.moments import Moments
 from torchrl_vecnorm.rule import EpsMode, RuleArgs, eps_mode_of
 
+#: When an episode's end clears its return.
+Clear = Literal["after", "before"]
+
 __all__ = [
     "Moments",
     "denormalize",
@@ -440,7 +443,7 @@ def scale_returns_(
     state: Moments,
     *,
     gamma: float = 0.99,
-    clear: Literal["after", "before"] = "after",
+    clear: Clear = "after",
     decay: float = 1.0,
     eps: float = 1e-8,
     eps_mode: EpsMode = "var_add",
@@ -496,19 +499,34 @@ def scale_returns_(
         var = state.ssq / state.count - (state.sum / state.count).pow(2)
         y = (reward / (var + eps).sqrt()).clamp(-clip, clip).to(reward.dtype)
     """
+    return scale_returns_with(
+        reward,
+        done,
+        returns,
+        state,
+        mask,
+        (number("gamma", gamma), clears_before(clear), number("decay", decay)),
+        rule_of(eps, eps_mode, clip, center=False),
+    )
+
+
+def scale_returns_with(
+    reward: Tensor,
+    done: Tensor | None,
+    returns: Tensor,
+    state: Moments,
+    mask: Tensor | None,
+    how: tuple[float, bool, float],
+    rule: RuleArgs,
+) -> Tensor:
+    """:func:`scale_returns_` with options as the operator takes them."""
     _expect_one("reward", reward, Tensor)
     _expect_one("done", done, Tensor)
     _expect_one("returns", returns, Tensor)
     _expect_one("state", state, Moments)
+    masks = masks_of(mask, [reward])
+    leaves = leaves_of([state])
     (y,) = _return_ops.scale_returns(
-        [reward],
-        [done],
-        [returns],
-        leaves_of([state]),
-        masks_of(mask, [reward]),
-        number("gamma", gamma),
-        clears_before(clear),
-        number("decay", decay),
-        rule_of(eps, eps_mode, clip, center=False),
+        [reward], [done], [returns], leaves, masks, *how, rule
     )
     return y

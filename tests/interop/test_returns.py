@@ -190,7 +190,7 @@ def test_gymnasium_vector(mode):
         if mode == AutoresetMode.SAME_STEP:
             returns[ended] = 0
         np.testing.assert_allclose(y.numpy(), want, rtol=1e-5)
-        np.testing.assert_allclose(returns, theirs.accumulated_reward, rtol=1e-4)
+        np.testing.assert_allclose(returns, theirs.accumulated_reward, 1e-4, 1e-4)
     assert_same_statistics(state, theirs.return_rms, rtol=1e-5)
 
 
