@@ -499,11 +499,12 @@ def scale_returns_(
         var = state.ssq / state.count - (state.sum / state.count).pow(2)
         y = (reward / (var + eps).sqrt()).clamp(-clip, clip).to(reward.dtype)
     """
+    _expect_one("state", state, Moments)
     return scale_returns_with(
         reward,
         done,
         returns,
-        state,
+        leaves_of([state]),
         mask,
         (number("gamma", gamma), clears_before(clear), number("decay", decay)),
         rule_of(eps, eps_mode, clip, center=False),
@@ -514,7 +515,7 @@ def scale_returns_with(
     reward: Tensor,
     done: Tensor | None,
     returns: Tensor,
-    state: Moments,
+    state: list[Tensor],
     mask: Tensor | None,
     how: tuple[float, bool, float],
     rule: RuleArgs,
@@ -523,10 +524,8 @@ def scale_returns_with(
     _expect_one("reward", reward, Tensor)
     _expect_one("done", done, Tensor)
     _expect_one("returns", returns, Tensor)
-    _expect_one("state", state, Moments)
-    masks = masks_of(mask, [reward])
-    leaves = leaves_of([state])
+    masks = [] if mask is None else masks_of(mask, [reward])
     (y,) = _return_ops.scale_returns(
-        [reward], [done], [returns], leaves, masks, *how, rule
+        [reward], [done], [returns], state, masks, *how, rule
     )
     return y

@@ -121,8 +121,8 @@ class ReturnNorm(nn.Module):
         return functional.scale_returns_with(
             reward,
             done,
-            self.returns,
-            self.stats.moments(),
+            self._buffers["returns"],  # as self.returns, in a tenth of the time
+            self._leaves(),
             mask,
             (self.gamma, self.clears_before, self.decay),
             self.rule,
@@ -130,12 +130,12 @@ class ReturnNorm(nn.Module):
 
     def normalize(self, reward: Tensor) -> Tensor:
         """Scales with the statistics as they are, in any mode."""
-        (y,) = _ops.normalize([reward], list(self.stats.moments()), self.rule)
+        (y,) = _ops.normalize([reward], self._leaves(), self.rule)
         return y
 
     def inverse(self, y: Tensor) -> Tensor:
         """``y * scale``: what was scaled, or, with a clip, what was left of it."""
-        (reward,) = _ops.denormalize([y], list(self.stats.moments()), self.rule)
+        (reward,) = _ops.denormalize([y], self._leaves(), self.rule)
         return reward
 
     @torch.no_grad()
@@ -210,6 +210,9 @@ class ReturnNorm(nn.Module):
                         module._buffers[name] = value.to(old.dtype, copy=True)
                     elif value is not None:
                         old.copy_(value)
+
+    def _leaves(self) -> list[Tensor]:
+        return list(self._modules["stats"]._buffers.values())
 
     def _apply(self, fn, recurse=True):
         return super()._apply(keeping_dtypes(fn), recurse)

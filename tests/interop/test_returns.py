@@ -216,15 +216,25 @@ def test_gymnasium_single():
 
 
 def test_they_differ():
-    """A last reward that decides: the rules make quite different scales of it."""
-    envs, steps = 64, 50
+    """Episodes that are only cut off: Gymnasium's returns go on for ever."""
+    calls, steps = 20_000, 100
+    script = Script(1, calls)
+    script.rewards = np.ones((calls, 1))
+    script.terminated = np.zeros((calls, 1), bool)
+    script.truncated = np.arange(calls)[:, None] % steps == steps - 1
+    theirs = VecNormalize(Scripted(script), norm_obs=False, gamma=0.99)
+    single = NormalizeReward(ScriptedEnv(script), gamma=0.99)
+    rules = {"after": theirs.ret_rms, "before": single.return_rms}
+    theirs.reset()
+    single.reset()
     scales = []
-    for clear in ("after", "before"):
-        state, returns = Moments.zeros(()), torch.zeros(envs, dtype=torch.float64)
-        for i in range(2000):
-            done = torch.full((envs,), i % steps == steps - 1)
-            reward = torch.where(done, 100.0, 0.0)
-            F.scale_returns_(reward, done, returns, state, clear=clear)
-        scales.append(F.loc_scale(state, eps=1e-8, eps_mode="var_add")[1].item())
-    after, before = scales
-    assert before > 1.5 * after
+    for clear, rms in rules.items():
+        state, returns = prior(), torch.zeros(1, dtype=torch.float64)
+        for i in range(calls):
+            ends = script.truncated[i] if clear == "after" else script.terminated[i]
+            reward = torch.from_numpy(script.rewards[i])
+            F.scale_returns_(reward, torch.from_numpy(ends), returns, state, clear=clear)
+            theirs.step(np.zeros(1, int)) if clear == "after" else single.step(0)
+        assert_same_statistics(state, rms)
+        scales.append(rms.var**0.5)
+    assert scales[0] > 2.5 * scales[1]
