@@ -45,7 +45,9 @@ class ReturnNorm(nn.Module):
 
     The statistics are buffers, ``stats.…`` in a ``state_dict()``, and so are the returns
     of the environments so far, ``returns``: float64 whatever the module's own dtype
-    becomes. Works in ``torch.compile`` without a graph break, and in CUDA graphs.
+    becomes. A checkpoint for other environments than those that it is from gets zeros of
+    their shape as ``returns``. Works in ``torch.compile`` without a graph break, and in CUDA
+    graphs.
 
         >>> norm = ReturnNorm(4096, gamma=0.99)
         >>> y = norm(reward, terminated | truncated)  # a step of each environment
@@ -184,8 +186,7 @@ class ReturnNorm(nn.Module):
             mine = (name for name in state_dict if name.startswith(prefix))
             unexpected += sorted(set(mine).difference((*names, returns_name)))
         missing += absent
-        # Statistics for other environments come without the returns of these.
-        if absent and (strict or absent != [returns_name]):
+        if absent:
             return
         try:
             loaded = check_moments(
@@ -195,9 +196,8 @@ class ReturnNorm(nn.Module):
                 counts=2,
                 owner="ReturnNorm",
             )
-            returns = state_dict.get(returns_name)
-            if returns is not None:
-                check_returns(returns_name, returns, self.returns.shape)
+            returns = state_dict[returns_name]
+            check_returns(returns_name, returns, self.returns.shape)
         except ValueError as err:
             errors.append(str(err))
             return
@@ -206,9 +206,9 @@ class ReturnNorm(nn.Module):
             for module, new in ((self.stats, buffers), (self, {"returns": returns})):
                 for name, value in new.items():
                     old = module._buffers[name]
-                    if value is not None and old.is_meta:
+                    if old.is_meta:
                         module._buffers[name] = value.to(old.dtype, copy=True)
-                    elif value is not None:
+                    else:
                         old.copy_(value)
 
     def _leaves(self) -> list[Tensor]:
