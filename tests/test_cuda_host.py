@@ -22,7 +22,11 @@ ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 FEW_ARCHITECTURES = (80, 90)
 #: two_kernels.cu: accumulate, normalize, denormalize. fused.cu: cluster and resident. For
 #: five types each. returns.cu: one block, and more.
-KERNELS = {"csrc/cuda/two_kernels.cu": 15, "csrc/cuda/fused.cu": 10, "csrc/cuda/returns.cu": 2}
+KERNELS = {
+    "csrc/cuda/two_kernels.cu": 15,
+    "csrc/cuda/fused.cu": 10,
+    "csrc/cuda/returns.cu": 2,
+}
 
 COMPILER = shutil.which("g++") or shutil.which("c++")
 NVCC = shutil.which("nvcc")

@@ -174,6 +174,4 @@ def test_compile(training):
 
 
 def test_repr():
-    assert "gamma=0.9, clear='before'" in repr(
-        ReturnNorm(3, gamma=0.9, clear="before")
-    )
+    assert "gamma=0.9, clear='before'" in repr(ReturnNorm(3, gamma=0.9, clear="before"))

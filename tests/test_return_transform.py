@@ -260,7 +260,7 @@ def test_checkpoint():
     env, other = make_env(), make_env()
     td = env.rollout(7, break_when_any_done=False)
     state = through_a_file(env.state_dict())
-    assert "reward_returns" in state["transforms._extra_state"]
+    assert "reward_returns" in state["_extra_state"]
     other.load_state_dict(state)
     out = TensorDict(
         reward=torch.randn(4, 1), done=torch.rand(4, 1) < 0.5, batch_size=[4]
@@ -318,28 +318,28 @@ def test_copies():
     assert t.half()._moments["reward"].sum.dtype == torch.float64
 
 
-def test_serial_and_parallel_environments():
-    """Around workers it sees them all; in workers each has statistics of its own."""
-    make = partial(IntegerEnv, (3,))
-    counts = []
-    for kind in (SerialEnv, ParallelEnv):
-        env = TransformedEnv(kind(2, make), VecNormReturn())
-        try:
-            env.rollout(6, break_when_any_done=False)
-            counts.append(env.transform._moments["reward"].count.item())
-        finally:
-            env.close(raise_if_closed=False)
-    assert counts == [12, 12]
-    creator = EnvCreator(partial(make_env, lengths=(3,)))
-    env = ParallelEnv(2, creator)
+@pytest.mark.parametrize(
+    "kind", [SerialEnv, pytest.param(ParallelEnv, marks=pytest.mark.slow)]
+)
+def test_around_several_environments(kind):
+    env = TransformedEnv(kind(2, partial(IntegerEnv, (3,))), VecNormReturn())
+    try:
+        env.rollout(6, break_when_any_done=False)
+        assert env.transform._moments["reward"].count.item() == 12
+    finally:
+        env.close(raise_if_closed=False)
+
+
+@pytest.mark.slow
+def test_in_workers():
+    """Each has statistics of its own, which begin with those of EnvCreator's trial."""
+    env = ParallelEnv(2, EnvCreator(partial(make_env, lengths=(3,))))
     try:
         td = env.rollout(6, break_when_any_done=False)
         assert td["next", "reward"].isfinite().all()
         states = env.state_dict()
         for worker in ("worker0", "worker1"):
-            state = states[worker]["transforms._extra_state"]
-            # The step that EnvCreator takes, and the worker's own.
-            assert state["reward_count"].item() == 7
+            assert states[worker]["_extra_state"]["reward_count"].item() == 7
     finally:
         env.close(raise_if_closed=False)
 

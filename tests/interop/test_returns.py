@@ -233,7 +233,9 @@ def test_they_differ():
         for i in range(calls):
             ends = script.truncated[i] if clear == "after" else script.terminated[i]
             reward = torch.from_numpy(script.rewards[i])
-            F.scale_returns_(reward, torch.from_numpy(ends), returns, state, clear=clear)
+            F.scale_returns_(
+                reward, torch.from_numpy(ends), returns, state, clear=clear
+            )
             theirs.step(np.zeros(1, int)) if clear == "after" else single.step(0)
         assert_same_statistics(state, rms)
         scales.append(rms.var**0.5)
