@@ -349,21 +349,21 @@ struct Affine {
   T inv;
   T rest;
 
-  VECNORM_HD static MapNumbers wide(Statistic s) {
+  // `rounded` is s.loc as T has it.
+  VECNORM_HD static MapNumbers wide(Statistic s, double rounded) {
     constexpr double largest = kLargest<T>;
     const double reciprocal = 1. / s.scale;
     // Deviations this large are near the end of T's range: x - hi may overflow where y
     // is an ordinary number. The mean is taken away last, which costs no digits that
     // matter, since it is less than 4096 deviations.
-    const double mean = static_cast<double>(static_cast<T>(s.loc));
-    const double hi = s.scale > largest / 4096 ? 0. : mean;
+    const double hi = s.scale > largest / 4096 ? 0. : rounded;
     // Clamped, so that a constant feature under a tiny eps gives 0 and not 0 * inf.
     const double inv = reciprocal > largest ? largest : reciprocal;
     return {hi, inv, (hi - s.loc) * reciprocal};
   }
 
   VECNORM_HD static Affine of(Statistic s) {
-    const MapNumbers k = wide(s);
+    const MapNumbers k = wide(s, static_cast<double>(static_cast<T>(s.loc)));
     return {static_cast<T>(k.a), static_cast<T>(k.b), static_cast<T>(k.c)};
   }
 
@@ -380,13 +380,12 @@ struct InverseAffine {
   T hi;
   T lo;
 
-  VECNORM_HD static MapNumbers wide(Statistic s) {
-    const double hi = static_cast<double>(static_cast<T>(s.loc));
-    return {s.scale, hi, s.loc - hi};
+  VECNORM_HD static MapNumbers wide(Statistic s, double rounded) {
+    return {s.scale, rounded, s.loc - rounded};
   }
 
   VECNORM_HD static InverseAffine of(Statistic s) {
-    const MapNumbers k = wide(s);
+    const MapNumbers k = wide(s, static_cast<double>(static_cast<T>(s.loc)));
     return {static_cast<T>(k.a), static_cast<T>(k.b), static_cast<T>(k.c)};
   }
 

@@ -96,12 +96,24 @@ struct Totals {
   // Adds a pack's sums, but for the lanes before `skip`, which another pack has.
   template <typename C>
   void add(const Sums<C, Pack<C>>& sums, int64_t skip) const {
-    for (int64_t j = skip; j < kPack<C>; ++j) {
-      if constexpr (std::is_same_v<C, double>) {
-        n[j] += sums.n.value[j];
+    if constexpr (std::is_same_v<C, double>) {
+      add_lanes<C>(n, sums.n.value, skip);
+    }
+    add_lanes<C>(d1, sums.d1, skip);
+    add_lanes<C>(d2, sums.d2, skip);
+  }
+
+ private:
+  template <typename C>
+  static void add_lanes(double* to, Pack<C> from, int64_t skip) {
+    if (skip == 0) {  // nearly always: loops of a known length become packs
+      for (int64_t j = 0; j < kPack<C>; ++j) {
+        to[j] += from[j];
       }
-      d1[j] += sums.d1[j];
-      d2[j] += sums.d2[j];
+    } else {
+      for (int64_t j = skip; j < kPack<C>; ++j) {
+        to[j] += from[j];
+      }
     }
   }
 };

@@ -600,16 +600,28 @@ class Call {
     const Coefficients<C> k = Coefficients<C>(work.coefficients, work.width()) + begin;
     const Rounding rounding = key.state.rounding();
     const Scaling scaling = rule_.scaling;
-    double root[kStrip];
+    double loc[kStrip];
+    double scale[kStrip];
+    double rounded[kStrip];
     double a[kStrip];
     double b[kStrip];
     double c[kStrip];
     for (int64_t i = 0; i < state.size; ++i) {
       a[i] = scaling.widened(state.var[i]);
     }
-    roots(a, state.size, root);
+    roots(a, state.size, b);
     for (int64_t i = 0; i < state.size; ++i) {
-      const MapNumbers k = Map::wide(statistic(state[i], root[i], scaling, rounding));
+      const Statistic s = statistic(state[i], b[i], scaling, rounding);
+      loc[i] = s.loc;
+      scale[i] = s.scale;
+    }
+    // In a loop of its own: where one of two ways needs it, it is a branch to
+    // compilers.
+    for (int64_t i = 0; i < state.size; ++i) {
+      rounded[i] = static_cast<double>(static_cast<C>(loc[i]));
+    }
+    for (int64_t i = 0; i < state.size; ++i) {
+      const MapNumbers k = Map::wide({loc[i], scale[i]}, rounded[i]);
       a[i] = k.a;
       b[i] = k.b;
       c[i] = k.c;
