@@ -112,9 +112,11 @@ def in_flight(code: list[Instruction], opcode: str) -> int:
 
 
 def _name_of(symbol: str) -> str:
-    """``_ZN…15resident_kernelIfEEv…`` is ``resident<float>``."""
-    name, _, kind = symbol.partition("_kernelI")
-    name = re.sub(r".*\d", "", name)
+    """``_ZN…15resident_kernelIfEEv…`` is ``resident<float>``, ``…12alone_kernelE…`` ``alone``."""
+    name, _, kind = symbol.partition("_kernel")
+    name, is_template, kind = re.sub(r".*\d", "", name), kind[0] == "I", kind[1:]
+    if not is_template:
+        return name
     half = re.search(r"B?Float16", kind)
     return f"{name}<{half.group(0) if half else _TYPES[kind[0]]}>"
 

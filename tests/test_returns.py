@@ -443,6 +443,17 @@ def test_one_key_is_refused_and_none_changes():
     assert not returns[0].any() and not states[0].count.any()
 
 
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_an_output_is_refused_and_nothing_changes(requires_grad):
+    args = operator_args(requires_grad)
+    args[4][1] = torch.empty(5, 3, dtype=torch.float64)
+    before = copy.deepcopy(args[2:4])
+    with pytest.raises(ValueError, match="key 1: expected an output of shape"):
+        ops.scale_returns(*args)
+    for got, want in zip(args[2:4], before, strict=True):
+        assert all(map(torch.equal, got, want))
+
+
 def test_two_keys_are_one_call_each():
     states = [Moments.zeros(()), Moments.zeros([2])]
     xs = [rewards((30,), ()), rewards((20,), (2,), torch.float64)]

@@ -9,8 +9,7 @@
 // adds up the sums of all in order and folds them into the state, and normalize() is a
 // second launch.
 //
-// Sums are in double from the start; values of any type and stride are read one at a
-// time, as there are a few for each thread.
+// Sums are in double from the start; values may be of any type and stride.
 
 #include <algorithm>
 
@@ -24,7 +23,7 @@ namespace {
 
 #include "../step_return.inl"
 
-constexpr int kReturnThreads = kFusedThreads;
+constexpr int64_t kReturnThreads = kFusedThreads;  // wide, as rows are
 // Values of a block that is alone, and rows of one that is not, while these are few.
 constexpr int64_t kAlone = 16 * kReturnThreads;
 constexpr int64_t kReturnRows = 4 * kReturnThreads;
@@ -75,31 +74,67 @@ __device__ inline Found sum_over_block(const Found& mine) {
   }
   __syncthreads();
   Found all;
-  for (int w = 0; w < static_cast<int>(blockDim.x) / kWarp; ++w) {
+  for (int w = 0; w < kReturnThreads / kWarp; ++w) {
     const double* const of = scratch + w * kFound;
     all.add({{of[0], of[1], of[2]}, of[3]});
   }
   return all;
 }
 
-// The returns of the block's rows go on, and are summed by each thread.
+// Values of a feature in rows that are a block's threads apart, from `row` on.
+__device__ __forceinline__ void load_rows(Column* column, const Matrix& m, int64_t row,
+                                          int64_t f, int n) {
+  column->load_from(m, row * m.row_stride + f * m.feature_stride,
+                    kReturnThreads * m.row_stride, n);
+}
+
+// How many of its rows a thread takes at once, from `row` on.
+__device__ inline int rows_at_once(int64_t row, int64_t end) {
+  const int64_t left = (end - row + kReturnThreads - 1) / kReturnThreads;
+  return static_cast<int>(left < kValuesAtOnce ? left : kValuesAtOnce);
+}
+
+// The returns of the block's rows go on, and are summed by each thread. What some rows
+// are made of is all under way before the first of it is used.
 __device__ inline Found step_rows(const ReturnsParams& p, int64_t f, double shift) {
   const Key& key = p.of.key;
+  const Leaf& kept = p.of.returns;
+  const Matrix returns{kept.data, kept.dtype, key.features, 1};
   const int64_t begin = blockIdx.x * p.rows_per_block;
   const int64_t left = key.samples - begin;
   const int64_t end = begin + (left < p.rows_per_block ? left : p.rows_per_block);
+  const bool* const done = p.of.done;
+  const bool* const mask = key.mask;
   Found mine;
-#pragma unroll 4
   for (int64_t row = begin + static_cast<int>(threadIdx.x); row < end;
-       row += blockDim.x) {
-    const bool counts = key.mask == nullptr || key.mask[row];
-    const int64_t at = row * key.features + f;
-    const ReturnStep<double> step =
-        step_return(p.of.returns.read(at), load_any(key.x, row, f), p.of.done[row],
-                    counts, p.by, RoundTo{p.of.returns});
-    p.of.returns.write(at, step.left);
-    mine.sums = reduce(mine.sums, step.seen, shift);
-    mine.rows += counts ? 1 : 0;
+       row += kValuesAtOnce * kReturnThreads) {
+    const int n = rows_at_once(row, end);
+    Column old_values;
+    Column rewards;
+    bool ends[kValuesAtOnce];
+    bool counts[kValuesAtOnce];
+    load_rows(&old_values, returns, row, f, n);
+    load_rows(&rewards, key.x, row, f, n);
+#pragma unroll
+    for (int j = 0; j < kValuesAtOnce; ++j) {
+      const int64_t at = row + j * kReturnThreads;
+      ends[j] = j < n && done[at];
+      counts[j] = j < n && (mask == nullptr || mask[at]);
+    }
+    double old[kValuesAtOnce];
+    double reward[kValuesAtOnce];
+    old_values.convert(kept.dtype, old);
+    rewards.convert(key.x.dtype, reward);
+#pragma unroll
+    for (int j = 0; j < kValuesAtOnce; ++j) {
+      const ReturnStep<double> step =
+          step_return(old[j], reward[j], ends[j], counts[j], p.by, RoundTo{kept});
+      if (counts[j]) {
+        kept.write((row + j * kReturnThreads) * key.features + f, step.left);
+        mine.sums = reduce(mine.sums, step.seen, shift);
+        mine.rows += 1;
+      }
+    }
   }
   return mine;
 }
@@ -109,11 +144,24 @@ __device__ void scale_rows(const ReturnsParams& p, int64_t f, const Statistic& s
   const Key& key = p.of.key;
   const auto map = Affine<C>::of(s);
   const C limit = p.rule.limit<C>();
-#pragma unroll 4
   for (int64_t row = static_cast<int>(threadIdx.x); row < key.samples;
-       row += blockDim.x) {
-    const C value = static_cast<C>(load_any(key.x, row, f));
-    store_any(key.y, row, f, map(value, limit));
+       row += kValuesAtOnce * kReturnThreads) {
+    const int n = rows_at_once(row, key.samples);
+    Column rewards;
+    load_rows(&rewards, key.x, row, f, n);
+    C values[kValuesAtOnce];
+    rewards.convert(key.x.dtype, values);
+    dispatch_float(key.y.dtype, [&](auto type) {
+      using T = typename decltype(type)::type;
+      T* const to = static_cast<T*>(key.y.data) + row * key.y.row_stride +
+                    f * key.y.feature_stride;
+#pragma unroll
+      for (int j = 0; j < kValuesAtOnce; ++j) {
+        if (j < n) {
+          to[j * kReturnThreads * key.y.row_stride] = store<T>(map(values[j], limit));
+        }
+      }
+    });
   }
 }
 
@@ -121,8 +169,8 @@ __device__ void scale_rows(const ReturnsParams& p, int64_t f, const Statistic& s
 __device__ inline Statistic fold_returns(const ReturnsParams& p, int64_t f,
                                          const Found& all, double shift) {
   const Key& key = p.of.key;
-  double* const shown = reinterpret_cast<double*>(shared_memory()) +
-                        kFound * (static_cast<int>(blockDim.x) / kWarp);
+  double* const shown =
+      reinterpret_cast<double*>(shared_memory()) + kFound * (kReturnThreads / kWarp);
   if (threadIdx.x == 0) {
     const Moments folded =
         fold_sums(key.state, f, key.features, all.sums, shift, all.rows, p.weights);
@@ -181,7 +229,7 @@ __global__ void __launch_bounds__(kReturnThreads, 1)
   for (int64_t f = 0; f < key.features; ++f) {
     const double shift = shift_of(p, f);
     Found mine;
-    for (int b = static_cast<int>(threadIdx.x); b < blocks; b += blockDim.x) {
+    for (int b = static_cast<int>(threadIdx.x); b < blocks; b += kReturnThreads) {
       const double* const of = p.partials + (f * blocks + b) * kFound;
       mine.add({{of[0], of[1], of[2]}, of[3]});
     }

@@ -7,11 +7,10 @@
 
 #pragma once
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
-#include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/graph_task.h>
 
-#include <algorithm>
 #include <initializer_list>
 
 #include "tensors.h"
@@ -32,21 +31,6 @@ void run_below_autograd(std::initializer_list<TensorList> mutated, const Call& c
         t.unsafeGetTensorImpl()->bump_version();
       }
     }
-  }
-}
-
-inline bool needs_gradient(TensorList list) {
-  return at::GradMode::is_enabled() &&
-         std::any_of(list.begin(), list.end(),
-                     [](const Tensor& t) { return t.requires_grad(); });
-}
-
-inline void check_no_tangents(TensorList x) {
-  for (size_t i = 0; i < x.size(); ++i) {
-    TORCH_CHECK_NOT_IMPLEMENTED(
-        !x[i]._fw_grad(0).defined(), "key ", i,
-        ": the operators have no forward-mode derivatives, torchrl_vecnorm.functional "
-        "has them");
   }
 }
 

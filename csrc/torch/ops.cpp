@@ -349,6 +349,21 @@ void run_in_graph(TensorList x, TensorList y, const States& s, const Rule& rule,
   }
 }
 
+bool needs_gradient(TensorList list) {
+  return at::GradMode::is_enabled() &&
+         std::any_of(list.begin(), list.end(),
+                     [](const Tensor& t) { return t.requires_grad(); });
+}
+
+void check_no_tangents(TensorList x) {
+  for (size_t i = 0; i < x.size(); ++i) {
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        !x[i]._fw_grad(0).defined(), "key ", i,
+        ": the operators have no forward-mode derivatives, torchrl_vecnorm.functional "
+        "has them");
+  }
+}
+
 // Runs an operator that writes to its outputs, and connects those whose inputs need
 // gradients.
 template <typename Run>
@@ -471,6 +486,11 @@ void normalize_out_trace(TensorList, TensorList, TensorList, double, int64_t,
 void merge_trace(TensorList, TensorList, double, double) { refuse_trace("merge"); }
 
 }  // namespace
+
+void run_with_gradients(TensorList x, TensorList y, TensorList state,
+                        const RuleArgs& rule, const std::function<void()>& run) {
+  with_gradients(x, y, {state}, rule, run);
+}
 
 Tensor output_like(const Tensor& x) {
   const at::ScalarType dtype = output_dtype(x);

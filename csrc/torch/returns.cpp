@@ -55,15 +55,12 @@ void scale_returns_autograd(TensorList x, TensorList done, TensorList returns,
                             double gamma, bool clears_before, double keep, double eps,
                             int64_t eps_mode, std::optional<double> clip) {
   refuse_recomputation();
-  check_no_tangents(x);
-  const bool in_graph = needs_gradient(x) || needs_gradient(y);
-  run_below_autograd({returns, state, in_graph ? TensorList() : y}, [&] {
-    scale_returns_op().call(x, done, returns, state, in_graph ? TensorList() : y, mask,
-                            gamma, clears_before, keep, eps, eps_mode, clip);
+  run_with_gradients(x, y, state, {eps, eps_mode, clip, /*center=*/false}, [&] {
+    run_below_autograd({returns, state, y}, [&] {
+      scale_returns_op().call(x, done, returns, state, y, mask, gamma, clears_before,
+                              keep, eps, eps_mode, clip);
+    });
   });
-  if (in_graph && !y.empty()) {
-    normalize_out(x, state, y, {eps, eps_mode, clip, /*center=*/false});
-  }
 }
 
 void scale_returns_trace(TensorList, TensorList, TensorList, TensorList, TensorList,
