@@ -228,6 +228,105 @@ def test_other_environments_need_a_reset():
     assert t._moments["reward"].count.item() == 5
 
 
+def step_of(reward, done=None) -> TensorDict:
+    """What an environment gives."""
+    done = torch.zeros(len(reward), 1, dtype=torch.bool) if done is None else done
+    return TensorDict(reward=reward, done=done, batch_size=[len(reward)])
+
+
+@pytest.mark.parametrize("first", ["rollout", "load", "to"])
+def test_what_inference_mode_has_begun_goes_on_outside(first):
+    env, other = make_env(), make_env()
+    other.rollout(3)
+    with torch.inference_mode():
+        if first == "rollout":
+            env.rollout(3)
+        elif first == "load":
+            env.load_state_dict(other.state_dict())
+        else:
+            (env := other).to("cpu")
+    env.rollout(2)
+    assert env.transform._moments["reward"].count.item() == 5 * 4
+    with torch.inference_mode():
+        env.rollout(2)
+    env.reset()
+    assert not env.transform._returns["reward"].any()
+
+
+def test_an_error_begins_nothing():
+    """Named, and the next call may be of another shape."""
+    t = VecNormReturn()
+    for bad, match in (
+        (step_of(torch.zeros(4, 3).cfloat()), "key 'reward': expected dense real"),
+        (
+            step_of(torch.zeros(4, 3), torch.zeros(4)),
+            "key 'reward': expected bool dones",
+        ),
+        (
+            TensorDict(reward=torch.zeros(4, 3), done=torch.zeros(3, 1) > 0),
+            "key 'reward': expected 'done' of a shape",
+        ),
+    ):
+        with pytest.raises((TypeError, ValueError), match=match) as error:
+            t._step(TensorDict(), bad)
+        assert "VecNormReturn: " in str(error.value)
+        assert not t.get_extra_state() and not t._begun
+    t._step(TensorDict(), step_of(torch.ones(4, 1)))
+    with pytest.raises(ValueError, match="VecNormReturn: key 'reward': expected feat"):
+        t(TensorDict(reward=torch.zeros(4, 3), batch_size=[4]))
+
+
+@pytest.mark.parametrize("done", [(4,), (4, 1), (4, 1, 1)], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str
+)
+def test_shapes_and_dtypes(done, dtype):
+    """Of rewards that are columns, or expanded; ends of any shape that begins with [4]."""
+    t = VecNormReturn()
+    for reward in (torch.randn(4, 6)[:, ::3], torch.ones(1, 1).expand(4, 2)):
+        td = step_of(reward.to(dtype), torch.ones(done, dtype=torch.bool))
+        t._step(TensorDict(), td)
+        assert td["reward"].dtype == dtype and not t._returns["reward"].any()
+    assert t._moments["reward"].count.item() == 8
+
+
+@pytest.mark.parametrize("envs", [(), (0,), (1,), (2, 3)], ids=str)
+def test_any_number_of_environments(envs):
+    t = VecNormReturn()
+    for feature in ((1,), ()):
+        td = TensorDict(
+            reward=torch.ones((*envs, *feature)),
+            done=torch.zeros(*envs, 1, dtype=torch.bool),
+            batch_size=envs,
+        )
+        t._step(TensorDict(batch_size=envs), td)
+        assert t._returns["reward"].shape == (*envs, *feature)
+        assert t._moments["reward"].count.item() == torch.Size(envs).numel()
+        t = VecNormReturn()
+
+
+def test_gradients_and_numbers_that_change():
+    t, reward = VecNormReturn(clip=None), torch.randn(4, 1, requires_grad=True)
+    td = step_of(reward * 2)
+    t._step(TensorDict(), td)
+    td["reward"].sum().backward()
+    torch.testing.assert_close(
+        reward.grad, (2 / t.scale["reward"]).float().expand(4, 1)
+    )
+    assert not t._returns["reward"].requires_grad
+    before = t._returns["reward"].clone()
+    t.decay, t.gamma = 0.5, 0.25
+    t._step(TensorDict(), step_of(torch.ones(4, 1)))
+    assert t._moments["reward"].count.item() == 2 + 4
+    torch.testing.assert_close(t._returns["reward"], 0.25 * before + 1)
+    for name in ("decay", "gamma"):
+        setattr(t, name, 2.0)
+        with pytest.raises(ValueError, match=f"expected {name} in"):
+            t._step(TensorDict(), step_of(torch.ones(4, 1)))
+        setattr(t, name, 0.5)
+    assert t._moments["reward"].count.item() == 6
+
+
 @pytest.mark.parametrize("make", [make_env, partial(make_env, lengths=())])
 def test_specs(make):
     env = make(["reward"], ["scaled"])

@@ -50,7 +50,11 @@ class Partial(NamedTuple):
 
 
 def for_samples(
-    mask: Tensor, key: NestedKey, name: NestedKey, samples: torch.Size
+    mask: Tensor,
+    key: NestedKey,
+    name: NestedKey,
+    samples: torch.Size,
+    owner: str = "VecNorm",
 ) -> Tensor:
     """Flags of environments, or of parts of them, for each sample: bool, ``samples``."""
     shape = mask.shape
@@ -59,7 +63,7 @@ def for_samples(
         mask = mask.flatten(len(samples)).any(-1)
     if any(m not in (1, n) for m, n in zip(mask.shape, samples, strict=False)):
         raise ValueError(
-            f"VecNorm: key {key!r}: expected {name!r} of a shape that begins with that of "
+            f"{owner}: key {key!r}: expected {name!r} of a shape that begins with that of "
             f"the samples, {tuple(samples)}, got {tuple(shape)}"
         )
     mask = mask[(..., *(None for _ in range(len(samples) - mask.ndim)))]

@@ -14,6 +14,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase, unravel_key
 from tensordict.utils import NestedKey
 from torch import Tensor
+from torch.compiler import is_compiling
 from torchrl.data.tensor_specs import TensorSpec
 from torchrl.envs import VecNorm as _TorchRLVecNorm
 from typing_extensions import Self
@@ -24,7 +25,9 @@ from torchrl_vecnorm.moments import Moments
 from torchrl_vecnorm.return_norm import check_returns
 from torchrl_vecnorm.rule import EpsMode
 from torchrl_vecnorm.running_norm import keeping_dtypes
+from torchrl_vecnorm.statistics.compute import with_names
 from torchrl_vecnorm.statistics.entries import get_entry
+from torchrl_vecnorm.statistics.modes import new_moments
 from torchrl_vecnorm.statistics.names import as_path, flat_name
 from torchrl_vecnorm.transforms import specs
 from torchrl_vecnorm.transforms.masks import Partial, StepMasks, for_samples
@@ -143,21 +146,26 @@ class VecNormReturn(Switching):
             envs = reward.shape[: self._env_ndim(next_tensordict, reward)]
             ends.append(self._ends(next_tensordict, key, envs))
             masks.append(_step_mask(tensordict, key, envs))
-        returns = [
-            self._returns_for(key, reward, self._env_ndim(next_tensordict, reward))
+        states = [
+            self._state_for(key, reward, self._env_ndim(next_tensordict, reward))
             for key, reward in zip(keys, rewards, strict=True)
         ]
-        scaled = _return_ops.scale_returns(
+        scaled = _called(
+            keys,
+            _return_ops.scale_returns,
             rewards,
             ends,
-            returns,
-            self._leaves(keys),
+            [returns for _, returns in states],
+            functional.leaves_of([moments for moments, _ in states]),
             functional.masks_of(masks, rewards),
             self.gamma,
             self.clears_before,
             self.decay,
             self.rule,
         )
+        # Only now: an error has begun nothing.
+        for key, (moments, returns) in zip(keys, states, strict=True):
+            self._moments[key], self._returns[key] = moments, returns
         self._begun.update(keys)
         return self._write(next_tensordict, keys, scaled)
 
@@ -208,7 +216,9 @@ class VecNormReturn(Switching):
             m if m.sum.device == reward.device else m.to(reward.device)
             for m, reward in zip(states, rewards, strict=True)
         ]
-        scaled = _ops.normalize(rewards, functional.leaves_of(states), self.rule)
+        scaled = _called(
+            keys, _ops.normalize, rewards, functional.leaves_of(states), self.rule
+        )
         return self._write(tensordict, keys, scaled)
 
     def _call(self, next_tensordict: TensorDictBase) -> TensorDictBase:
@@ -252,7 +262,7 @@ class VecNormReturn(Switching):
             found = [end for end in (get_entry(td, k) for k in keys) if end is not None]
             if found:
                 ends = found[0] if len(found) == 1 else found[0] | found[1]
-                return for_samples(ends, key, keys[0], envs)
+                return for_samples(ends, key, keys[0], envs, "VecNormReturn")
         raise KeyError(
             f"VecNormReturn: key {key!r}: expected one of {candidates} beside it, there "
             f"are {sorted(map(str, td.keys(True, True)))}"
@@ -266,30 +276,28 @@ class VecNormReturn(Switching):
             td.set(out_keys[key], value)
         return td
 
-    def _returns_for(self, key: NestedKey, reward: Tensor, env_ndim: int) -> Tensor:
-        """The returns that go on with this reward; zeros for new environments."""
+    def _state_for(
+        self, key: NestedKey, reward: Tensor, env_ndim: int
+    ) -> tuple[Moments, Tensor]:
+        """The statistics and returns that go on with this reward; zeros at first."""
+        device = reward.device
         moments = self._moments.get(key)
         if moments is None:
-            features = reward.shape[env_ndim:]
-            zeros = Moments.zeros(features, device=reward.device)
-            moments = self._moments[key] = zeros
-        elif moments.sum.device != reward.device:
-            moments = self._moments[key] = moments.to(reward.device)
+            moments = new_moments(reward.shape[env_ndim:], device)
+        elif moments.sum.device != device:
+            moments = moments.to(device)
         returns = self._returns.get(key)
-        is_other = returns is not None and returns.shape != reward.shape
-        if is_other and key in self._begun:
-            raise ValueError(
-                f"VecNormReturn: key {key!r}: expected rewards of shape "
-                f"{tuple(returns.shape)}, as in the steps before, got "
-                f"{tuple(reward.shape)}; a reset of all environments makes room for others"
-            )
-        if returns is None or is_other:
-            returns = moments.sum.new_zeros(reward.shape)
-        self._returns[key] = returns = returns.to(reward.device)
-        return returns
-
-    def _leaves(self, keys: list[NestedKey]) -> list[Tensor]:
-        return functional.leaves_of([self._moments[key] for key in keys])
+        if returns is None or returns.shape != reward.shape:
+            if key in self._begun:
+                raise ValueError(
+                    f"VecNormReturn: key {key!r}: expected rewards of shape "
+                    f"{tuple(self._returns[key].shape)}, as in the steps before, got "
+                    f"{tuple(reward.shape)}; a reset of all environments makes room for "
+                    "others"
+                )
+            # As statistics are, for who steps in inference_mode now, and not later.
+            returns = new_moments(reward.shape, device).sum
+        return moments, returns.to(device)
 
     # ------------------------------------------------------------ reading, checkpoints
 
@@ -356,7 +364,8 @@ class VecNormReturn(Switching):
             loaded[key] = moments, returns
         if state:
             raise KeyError(f"VecNormReturn: entries of no in_key: {sorted(state)}")
-        with torch.no_grad():
+        # What inference_mode makes could not be updated outside of it.
+        with torch.inference_mode(False), torch.no_grad():
             for key, (moments, returns) in loaded.items():
                 self._load(key, moments, returns)
 
@@ -381,10 +390,11 @@ class VecNormReturn(Switching):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         move = keeping_dtypes(fn)
-        for key, moments in self._moments.items():
-            self._moments[key] = Moments(*map(move, moments))
-        for key, returns in self._returns.items():
-            self._returns[key] = move(returns)
+        with torch.inference_mode(False):
+            for key, moments in self._moments.items():
+                self._moments[key] = Moments(*map(move, moments))
+            for key, returns in self._returns.items():
+                self._returns[key] = move(returns)
         return super()._apply(fn, recurse)
 
     def __copy__(self) -> Self:
@@ -417,6 +427,19 @@ class VecNormReturn(Switching):
             f"clear={_return_ops.CLEARS[self.clears_before]!r}, decay={self.decay}, "
             f"eps={eps}, clip={clip}, in_keys={self.in_keys}, out_keys={self.out_keys})"
         )
+
+
+def _called(keys: Sequence[NestedKey], operator: Callable, *args: Any) -> list[Tensor]:
+    """Calls an operator, whose errors have the number of a key, for users of names."""
+    if is_compiling():
+        return operator(*args)
+    try:
+        return operator(*args)
+    except (ValueError, TypeError, RuntimeError) as error:
+        text = with_names(error, keys)
+        if text == str(error):
+            raise
+        raise type(error)(f"VecNormReturn: {text}") from None
 
 
 def _is_there(*entries: Any) -> list[bool]:
