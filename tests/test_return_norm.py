@@ -101,7 +101,7 @@ def test_options_are_refused(options, error):
 
 def test_calls_are_refused():
     norm = ReturnNorm(6)
-    x, done = batch()
+    x, _ = batch()
     with pytest.raises(TypeError, match="expected done as Tensor, got NoneType"):
         norm(x)
     with pytest.raises(ValueError, match="returns of the shape of the rewards"):
@@ -141,8 +141,17 @@ def test_loading_is_strict():
         with pytest.raises(RuntimeError, match=f"Missing.*{name}"):
             norm.load_state_dict({k: v for k, v in good.items() if k != name})
     assert all(map(torch.equal, norm.state_dict().values(), before.values()))
-    with pytest.raises(RuntimeError, match="Unexpected.*more"):
+    with pytest.raises(RuntimeError, match=r"Unexpected.*more"):
         norm.load_state_dict({**good, "more": torch.zeros(())})
+
+
+def test_from_other_environments():
+    """The statistics, with returns that begin anew."""
+    norm, other = trained(), ReturnNorm(9)
+    other.load_state_dict({**norm.state_dict(), "returns": torch.zeros(9)})
+    assert other.scale == norm.scale and not other.returns.any()
+    other(*batch(9))
+    assert other.count == norm.count + 9
 
 
 def test_dtypes_are_kept():

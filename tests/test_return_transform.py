@@ -327,6 +327,19 @@ def test_gradients_and_numbers_that_change():
     assert t._moments["reward"].count.item() == 6
 
 
+def test_compile():
+    """From the first step on, without a graph break."""
+    eager, other = VecNormReturn(), VecNormReturn()
+    compiled = torch.compile(other._step, fullgraph=True, backend="aot_eager")
+    for _ in range(3):
+        td = step_of(torch.randn(4, 1), torch.rand(4, 1) < 0.3)
+        root, a, b = TensorDict(batch_size=[4]), td.clone(), td.clone()
+        torch.testing.assert_close(
+            compiled(root, a)["reward"], eager._step(root, b)["reward"]
+        )
+    assert_same(eager.state_dict(), other.state_dict())
+
+
 @pytest.mark.parametrize("make", [make_env, partial(make_env, lengths=())])
 def test_specs(make):
     env = make(["reward"], ["scaled"])

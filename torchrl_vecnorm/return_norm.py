@@ -45,8 +45,8 @@ class ReturnNorm(nn.Module):
 
     The statistics are buffers, ``stats.…`` in a ``state_dict()``, and so are the returns
     of the environments so far, ``returns``: float64 whatever the module's own dtype
-    becomes. A checkpoint for other environments than those that it is from gets zeros of
-    their shape as ``returns``. Works in ``torch.compile`` without a graph break, and in CUDA
+    becomes. Other environments than those of a checkpoint take its statistics with zeros in
+    the place of its ``returns``. Works in ``torch.compile`` without a graph break, and in CUDA
     graphs.
 
         >>> norm = ReturnNorm(4096, gamma=0.99)

@@ -19,16 +19,20 @@ from gymnasium.wrappers import NormalizeReward
 from gymnasium.wrappers.vector import NormalizeReward as VectorNormalizeReward
 from stable_baselines3.common.vec_env import VecNormalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv
+from tensordict import TensorDict
+from torchrl.collectors import Collector
+from torchrl.data import Binary, Composite, Unbounded
+from torchrl.envs import EnvBase, TransformedEnv
 
-from torchrl_vecnorm import Moments
+from torchrl_vecnorm import Moments, VecNormReturn
 from torchrl_vecnorm import functional as F
 
 CALLS = 3000
 
 
-def prior() -> Moments:
+def prior(features=()) -> Moments:
     """What both libraries begin with: a weight of 1e-4, at 0, of variance 1."""
-    state = Moments.zeros(())
+    state = Moments.zeros(features)
     state.ssq.fill_(1e-4)
     state.count.fill_(1e-4)
     state.central.fill_(1.0)
@@ -133,6 +137,43 @@ class ScriptedEnv(gym.Env):
         )
 
 
+class ScriptedTorchRL(EnvBase):
+    """One for TorchRL, whose collectors reset what is done."""
+
+    def __init__(self, script: Script) -> None:
+        n = script.rewards.shape[1]
+        super().__init__(batch_size=[n])
+        self.script, self.at = script, 0
+        self.observation_spec = Composite(observation=Unbounded((n, 1)), shape=(n,))
+        self.action_spec = Unbounded((n, 1))
+        self.reward_spec = Unbounded((n, 1))
+        names = ("done", "terminated", "truncated")
+        ends = {name: Binary(shape=(n, 1), dtype=torch.bool) for name in names}
+        self.full_done_spec = Composite(ends, shape=(n,))
+
+    def _observed(self, **entries) -> TensorDict:
+        zeros = torch.zeros(*self.batch_size, 1)
+        return TensorDict(observation=zeros, **entries, batch_size=self.batch_size)
+
+    def _reset(self, tensordict=None, **kwargs):
+        return self._observed()
+
+    def _step(self, tensordict):
+        at, self.at = self.at, self.at + 1
+        s = self.script
+        terminated = torch.from_numpy(s.terminated[at])[:, None]
+        truncated = torch.from_numpy(s.truncated[at])[:, None]
+        return self._observed(
+            reward=torch.from_numpy(s.rewards[at].astype(np.float32))[:, None],
+            done=terminated | truncated,
+            terminated=terminated,
+            truncated=truncated,
+        )
+
+    def _set_seed(self, seed):
+        pass
+
+
 def assert_same_statistics(state: Moments, rms, rtol=1e-9) -> None:
     mean, var = state.mean_var()
     np.testing.assert_allclose(mean.numpy(), rms.mean, rtol=rtol)
@@ -160,8 +201,33 @@ def test_stable_baselines3(envs):
             )
             returns[done] = 0  # as the library does, whoever goes on learning
         np.testing.assert_allclose(y.numpy(), want, rtol=3e-7)
-        np.testing.assert_allclose(returns.numpy(), theirs.returns, rtol=1e-12)
+        np.testing.assert_allclose(returns.numpy(), theirs.returns, 1e-12, 1e-12)
     assert_same_statistics(state, theirs.ret_rms)
+
+
+def test_a_collector_beside_stable_baselines3():
+    """Through resets of some environments, and from batch to batch."""
+    envs, calls = 5, 300
+    script = Script(envs, calls)
+    theirs = VecNormalize(Scripted(script), norm_obs=False, gamma=0.95)
+    theirs.reset()
+    want = np.stack([theirs.step(np.zeros(envs, int))[1] for _ in range(calls)], 1)
+
+    env = TransformedEnv(ScriptedTorchRL(script), VecNormReturn(gamma=0.95))
+    env.transform.set_extra_state(
+        {f"reward_{name}": v for name, v in prior([1])._asdict().items()}
+    )
+    collector = Collector(
+        env, frames_per_batch=envs * 25, total_frames=envs * calls, policy=None
+    )
+    got = torch.cat([td["next", "reward"][..., 0] for td in collector], -1)
+    np.testing.assert_allclose(got.numpy(), want, rtol=3e-7)
+    np.testing.assert_allclose(
+        env.transform.get_extra_state()["reward_returns"][:, 0],
+        theirs.returns,
+        1e-12,
+        1e-12,
+    )
 
 
 @pytest.mark.parametrize("mode", [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP])
@@ -211,7 +277,7 @@ def test_gymnasium_single():
             clip=None,
         )
         np.testing.assert_allclose(y.numpy(), want, rtol=1e-12)
-        np.testing.assert_allclose(returns, theirs.discounted_reward, rtol=1e-12)
+        np.testing.assert_allclose(returns, theirs.discounted_reward, 1e-12, 1e-12)
     assert_same_statistics(state, theirs.return_rms)
 
 
