@@ -100,9 +100,14 @@ def scale_returns(
     rule: RuleArgs,
 ) -> list[Tensor]:
     """The returns go on by a step, the state takes them in, and x is scaled by it."""
-    plain = [v.detach() for v in x] if torch.compiler.is_compiling() else x
     how = gamma, clears_before, keep
-    if torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling():
+        y = _C.scale_returns(x, done, returns, state, mask, *how, rule)
+        if y is not None:
+            return y
+        plain = [v.detach() for v in x]
+    else:
+        plain = [v.detach() for v in x]
         if _ops.change(gamma, keep) or _ops.rule_changes(rule):
             check_gamma(gamma)
             _ops.check_numbers(keep, rule=rule)
@@ -112,10 +117,5 @@ def scale_returns(
             y = _ops.outputs_like(x)
             _operators.scale_returns(x, done, returns, state, y, mask, *how, *rule[:3])
             return y
-    else:
-        y = _C.scale_returns(x, done, returns, state, mask, *how, rule)
-        if y is not None:
-            return y
-        plain = [v.detach() for v in x]
     _operators.scale_returns(plain, done, returns, state, [], mask, *how, *rule[:3])
     return _ops.normalize(x, state, rule)

@@ -521,11 +521,15 @@ def scale_returns_with(
     rule: RuleArgs,
 ) -> Tensor:
     """:func:`scale_returns_` with options as the operator takes them."""
-    _expect_one("reward", reward, Tensor)
-    _expect_one("done", done, Tensor)
-    _expect_one("returns", returns, Tensor)
     masks = [] if mask is None else masks_of(mask, [reward])
-    (y,) = _return_ops.scale_returns(
-        [reward], [done], [returns], state, masks, *how, rule
-    )
+    try:
+        (y,) = _return_ops.scale_returns(
+            [reward], [done], [returns], state, masks, *how, rule
+        )
+    except (AttributeError, TypeError):
+        # Asked only now: it takes as long as all else that Python does here.
+        _expect_one("reward", reward, Tensor)
+        _expect_one("done", done, Tensor)
+        _expect_one("returns", returns, Tensor)
+        raise
     return y
