@@ -178,9 +178,9 @@ def test_against_long_double(envs, features, decay, clear):
 def step_both(x, done, mask=None, *, steps=3, returns_dtype=torch.float64, **options):
     """Some steps of the operator, and of the oracle."""
     features = x.shape[done.ndim :]
-    state = Moments.zeros(features)
-    returns = torch.zeros(x.shape, dtype=returns_dtype)
-    other, theirs = Moments.zeros(features), returns.clone()
+    state, other = (Moments.zeros(features, device=x.device) for _ in range(2))
+    returns = torch.zeros(x.shape, dtype=returns_dtype, device=x.device)
+    theirs = returns.clone()
     options = {"gamma": 0.95, **options}
     for _ in range(steps):
         y = F.scale_returns_(x, done, returns, state, mask=mask, **options)
