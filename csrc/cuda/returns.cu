@@ -23,10 +23,11 @@ namespace {
 
 #include "../step_return.inl"
 
-constexpr int64_t kReturnThreads = kFusedThreads;  // wide, as rows are
+// Few enough that each has the registers for some rows at once.
+constexpr int64_t kReturnThreads = kFusedThreads < 256 ? kFusedThreads : 256;
 // Values of a block that is alone, and rows of one that is not, while these are few.
-constexpr int64_t kAlone = 16 * kReturnThreads;
-constexpr int64_t kReturnRows = 4 * kReturnThreads;
+constexpr int64_t kAlone = 32 * kReturnThreads;
+constexpr int64_t kReturnRows = 8 * kReturnThreads;
 constexpr int64_t kMostBlocks = 256;
 // What a block finds of a feature: a Partial, and how many rows count.
 constexpr int kFound = 4;
@@ -106,20 +107,21 @@ __device__ inline Found step_rows(const ReturnsParams& p, int64_t f, double shif
   const bool* const done = p.of.done;
   const bool* const mask = key.mask;
   Found mine;
+#pragma unroll 1
   for (int64_t row = begin + static_cast<int>(threadIdx.x); row < end;
        row += kValuesAtOnce * kReturnThreads) {
     const int n = rows_at_once(row, end);
     Column old_values;
     Column rewards;
-    bool ends[kValuesAtOnce];
-    bool counts[kValuesAtOnce];
+    unsigned ends = 0;  // a bit a row
+    unsigned counts = 0;
     load_rows(&old_values, returns, row, f, n);
     load_rows(&rewards, key.x, row, f, n);
 #pragma unroll
     for (int j = 0; j < kValuesAtOnce; ++j) {
       const int64_t at = row + j * kReturnThreads;
-      ends[j] = j < n && done[at];
-      counts[j] = j < n && (mask == nullptr || mask[at]);
+      ends |= static_cast<unsigned>(j < n && done[at]) << j;
+      counts |= static_cast<unsigned>(j < n && (mask == nullptr || mask[at])) << j;
     }
     double old[kValuesAtOnce];
     double reward[kValuesAtOnce];
@@ -127,9 +129,10 @@ __device__ inline Found step_rows(const ReturnsParams& p, int64_t f, double shif
     rewards.convert(key.x.dtype, reward);
 #pragma unroll
     for (int j = 0; j < kValuesAtOnce; ++j) {
-      const ReturnStep<double> step =
-          step_return(old[j], reward[j], ends[j], counts[j], p.by, RoundTo{kept});
-      if (counts[j]) {
+      if ((counts >> j & 1) != 0) {
+        const bool is_end = (ends >> j & 1) != 0;
+        const ReturnStep<double> step =
+            step_return(old[j], reward[j], is_end, true, p.by, RoundTo{kept});
         kept.write((row + j * kReturnThreads) * key.features + f, step.left);
         mine.sums = reduce(mine.sums, step.seen, shift);
         mine.rows += 1;
@@ -139,29 +142,17 @@ __device__ inline Found step_rows(const ReturnsParams& p, int64_t f, double shif
   return mine;
 }
 
+// One row after the other: the rewards are in the cache.
 template <typename C>
 __device__ void scale_rows(const ReturnsParams& p, int64_t f, const Statistic& s) {
   const Key& key = p.of.key;
   const auto map = Affine<C>::of(s);
   const C limit = p.rule.limit<C>();
+#pragma unroll 1
   for (int64_t row = static_cast<int>(threadIdx.x); row < key.samples;
-       row += kValuesAtOnce * kReturnThreads) {
-    const int n = rows_at_once(row, key.samples);
-    Column rewards;
-    load_rows(&rewards, key.x, row, f, n);
-    C values[kValuesAtOnce];
-    rewards.convert(key.x.dtype, values);
-    dispatch_float(key.y.dtype, [&](auto type) {
-      using T = typename decltype(type)::type;
-      T* const to = static_cast<T*>(key.y.data) + row * key.y.row_stride +
-                    f * key.y.feature_stride;
-#pragma unroll
-      for (int j = 0; j < kValuesAtOnce; ++j) {
-        if (j < n) {
-          to[j * kReturnThreads * key.y.row_stride] = store<T>(map(values[j], limit));
-        }
-      }
-    });
+       row += kReturnThreads) {
+    const C value = static_cast<C>(load_any(key.x, row, f));
+    store_any(key.y, row, f, map(value, limit));
   }
 }
 
@@ -190,6 +181,7 @@ __global__ void __launch_bounds__(kReturnThreads, 1)
     alone_kernel(const __grid_constant__ ReturnsParams p) {
   const Key& key = p.of.key;
   double rows = 0;
+#pragma unroll 1
   for (int64_t f = 0; f < key.features; ++f) {
     const double shift = shift_of(p, f);
     const Found all = sum_over_block(step_rows(p, f, shift));
@@ -226,6 +218,7 @@ __global__ void __launch_bounds__(kReturnThreads, 1)
     return;
   }
   double rows = 0;
+#pragma unroll 1
   for (int64_t f = 0; f < key.features; ++f) {
     const double shift = shift_of(p, f);
     Found mine;
