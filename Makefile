@@ -45,7 +45,7 @@ COVERED ?= $(filter-out tests/test_bench.py tests/test_long_run.py \
 bin := $(VENV)/bin
 cxx := $(shell find csrc -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu' \
 	-o -name '*.cuh')
-checks := tests/cases.h bench/plan.cpp $(wildcard tests/*_host/*)
+checks := tests/cases.h tests/returns_cases.h bench/plan.cpp $(wildcard tests/*_host/*)
 
 # Compilers are called with a screen of flags; which file it is, and how many there are, is
 # what one wants to see.
