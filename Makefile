@@ -37,8 +37,8 @@ PARALLEL ?= -n 2 --dist worksteal
 BENCH ?=
 KILLS ?= 100000
 MATRIX ?=
-SANITIZED ?= $(addprefix tests/test_,ops.py bound.py rule.py state.py machine.py sharing.py \
-	survival.py) -m "not slow"
+SANITIZED ?= $(addprefix tests/test_,ops.py bound.py rule.py returns.py state.py machine.py \
+	sharing.py survival.py) -m "not slow"
 COVERED ?= $(filter-out tests/test_bench.py tests/test_long_run.py \
 	tests/test_examples.py tests/test_docs.py %_host.py,$(wildcard tests/test_*.py)) --mutations 5000
 
