@@ -37,15 +37,15 @@ PARALLEL ?= -n 2 --dist worksteal
 BENCH ?=
 KILLS ?= 100000
 MATRIX ?=
-SANITIZED ?= $(addprefix tests/test_,ops.py bound.py rule.py state.py machine.py sharing.py \
-	survival.py) -m "not slow"
+SANITIZED ?= $(addprefix tests/test_,ops.py bound.py rule.py returns.py state.py machine.py \
+	sharing.py survival.py) -m "not slow"
 COVERED ?= $(filter-out tests/test_bench.py tests/test_long_run.py \
 	tests/test_examples.py tests/test_docs.py %_host.py,$(wildcard tests/test_*.py)) --mutations 5000
 
 bin := $(VENV)/bin
 cxx := $(shell find csrc -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu' \
 	-o -name '*.cuh')
-checks := tests/cases.h bench/plan.cpp $(wildcard tests/*_host/*)
+checks := tests/cases.h tests/returns_cases.h bench/plan.cpp $(wildcard tests/*_host/*)
 
 # Compilers are called with a screen of flags; which file it is, and how many there are, is
 # what one wants to see.

@@ -2,7 +2,7 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""What a call costs beside the libraries that the drop-ins stand for.
+"""What a call costs beside the libraries that the drop-ins stand for, and return scaling.
 
 ``make interop`` runs it, in the environment that has them. What is compared takes turns,
 as in the other benchmarks; the results go to ``bench/results/<machine>/interop.json``.
@@ -29,15 +29,14 @@ from gymnasium.vector.utils import batch_space
 from stable_baselines3.common.vec_env import VecEnv
 
 from bench import measure, results_folder
+from torchrl_vecnorm import functional as F
 from torchrl_vecnorm.interop import gymnasium as our_gymnasium
 from torchrl_vecnorm.interop import rl_games as our_rl_games
 from torchrl_vecnorm.interop import rsl_rl as our_rsl_rl
 from torchrl_vecnorm.interop import skrl as our_skrl
 from torchrl_vecnorm.interop import stable_baselines3 as our_sb3
 
-LARGE, SMALL = (4096, 64), (64, 32)
-#: How many times faster ours is to be.
-GOALS = {LARGE: 15, SMALL: 5}
+LARGE, SMALL, REWARDS = (4096, 64), (64, 32), (4096, 1)
 ROUNDS, SECONDS = 9, 0.1
 
 Call = Callable[[], object]
@@ -102,11 +101,10 @@ def rl_games(ours: bool, shape: tuple[int, int]) -> Call:
     return lambda: norm(x)
 
 
-def stable_baselines3(ours: bool, shape: tuple[int, int]) -> Call:
-    """A whole step of the wrapper, around an environment that does nothing."""
-    from stable_baselines3.common.vec_env import VecNormalize
+def prepared_vec_env(shape: tuple[int, int]) -> VecEnv:
+    """An environment of Stable-Baselines3 that does nothing."""
 
-    class Prepared(VecEnv):
+    class PreparedVecEnv(VecEnv):
         def __init__(self):
             box = gym.spaces.Box(-np.inf, np.inf, shape[1:], np.float32)
             super().__init__(shape[0], box, gym.spaces.Discrete(2))
@@ -126,7 +124,15 @@ def stable_baselines3(ours: bool, shape: tuple[int, int]) -> Call:
 
         step_async = close = env_is_wrapped = env_method = set_attr = None
 
-    env = (our_sb3.VecNormalize if ours else VecNormalize)(Prepared())
+    return PreparedVecEnv()
+
+
+def stable_baselines3(ours: bool, shape: tuple[int, int]) -> Call:
+    """A whole step of the wrapper, around an environment that does nothing."""
+    from stable_baselines3.common.vec_env import VecNormalize
+
+    kind = our_sb3.VecNormalize if ours else VecNormalize
+    env = kind(prepared_vec_env(shape))
     env.reset()
     return env.step_wait
 
@@ -170,16 +176,115 @@ def gymnasium_reward(ours: bool, shape: tuple[int, int]) -> Call:
     return lambda: env.step(None)
 
 
-#: Name, package, maker, shape, and whether it is what the goal is about.
+class Returns:
+    """Rewards of a step, whose episodes end now and then, and the returns so far."""
+
+    gamma, eps, clip = 0.99, 1e-8, 10.0
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        self.reward, self.done = values(shape[:1]), torch.rand(shape[0]) < 0.01
+        self.returns = torch.zeros(shape[0], dtype=torch.float64)
+        self.state = F.Moments.zeros(())
+
+    def ours(self) -> torch.Tensor:
+        """One call."""
+        return F.scale_returns_(
+            self.reward,
+            self.done,
+            self.returns,
+            self.state,
+            gamma=self.gamma,
+            eps=self.eps,
+            clip=self.clip,
+        )
+
+    def eager(self) -> torch.Tensor:
+        """The same in torch."""
+        returns, s = self.returns, self.state
+        returns.mul_(self.gamma).add_(self.reward)
+        s.sum.add_(returns.sum())
+        s.ssq.add_(returns.square().sum())
+        s.count.add_(len(returns))
+        mean = s.sum / s.count
+        var = (s.ssq / s.count - mean.square()).clamp(min=0)
+        returns.masked_fill_(self.done, 0.0)
+        scale = (var + self.eps).sqrt().to(self.reward.dtype)
+        return (self.reward / scale).clamp(-self.clip, self.clip)
+
+
+def returns_eager(ours: bool, shape: tuple[int, int]) -> Call:
+    """The formula, beside one call."""
+    returns = Returns(shape)
+    return returns.ours if ours else returns.eager
+
+
+def returns_stable_baselines3(ours: bool, shape: tuple[int, int]) -> Call:
+    """A step of a wrapper that scales rewards alone, beside a call."""
+    from stable_baselines3.common.vec_env import VecNormalize
+
+    if ours:
+        return Returns(shape).ours
+    env = VecNormalize(prepared_vec_env(shape), norm_obs=False)
+    env.reset()
+    return env.step_wait
+
+
+def returns_stable_baselines3_alone(ours: bool, shape: tuple[int, int]) -> Call:
+    """What such a step does with rewards, and nothing else of it."""
+    from stable_baselines3.common.vec_env import VecNormalize
+
+    returns = Returns(shape)
+    if ours:
+        return returns.ours
+    env = VecNormalize(prepared_vec_env(shape), norm_obs=False)
+    env.reset()
+    reward, done = returns.reward.numpy(), returns.done.numpy()
+
+    def call():
+        env._update_reward(reward)
+        scaled = env.normalize_reward(reward)
+        env.returns[done] = 0
+        return scaled
+
+    return call
+
+
+def returns_gymnasium(ours: bool, shape: tuple[int, int]) -> Call:
+    """A step of the wrapper of rewards, beside a call."""
+    from gymnasium.wrappers import vector
+
+    if ours:
+        return Returns(shape).ours
+    env = vector.NormalizeReward(Prepared(shape))
+    return lambda: env.step(None)
+
+
+#: Name, package, maker, shape, and how many times faster ours is to be.
 ROWS = [
-    ("skrl", "skrl", skrl, LARGE, True),
-    ("skrl, no training", "skrl", skrl_read, LARGE, False),
-    ("rsl_rl", "rsl-rl-lib", rsl_rl, LARGE, True),
-    ("rsl_rl, forward alone", "rsl-rl-lib", rsl_rl_read, LARGE, False),
-    ("rl_games", "rl-games", rl_games, LARGE, True),
-    ("Stable-Baselines3", "stable-baselines3", stable_baselines3, SMALL, True),
-    ("Gymnasium, observations", "gymnasium", gymnasium, SMALL, True),
-    ("Gymnasium, rewards", "gymnasium", gymnasium_reward, SMALL, False),
+    ("skrl", "skrl", skrl, LARGE, 15),
+    ("skrl, no training", "skrl", skrl_read, LARGE, None),
+    ("rsl_rl", "rsl-rl-lib", rsl_rl, LARGE, 15),
+    ("rsl_rl, forward alone", "rsl-rl-lib", rsl_rl_read, LARGE, None),
+    ("rl_games", "rl-games", rl_games, LARGE, 15),
+    ("Stable-Baselines3", "stable-baselines3", stable_baselines3, SMALL, 5),
+    ("Gymnasium, observations", "gymnasium", gymnasium, SMALL, 5),
+    ("Gymnasium, rewards", "gymnasium", gymnasium_reward, SMALL, None),
+    ("returns, eager torch", "torch", returns_eager, REWARDS, 10),
+    (
+        "returns, Stable-Baselines3",
+        "stable-baselines3",
+        returns_stable_baselines3,
+        REWARDS,
+        15,
+    ),
+    (
+        "… its rewards alone",
+        "stable-baselines3",
+        returns_stable_baselines3_alone,
+        REWARDS,
+        None,
+    ),
+    ("returns, Gymnasium", "gymnasium", returns_gymnasium, REWARDS, None),
 ]
 
 
@@ -208,14 +313,13 @@ def main() -> int:
     header = ("", "N × F", "theirs", "ours", "faster", "goal")
     line = "{:28} {:>10} {:>9} {:>9} {:>9} {:>7}"
     print(line.format(*header))
-    for name, package, make, shape, is_goal in ROWS:
+    for name, package, make, shape, goal in ROWS:
         calls = {"theirs": make(False, shape), "ours": make(True, shape)}
         for call in calls.values():
             for _ in range(10):
                 call()
         times = medians(calls, threads)
         ratio = times["theirs"] / times["ours"]
-        goal = GOALS[shape] if is_goal else None
         records.append(
             {
                 "name": name,

@@ -108,6 +108,32 @@ def drive(device: str) -> None:
             for here, other in zip(states, own, strict=True):
                 _close(f"{name}, {path}: state", list(other), list(here))
             print(f"{name}: {path}" + (f" ran {ran}" if ran else ""), flush=True)
+    drive_returns(device)
+
+
+def drive_returns(device: str) -> None:
+    """Rewards of a step, in one block and in more."""
+    for shape in ((1, 1), (300, 1), (70, 3), (9000, 1), (4500, 2)):
+        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.int32):
+            x, ends = values(*shape, dtype), torch.arange(shape[0]) % 7 == 0
+            mask = torch.arange(shape[0]) % 3 != 0
+            here, there = (
+                (F.Moments.zeros(shape[1:], device=d), torch.zeros(*shape).to(d))
+                for d in ("cpu", device)
+            )
+            name = f"returns of {shape} {dtype}"
+            for counts in (None, mask):
+                want = F.scale_returns_(x, ends, here[1], here[0], mask=counts)
+                got = F.scale_returns_(
+                    x.to(device),
+                    ends.to(device),
+                    there[1],
+                    there[0],
+                    mask=None if counts is None else counts.to(device),
+                )
+                _close(name, [got, there[1]], [want, here[1]])
+            _close(f"{name}: state", list(there[0]), list(here[0]))
+        print(f"returns of {shape}", flush=True)
 
 
 if __name__ == "__main__":

@@ -112,9 +112,11 @@ def in_flight(code: list[Instruction], opcode: str) -> int:
 
 
 def _name_of(symbol: str) -> str:
-    """``_ZN…15resident_kernelIfEEv…`` is ``resident<float>``."""
-    name, _, kind = symbol.partition("_kernelI")
+    """``_ZN…15resident_kernelIfEEv…`` is ``resident<float>``, ``…12alone_kernelE…`` ``alone``."""
+    name, template, kind = re.split(r"_kernel([IE])", symbol, maxsplit=1)
     name = re.sub(r".*\d", "", name)
+    if template == "E":
+        return name
     half = re.search(r"B?Float16", kind)
     return f"{name}<{half.group(0) if half else _TYPES[kind[0]]}>"
 

@@ -10,6 +10,7 @@ from common import PATIENCE, count, started, through_a_file
 from samples import FLOATS, INTEGERS, LAYOUTS, SHAPES, data, op_samples
 from tensordict import TensorDict
 from test_ops import TOLERANCE, assert_same, check, clone
+from test_returns import flags, rewards, step_both
 from torch import multiprocessing as mp
 
 from torchrl_vecnorm import _C, Moments, VecNorm, _build, _ops
@@ -488,6 +489,54 @@ def test_shared_statistics_stay_on_the_cpu():
 def test_another_device():
     x = data((300,), (5,)).to("cuda:1")
     check(x, Moments.zeros([5], device="cuda:1"))
+
+
+# --------------------------------------------------------------------------- returns
+
+
+@pytest.mark.parametrize("clear", ["after", "before"])
+@pytest.mark.parametrize("dtype", (*FLOATS, *INTEGERS), **ids)
+@pytest.mark.parametrize(
+    "envs,features",
+    [(1, ()), (4096, ()), (4097, (1,)), (700, (3,)), (300_000, (2,))],
+    **ids,
+)
+def test_returns(envs, features, dtype, clear):
+    """In one block, and in more."""
+    x, done = rewards((envs,), features, dtype).cuda(), flags(envs).cuda()
+    step_both(x, done, clear=clear)
+    mask = flags(envs, 0.7).cuda()
+    step_both(x, done, mask, clear=clear, returns_dtype=torch.float32)
+
+
+def test_returns_leave_out():
+    for envs in (3000, 30_000):
+        x = rewards((envs,), (), spoiled=0.05).cuda()
+        step_both(x, flags(envs).cuda(), flags(envs, 0.7).cuda())
+
+
+@pytest.mark.parametrize("envs", [4096, 100_000])
+def test_returns_in_a_graph(envs):
+    """Replays give what calls give, to the bit, and nothing reads the host."""
+    x, done = rewards((envs,), ()).cuda(), flags(envs).cuda()
+    states = [zeros(()) for _ in range(2)]
+    returns = [torch.zeros(envs, dtype=torch.float64, device="cuda") for _ in states]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for state, of in zip(states, returns, strict=True):
+            F.scale_returns_(x, done, of, state)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = F.scale_returns_(x, done, returns[0], states[0])
+    for _ in range(100):
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        want = F.scale_returns_(x, done, returns[1], states[1])
+    assert torch.equal(y, want) and torch.equal(*returns)
+    assert_same(*states)
 
 
 # ------------------------------------------------------------------ several processes

@@ -21,8 +21,12 @@ ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 #: Without and with clusters; CI compiles for all.
 FEW_ARCHITECTURES = (80, 90)
 #: two_kernels.cu: accumulate, normalize, denormalize. fused.cu: cluster and resident. For
-#: five types each.
-KERNELS = {"csrc/cuda/two_kernels.cu": 15, "csrc/cuda/fused.cu": 10}
+#: five types each. returns.cu: one block, and more.
+KERNELS = {
+    "csrc/cuda/two_kernels.cu": 15,
+    "csrc/cuda/fused.cu": 10,
+    "csrc/cuda/returns.cu": 2,
+}
 
 COMPILER = shutil.which("g++") or shutil.which("c++")
 NVCC = shutil.which("nvcc")
@@ -42,7 +46,8 @@ def build(folder: Path, *flags: str, mutate: tuple | None = None) -> Path:
     source = folder / "source"
     for part in ("csrc", "tests/cuda_host"):
         shutil.copytree(ROOT / part, source / part)
-    shutil.copy(ROOT / "tests" / "cases.h", source / "tests")
+    for header in ("cases.h", "returns_cases.h"):
+        shutil.copy(ROOT / "tests" / header, source / "tests")
     if mutate is not None:
         name, old, new, index = mutate
         path = source / "csrc" / "cuda" / name

@@ -20,7 +20,7 @@ from sass import Kernel, in_flight
 
 ROOT = Path(__file__).parents[1]
 NVCC = shutil.which("nvcc")
-SOURCES = ("two_kernels", "fused")
+SOURCES = ("two_kernels", "fused", "returns")
 #: Vectors of a thread in registers (held_of() in plan.h), and values of a vector.
 HELD = {"float": 8, "double": 8, "Float16": 3, "BFloat16": 3, "uint8": 8}
 VALUES = {"float": 4, "double": 2, "Float16": 8, "BFloat16": 8, "uint8": 4}
@@ -31,6 +31,9 @@ SUMMED["uint8"] = (4, 3)
 #: double), convert, store, and what the loop itself takes.
 MOST_MAPPED = {"float": 8.75, "double": 17.75, "Float16": 8.0, "BFloat16": 8.0}
 MOST_MAPPED["uint8"] = 9.5
+#: Of rewards and their returns, of any type: rows under way where they go on.
+RETURNS = ("alone", "together")
+ROWS_OF_RETURNS = 8
 #: Instructions before a fused kernel asks for its first value.
 MOST_BEFORE = 160
 
@@ -76,14 +79,22 @@ def disassemble(source: Path, arch: int, folder: Path) -> dict[str, Kernel]:
     return sass.parse(target.read_text())
 
 
+def split(name: str) -> tuple[str, str]:
+    """``accumulate``, ``float``; the second one is empty where a kernel is for all types."""
+    role, _, kind = name.rstrip(">").partition("<")
+    return role, kind
+
+
 def of_value(kernel: Kernel) -> str:
-    """How a vector is loaded, as a regular expression."""
+    """How a vector, or a value of a return, is loaded, as a regular expression."""
+    if kernel.name in RETURNS:
+        return r"LDG\.E\.64"
     return r"LDG\.E$" if "uint8" in kernel.name else r"LDG\.E\.128"
 
 
 def row(kernel: Kernel) -> dict[str, float]:
     """What there is to say of a kernel."""
-    role, kind = kernel.name[:-1].split("<")
+    role, kind = split(kernel.name)
     load = of_value(kernel)
     loops = [(span, kernel.within(span)) for span in kernel.loops()]
     stores = r"STG\.E\.EF\.128"
@@ -129,7 +140,7 @@ def follows(kernel: Kernel, opcode: str, other: str, within: int) -> list[bool]:
 
 def faults(kernel: Kernel) -> list[str]:
     """What is not as it should be."""
-    role, kind = kernel.name[:-1].split("<")
+    role, kind = split(kernel.name)
     fused = role in ("cluster", "resident")
     t = row(kernel)
     wrong = []
@@ -150,7 +161,11 @@ def faults(kernel: Kernel) -> list[str]:
     if fused or role == "accumulate":
         least("sums", SUMMED[kind][fused])
         least("partials", 8 if fused else 16)
-    if role != "accumulate":
+    if role in RETURNS:
+        least("at first", ROWS_OF_RETURNS)
+        if role == "together":
+            least("partials", 16)
+    elif role != "accumulate":
         least("maps", 3 if fused and kind in ("double", "Float16", "BFloat16") else 4)
         most("mapped", MOST_MAPPED[kind])
     # What a block wrote goes out before the others are told, and what was cached before
@@ -161,7 +176,7 @@ def faults(kernel: Kernel) -> list[str]:
         # One reads the phase, which orders nothing.
         heard = follows(kernel, r"LDG\.E\.STRONG\.GPU", r"CCTL\.IVALL", -6)
         fences.append(sum(heard) >= kernel.count(r"REDG?\.E\.ADD") > 0)
-    elif role == "accumulate":
+    elif role in ("accumulate", "together"):
         orders = follows(kernel, r"ATOMG", "MEMBAR", 6)
         fences.append(any(orders))
         fences.append(any(follows(kernel, r"ATOMG", r"CCTL\.IVALL", -6)))
@@ -182,7 +197,7 @@ def kernels() -> dict[str, Kernel]:
 
 
 def test_the_machine_code(kernels):
-    assert len(kernels) == 25
+    assert len(kernels) == 27
     rows = {name: row(kernel) for name, kernel in sorted(kernels.items())}
     columns = list(dict.fromkeys(c for r in rows.values() for c in r))
     lines = ["sm_90".ljust(24) + "".join(c.rjust(13) for c in columns)]
@@ -198,28 +213,30 @@ def test_the_machine_code(kernels):
 END = {
     "fused": "}  // namespace\n\nnamespace {\n\ntemplate <typename T>\ncudaError_t allow(",
     "two_kernels": "template <typename T>\ncudaError_t allow(",
+    "returns": "bool is_alone(",
 }
+SOURCE_OF = dict.fromkeys(("cluster", "resident"), "fused")
+SOURCE_OF |= dict.fromkeys(RETURNS, "returns")
 
 
 def of_kernel(name: str, tmp_path: Path, *edits: tuple[str, str, str]) -> Kernel:
     """One kernel, compiled alone, after ``edits`` = (file, old, new) of its sources."""
     csrc = tmp_path / "csrc"
     shutil.copytree(ROOT / "csrc", csrc)
-    role, kind = name[:-1].split("<")
-    source = "fused" if role in ("cluster", "resident") else "two_kernels"
-    path = csrc / "cuda" / f"{source}.cu"
-    text, end, _ = path.read_text().partition(END[source])
+    role, kind = split(name)
+    path = csrc / "cuda" / f"{SOURCE_OF.get(role, 'two_kernels')}.cu"
+    text, end, _ = path.read_text().partition(END[path.stem])
     assert end
-    path.write_text(
-        f"{text}template __global__ void {role}_kernel<{kind}>("
-        "const __grid_constant__ Params);\n}\n}\n}\n"
-    )
+    if kind:
+        text += f"template __global__ void {role}_kernel<{kind}>("
+        text += "const __grid_constant__ Params);\n"
+    path.write_text(text + "}\n}\n}\n")
     for file, old, new in edits:
         text = (csrc / file).read_text()
         assert old in text, f"{old!r} is not there to be replaced"
         (csrc / file).write_text(text.replace(old, new))
-    (kernel,) = disassemble(path, 90, tmp_path / "sass").values()
-    return kernel
+    kernels = disassemble(path, 90, tmp_path / "sass")
+    return kernels[name.replace("uint8_t", "uint8")]
 
 
 @pytest.mark.parametrize(
@@ -284,6 +301,12 @@ def of_kernel(name: str, tmp_path: Path, *edits: tuple[str, str, str]) -> Kernel
             "fences",
             [("cuda/device.h", "ld.acquire.gpu", "ld.relaxed.gpu")],
             id="no acquire",
+        ),
+        pytest.param(
+            "together",
+            "at first",
+            [("cuda/block.cuh", "kValuesAtOnce = 8", "kValuesAtOnce = 1")],
+            id="one reward at a time",
         ),
     ],
 )

@@ -31,6 +31,22 @@ def normalize(
 ) -> list[Tensor] | None:
     """Returns x normalised with the state as it is; None as update does."""
 
+def scale_returns(
+    x: list[Tensor],
+    done: list[Tensor],
+    returns: list[Tensor],
+    state: list[Tensor],
+    mask: list[Tensor],
+    gamma: float,
+    clears_before: bool,
+    keep: float,
+    rule: tuple[float, int, float | None, bool],
+) -> list[Tensor] | None:
+    """The returns go on by a step, their moments are folded into the state, x is scaled.
+
+    None as update does.
+    """
+
 def check_values(x: list[Tensor], y: list[Tensor], state: list[Tensor]) -> None:
     """Refuses what the compiled operators refuse, for those in plain torch."""
 
@@ -43,6 +59,18 @@ def check_update(
     weight: float,
 ) -> None:
     """As check_values, for update."""
+
+def check_returns(
+    x: list[Tensor],
+    done: list[Tensor],
+    returns: list[Tensor],
+    state: list[Tensor],
+    y: list[Tensor],
+    mask: list[Tensor],
+    gamma: float,
+    keep: float,
+) -> None:
+    """As check_values, for scale_returns."""
 
 def check_floating_point(x: list[Tensor]) -> None:
     """Refuses integers and bools, for denormalize in plain torch."""

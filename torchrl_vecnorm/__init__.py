@@ -4,28 +4,38 @@
 # LICENSE file in the root directory of this source tree.
 """TorchRL's VecNorm transform as one fused, compiled operator.
 
-``RunningNorm`` and ``functional`` need torch alone; torchrl and tensordict are imported when
-``VecNorm`` or ``VecNormV2`` is first asked for.
+``RunningNorm``, ``ReturnNorm`` and ``functional`` need torch alone; torchrl and tensordict are
+imported when one of the transforms is first asked for.
 """
 
 from typing import TYPE_CHECKING
 
 from torchrl_vecnorm import functional
 from torchrl_vecnorm.moments import Moments
+from torchrl_vecnorm.return_norm import ReturnNorm
 from torchrl_vecnorm.running_norm import RunningNorm
 
 if TYPE_CHECKING:
-    from torchrl_vecnorm.transforms import VecNorm, VecNormV2
+    from torchrl_vecnorm.transforms import VecNorm, VecNormReturn, VecNormV2
 
-__all__ = ["Moments", "RunningNorm", "VecNorm", "VecNormV2", "functional"]
+_TRANSFORMS = ("VecNorm", "VecNormReturn", "VecNormV2")
+__all__ = [
+    "Moments",
+    "ReturnNorm",
+    "RunningNorm",
+    "VecNorm",
+    "VecNormReturn",
+    "VecNormV2",
+    "functional",
+]
 __version__ = "0.2.0"
 
 
 def __getattr__(name: str):
-    if name in ("VecNorm", "VecNormV2"):
+    if name in _TRANSFORMS:
         from torchrl_vecnorm import transforms
 
-        globals().update(VecNorm=transforms.VecNorm, VecNormV2=transforms.VecNormV2)
+        globals().update({name: getattr(transforms, name) for name in _TRANSFORMS})
         return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

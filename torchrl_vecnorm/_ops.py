@@ -32,7 +32,8 @@ def _mutates(*args) -> None:
     """Outputs are allocated by the caller, so there is nothing to describe."""
 
 
-def _updates(*args) -> None:
+def updates(*args) -> None:
+    """As :func:`_mutates`, for what takes a batch into the statistics."""
     # A graph would fold the batch in again, into statistics that have it already. In
     # eager mode the kernels say so.
     if "recompute" in get_current_meta():
@@ -43,8 +44,8 @@ def _updates(*args) -> None:
         )
 
 
-torch.library.register_fake("torchrl_vecnorm::update", _updates)
-torch.library.register_fake("torchrl_vecnorm::merge", _updates)
+torch.library.register_fake("torchrl_vecnorm::update", updates)
+torch.library.register_fake("torchrl_vecnorm::merge", updates)
 torch.library.register_fake("torchrl_vecnorm::normalize_out", _mutates)
 
 
@@ -92,14 +93,18 @@ def states_of(leaves: Tensors) -> list[Moments]:
     ]
 
 
-def _store(states: list[Moments], new: list[Moments]) -> None:
+def store(states: list[Moments], new: list[Moments]) -> None:
+    """Writes new moments to states."""
     for old, now in zip(states, new, strict=True):
         for leaf, value in zip(old, now, strict=True):
             if leaf is not None:
-                leaf.copy_(value)
+                # A graph of torch 2.13 loses what it writes to a float64 tensor without
+                # dimensions, but not what it writes to a view of it.
+                leaf.unsqueeze(0).copy_(value.unsqueeze(0))
 
 
-def _masks(mask: Tensors, x: Tensors) -> list[Tensor | None]:
+def masks_of(mask: Tensors, x: Tensors) -> list[Tensor | None]:
+    """The inverse of :func:`torchrl_vecnorm.functional.masks_of`."""
     return [m if m.numel() else None for m in mask] or [None] * len(x)
 
 
@@ -118,10 +123,10 @@ def _update(
     states = states_of(state)
     results = [
         oracle.update(value, moments, keep=keep, weight=weight, eps=how, mask=m)
-        for value, moments, m in zip(x, states, _masks(mask, x), strict=True)
+        for value, moments, m in zip(x, states, masks_of(mask, x), strict=True)
     ]
     # Only now, so that an error in one key leaves all states as they were.
-    _store(states, [moments for _, moments in results])
+    store(states, [moments for _, moments in results])
     for out, (value, _) in zip(y, results, strict=False):
         out.copy_(value)
 
@@ -153,7 +158,7 @@ def _denormalize(y: Tensors, state: Tensors, *rule) -> list[Tensor]:
 
 def _moments(x: Tensors, feature_ndim: int, mask: Tensors) -> list[Tensor]:
     leaves: list[Tensor] = []
-    for v, m in zip(x, _masks(mask, x), strict=True):
+    for v, m in zip(x, masks_of(mask, x), strict=True):
         if m is not None:
             _C.check_mask(m, v, feature_ndim)
         leaves += oracle.batch_moments(v, feature_ndim, m)
@@ -167,10 +172,10 @@ def _merge(state: Tensors, other: Tensors, keep: float, weight: float) -> None:
         oracle.fold(s, o, keep, weight)
         for s, o in zip(states, states_of(other), strict=True)
     ]
-    _store(states, new)
+    store(states, new)
 
 
-_library = torch.library.Library("torchrl_vecnorm", "IMPL")
+library = torch.library.Library("torchrl_vecnorm", "IMPL")
 for _name, _function in (
     ("update", _update),
     ("normalize", _normalize),
@@ -179,7 +184,7 @@ for _name, _function in (
     ("moments", _moments),
     ("merge", _merge),
 ):
-    _library.impl(_name, _function, "CompositeExplicitAutograd")
+    library.impl(_name, _function, "CompositeExplicitAutograd")
 
 
 # ------------------------------------------- one call for eager and compiled code
@@ -203,7 +208,7 @@ def needs_plain_torch() -> bool:
 needs_plain_torch._dynamo_marked_constant = True
 
 
-def _change(*numbers: float | None) -> bool:
+def change(*numbers: float | None) -> bool:
     """Whether numbers are a compiled graph's inputs: operators take constants."""
     # Of what traces, which has imported it; torch 2.7 has no such function, and makes
     # them constants as it calls an operator.
@@ -213,8 +218,9 @@ def _change(*numbers: float | None) -> bool:
     return not all(n is None or symbols.has_static_value(n) for n in numbers)
 
 
-def _rule_changes(rule: RuleArgs) -> bool:
-    return _change(rule[0], rule[2])
+def rule_changes(rule: RuleArgs) -> bool:
+    """The same of a rule's numbers."""
+    return change(rule[0], rule[2])
 
 
 _ANY = Rule(1.0)
@@ -239,7 +245,7 @@ def check_numbers(
     ):
         if value is None:
             continue
-        if torch.compiler.is_compiling() and _change(value):
+        if torch.compiler.is_compiling() and change(value):
             # An input of the graph: asked each time that it runs, on the CPU.
             number = torch.zeros((), dtype=torch.float64) + value
             good = (number > 0) & (number <= most)
@@ -277,10 +283,10 @@ def _update_plainly(
     states = states_of(state)
     batch = [
         oracle.batch_moments(v.detach(), s.sum.ndim, m)
-        for v, s, m in zip(x, states, _masks(mask, x), strict=True)
+        for v, s, m in zip(x, states, masks_of(mask, x), strict=True)
     ]
     new = [oracle.fold(s, b, keep, weight) for s, b in zip(states, batch, strict=True)]
-    _store(states, new)
+    store(states, new)
     pairs = zip(x, new, strict=True)
     return _write(out, [oracle.normalize(v, s, rule) for v, s in pairs])
 
@@ -297,7 +303,7 @@ def update(
     """Folds x into the state and returns it normalised with the result."""
     # Dynamo cannot trace pybind11; in eager mode it is the faster door.
     if torch.compiler.is_compiling():
-        if _change(keep, weight) or _rule_changes(rule):
+        if change(keep, weight) or rule_changes(rule):
             return _update_plainly(x, state, mask, keep, weight, rule, out)
         if not needs_plain_torch():
             y = outputs_like(x) if out is None else out
@@ -332,7 +338,7 @@ def fold(
     ):
         return
     x = [v.detach() for v in x]
-    if torch.compiler.is_compiling() and _change(keep, weight):
+    if torch.compiler.is_compiling() and change(keep, weight):
         _update_plainly(x, state, mask, keep, weight, _ANY, None)
     else:
         _operators.update(x, state, [], mask, keep, weight, 1.0)
@@ -346,7 +352,7 @@ def normalize(
 ) -> list[Tensor]:
     """Returns x normalised with the state as it is."""
     if torch.compiler.is_compiling():
-        if needs_plain_torch() or _rule_changes(rule):
+        if needs_plain_torch() or rule_changes(rule):
             return _normalize_plainly(x, state, rule, out)
         if out is None:
             return _operators.normalize(x, state, *rule)
@@ -364,7 +370,7 @@ def normalize(
 
 def denormalize(y: list[Tensor], state: list[Tensor], rule: RuleArgs) -> list[Tensor]:
     """The inverse of :func:`normalize`."""
-    if needs_plain_torch() or (torch.compiler.is_compiling() and _rule_changes(rule)):
+    if needs_plain_torch() or (torch.compiler.is_compiling() and rule_changes(rule)):
         check_numbers(rule=rule)
         pairs = zip(y, states_of(state), strict=True)
         return [oracle.denormalize(v, s, rule) for v, s in pairs]
@@ -375,7 +381,7 @@ def moments(x: list[Tensor], feature_ndim: int, mask: list[Tensor]) -> list[Mome
     """The moments of a batch."""
     x = [v.detach() for v in x]
     if needs_plain_torch():
-        masks = _masks(mask, x)
+        masks = masks_of(mask, x)
         pairs = zip(x, masks, strict=True)
         return [oracle.batch_moments(v, feature_ndim, m) for v, m in pairs]
     return states_of(_operators.moments(x, feature_ndim, mask))
@@ -383,10 +389,10 @@ def moments(x: list[Tensor], feature_ndim: int, mask: list[Tensor]) -> list[Mome
 
 def merge(state: list[Tensor], other: list[Tensor], keep: float, weight: float) -> None:
     """Folds moments into a state."""
-    if torch.compiler.is_compiling() and _change(keep, weight):
+    if torch.compiler.is_compiling() and change(keep, weight):
         check_numbers(keep, weight)
         states = states_of(state)
         pairs = zip(states, states_of(other), strict=True)
-        _store(states, [oracle.fold(s, o, keep, weight) for s, o in pairs])
+        store(states, [oracle.fold(s, o, keep, weight) for s, o in pairs])
         return
     _operators.merge(state, other, keep, weight)

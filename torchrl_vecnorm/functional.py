@@ -20,14 +20,17 @@ from __future__ import annotations
 import numbers
 from collections.abc import Sequence
 from types import NoneType
-from typing import overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from torchrl_vecnorm import _ops, oracle
+from torchrl_vecnorm import _ops, _return_ops, oracle
 from torchrl_vecnorm.moments import Moments
 from torchrl_vecnorm.rule import EpsMode, RuleArgs, eps_mode_of
+
+#: When an episode's end clears its return.
+Clear = Literal["after", "before"]
 
 __all__ = [
     "Moments",
@@ -36,6 +39,7 @@ __all__ = [
     "merge_",
     "moments",
     "normalize",
+    "scale_returns_",
     "update_",
 ]
 
@@ -51,6 +55,11 @@ def _listed(name: str, value, of: type) -> list:
             f"expected {name} as {of.__name__} or a list of them, got {_describe(value)}"
         )
     return list(value)
+
+
+def _expect_one(name: str, value, of: type) -> None:
+    if not isinstance(value, of):
+        raise TypeError(f"expected {name} as {of.__name__}, got {_describe(value)}")
 
 
 def _describe(value) -> str:
@@ -107,6 +116,15 @@ def masks_of(mask, x: list[Tensor]) -> list[Tensor]:
         v.new_empty(0, dtype=torch.bool) if m is None else m
         for v, m in zip(x, masks, strict=True)
     ]
+
+
+def clears_before(clear: str) -> bool:
+    """Whether returns are cleared before an episode's last reward, or after it."""
+    if clear not in _return_ops.CLEARS:
+        raise ValueError(
+            f"expected clear as one of {', '.join(_return_ops.CLEARS)}, got {clear!r}"
+        )
+    return clear == "before"
 
 
 def _like(first, values: list[Tensor]):
@@ -416,3 +434,102 @@ def loc_scale(
     rule = rule_of(eps, eps_mode, None, center)
     _ops.check_numbers(rule=rule)
     return oracle.loc_scale(one, rule)
+
+
+def scale_returns_(
+    reward: Tensor,
+    done: Tensor,
+    returns: Tensor,
+    state: Moments,
+    *,
+    gamma: float = 0.99,
+    clear: Clear = "after",
+    decay: float = 1.0,
+    eps: float = 1e-8,
+    eps_mode: EpsMode = "var_add",
+    clip: float | None = 10.0,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Divides rewards by the running deviation of discounted returns.
+
+    The rewards of one step of many environments: their returns go on by that step, the
+    state takes these in, and the rewards are divided by its deviation. One key only.
+
+    Args:
+        reward: ``[*envs, *features]``, any real dtype, any strides; the features are
+            those of the state, ``()`` in most cases.
+        done: bool, one element an environment: whose episode ends with this reward.
+        returns: like ``reward``, float64 (or float32), contiguous, mutated: the
+            discounted return of each environment so far, zeros at first.
+        state: the running moments of the returns, mutated.
+        gamma: the discount, in [0, 1].
+        clear: when an episode's end clears its return. ``"after"`` the statistics have
+            taken in the last reward with all that came before it, as Stable-Baselines3
+            does; ``done`` is then ``terminated | truncated``. ``"before"`` the last
+            reward is added, which then is where the next episode's return begins, as in
+            Gymnasium, which gives ``terminated`` as ``done``.
+        decay: what the old moments are multiplied by, once a call. 1 never forgets.
+        eps: is added to the variance, or stands where ``eps_mode`` says, as in
+            :func:`update_`.
+        clip: the result is within ``[-clip, clip]``; its gradient is 0 outside.
+        mask: bool, one element an environment: whose returns go on, and count. The
+            others stay as they are; all rewards are scaled.
+
+    Returns:
+        ``reward / scale`` in the shape and dtype of ``reward`` (the default dtype for
+        integers). Differentiable in ``reward``, with ``scale`` as a constant.
+
+    A reward that is NaN or infinite, or makes a return that is beyond 1e145, comes out as
+    IEEE gives it, is left out of the statistics, counted in ``state.nonfinite[1]``, and
+    counts as 0 in what is left of the return.
+
+    Raises:
+        ValueError: shapes that do not match; memory that is shared; ``gamma``, ``decay``,
+            ``eps`` or ``clip`` out of range. Nothing has changed then.
+        TypeError: complex or sparse rewards, returns that are no floating-point numbers.
+
+    Equivalent to::
+
+        returns.mul_(gamma)  # and .mul_(~done) with clear="before"
+        returns.add_(reward)
+        state.sum.mul_(decay).add_(returns.sum(0))
+        state.ssq.mul_(decay).add_(returns.pow(2).sum(0))
+        state.count.mul_(decay).add_(returns.shape[0])
+        returns.mul_(~done)  # with clear="after"
+        var = state.ssq / state.count - (state.sum / state.count).pow(2)
+        y = (reward / (var + eps).sqrt()).clamp(-clip, clip).to(reward.dtype)
+    """
+    _expect_one("state", state, Moments)
+    return scale_returns_with(
+        reward,
+        done,
+        returns,
+        leaves_of([state]),
+        mask,
+        (number("gamma", gamma), clears_before(clear), number("decay", decay)),
+        rule_of(eps, eps_mode, clip, center=False),
+    )
+
+
+def scale_returns_with(
+    reward: Tensor,
+    done: Tensor | None,
+    returns: Tensor,
+    state: list[Tensor],
+    mask: Tensor | None,
+    how: tuple[float, bool, float],
+    rule: RuleArgs,
+) -> Tensor:
+    """:func:`scale_returns_` with options as the operator takes them."""
+    masks = [] if mask is None else masks_of(mask, [reward])
+    try:
+        (y,) = _return_ops.scale_returns(
+            [reward], [done], [returns], state, masks, *how, rule
+        )
+    except (AttributeError, TypeError):
+        # Asked only now: it takes as long as all else that Python does here.
+        _expect_one("reward", reward, Tensor)
+        _expect_one("done", done, Tensor)
+        _expect_one("returns", returns, Tensor)
+        raise
+    return y

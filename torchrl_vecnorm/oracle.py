@@ -172,3 +172,60 @@ def update(
     """
     state = fold(state, batch_moments(x, state.sum.ndim, mask), keep, weight)
     return normalize(x, state, eps), state
+
+
+def scale_returns(
+    reward: Tensor,
+    done: Tensor,
+    returns: Tensor,
+    state: Moments,
+    *,
+    gamma: float | Tensor,
+    clears_before: bool = False,
+    keep: float = 1.0,
+    rule: RuleArgs | float,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Moments]:
+    """One step of the discounted returns, whose moments scale the rewards.
+
+    Args:
+        reward: ``[*samples, *features]``, any real dtype.
+        done: bool with one element a sample: whose episode ends with this reward.
+        returns: like ``reward``, in the dtype that they are kept in.
+        state: the moments of the returns.
+        gamma: the discount.
+        clears_before: whether an end clears a return before its reward is added, or
+            after the statistics have seen it.
+        keep: what the old moments are multiplied by.
+        rule: how rewards are normalised; they are not centred.
+        mask: as ``done``: whose returns go on, and count.
+
+    A reward that is not finite is left out of the statistics, and counts as 0 in what is
+    left of its return.
+
+    Returns:
+        The scaled rewards, the new returns, the new state.
+    """
+    samples = reward.shape[: reward.ndim - state.sum.ndim]
+    wide = state_dtype(reward.device)
+    most = 1e290 if wide == torch.float64 else 1e37
+
+    def of_samples(flags: Tensor) -> Tensor:
+        return flags.reshape(*samples, *(1 for _ in state.sum.shape)).expand_as(reward)
+
+    ends = of_samples(done)
+    past = gamma * returns.to(wide)
+    if clears_before:
+        past = torch.where(ends, 0.0, past)
+    past = torch.where(past * past <= most, past, 0.0)
+    seen = (past + reward.to(wide)).to(returns.dtype).to(wide)
+    left = torch.where(seen * seen <= most, seen, past)
+    if not clears_before:
+        left = torch.where(ends, 0.0, left)
+    left = left.to(returns.dtype)
+    if mask is not None:
+        left = torch.where(of_samples(mask), left, returns)
+    batch = batch_moments(seen, state.sum.ndim, mask)
+    state = fold(state, batch, keep)
+    rule = rule_of(rule)._replace(center=False)
+    return normalize(reward, state, rule), left, state

@@ -41,6 +41,8 @@ def keeping_dtypes(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]
 class _Key(nn.Module):
     """The statistics of one tensor: the leaves of :class:`~torchrl_vecnorm.Moments`."""
 
+    is_of_a_rank = True
+
     def __init__(self, shape, dtype, device) -> None:
         super().__init__()
         zeros = Moments.zeros(shape, dtype=dtype, device=device, counts_all=True)
@@ -308,7 +310,7 @@ def keep_from_ddp(model: nn.Module) -> nn.Module:
     """
     ignored = list(getattr(model, "_ddp_params_and_buffers_to_ignore", []))
     for prefix, module in model.named_modules():
-        if isinstance(module, _Key):
+        if getattr(module, "is_of_a_rank", False):
             ignored += [
                 f"{prefix}.{name}" if prefix else name for name in module._buffers
             ]

@@ -18,6 +18,8 @@ namespace cpu {
               RunPhases run);                                                      \
   void normalize(const std::vector<Key>& keys, const Rule& rule, RunPhases run);   \
   void denormalize(const std::vector<Key>& keys, const Rule& rule, RunPhases run); \
+  void scale_returns(const Returns& of, Discount by, Weights weights,              \
+                     const Rule& rule, RunPhases run);                             \
   void merge(const State& state, const State& batch, int64_t features,             \
              Weights weights);                                                     \
   }

@@ -21,6 +21,7 @@ struct Kernels {
   decltype(&baseline::update) update;
   decltype(&baseline::normalize) normalize;
   decltype(&baseline::denormalize) denormalize;
+  decltype(&baseline::scale_returns) scale_returns;
 };
 
 Kernels choose() {
@@ -33,13 +34,15 @@ Kernels choose() {
       avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (avx512 && limit != "default" && limit != "avx2") {
-    return {avx512::update, avx512::normalize, avx512::denormalize};
+    return {avx512::update, avx512::normalize, avx512::denormalize,
+            avx512::scale_returns};
   }
   if (avx2 && limit != "default") {
-    return {avx2::update, avx2::normalize, avx2::denormalize};
+    return {avx2::update, avx2::normalize, avx2::denormalize, avx2::scale_returns};
   }
 #endif
-  return {baseline::update, baseline::normalize, baseline::denormalize};
+  return {baseline::update, baseline::normalize, baseline::denormalize,
+          baseline::scale_returns};
 }
 
 const Kernels& kernels() {
@@ -60,6 +63,11 @@ void normalize(const std::vector<Key>& keys, const Rule& rule, RunPhases run) {
 
 void denormalize(const std::vector<Key>& keys, const Rule& rule, RunPhases run) {
   kernels().denormalize(keys, rule, run);
+}
+
+void scale_returns(const Returns& of, Discount by, Weights weights, const Rule& rule,
+                   RunPhases run) {
+  kernels().scale_returns(of, by, weights, rule, run);
 }
 
 void merge(const State& state, const State& batch, int64_t features, Weights weights) {

@@ -13,6 +13,7 @@
 
 #include "../key.h"
 #include "../moments.h"
+#include "../returns.h"
 
 namespace vecnorm {
 namespace cpu {
@@ -37,6 +38,11 @@ void normalize(const std::vector<Key>& keys, const Rule& rule, RunPhases run);
 
 // The inverse: y = x * scale + loc, of x clipped.
 void denormalize(const std::vector<Key>& keys, const Rule& rule, RunPhases run);
+
+// The returns go on by a step, their moments are folded into the state, and rewards are
+// divided by the scale: y = r / scale, clipped.
+void scale_returns(const Returns& of, Discount by, Weights weights, const Rule& rule,
+                   RunPhases run);
 
 // state = keep * state + weight * batch, for moments that are already summed.
 void merge(const State& state, const State& batch, int64_t features, Weights weights);

@@ -620,3 +620,5 @@ void merge(const State& state, const State& batch, int64_t features, Weights wei
 }  // namespace VECNORM_ISA
 }  // namespace cpu
 }  // namespace vecnorm
+
+#include "returns.inl"

@@ -37,6 +37,9 @@ class Known {
       error = allow_two_kernels(kAccumulateBytes);
     }
     if (error == cudaSuccess) {
+      error = allow_returns();
+    }
+    if (error == cudaSuccess) {
       limits_.emplace(device, *limits);
     }
     return error;

@@ -47,5 +47,8 @@ cudaError_t allow_fused(Limits* limits);
 cudaError_t launch_fused(Dtype dtype, const Launch& shape, Stream stream,
                          const Params& p);
 
+// returns.cu
+cudaError_t allow_returns();
+
 }  // namespace cuda
 }  // namespace vecnorm

@@ -23,7 +23,9 @@
 #include <vector>
 
 #include "../cuda/kernels.h"
+#include "../cuda/returns.h"
 #include "ops.h"
+#include "returns.h"
 #include "tensors.h"
 
 namespace vecnorm {
@@ -261,6 +263,37 @@ std::vector<Tensor> moments_cuda(TensorList x, int64_t feature_ndim, TensorList 
   return state;
 }
 
+void scale_returns_cuda(TensorList x, TensorList done, TensorList returns,
+                        TensorList state, TensorList y, TensorList mask, double gamma,
+                        bool clears_before, double keep, double eps, int64_t eps_mode,
+                        std::optional<double> clip) {
+  const Rule rule = rule_of({eps, eps_mode, clip, /*center=*/false});
+  const ReturnsArgs args{x, done, returns, {state}, y, mask};
+  check_returns(args, gamma, keep);
+  if (x.empty()) {
+    return;
+  }
+  check_devices(x, args.state, y, mask);
+  check_devices(x, {}, done, returns);
+  const at::Device device = x[0].device();
+  const c10::DeviceGuard guard(device);
+  check_current(device);
+  const ReturnsKeys keys(args);
+  check_features(keys.values);
+  const c10::Stream stream = at::accelerator::getCurrentStream(device.index());
+  for (size_t i = 0; i < keys.keys.size(); ++i) {
+    const Returns& key = keys.keys[i];
+    const cuda::WorkspaceSize size = cuda::returns_workspace(key);
+    const Buffers buffers = size.counters > 0
+                                ? workspaces().find(args.state.count(i), size, stream)
+                                : Buffers();
+    check_launch(cuda::scale_returns(
+        key, {gamma, clears_before}, {keep, 1}, rule,
+        size.counters > 0 ? buffers.get() : cuda::Workspace{}, native(stream)));
+  }
+  keys.values.write_back();
+}
+
 constexpr std::pair<const char*, cuda::Path> kPaths[] = {
     {"auto", cuda::Path::kAuto},
     {"cluster", cuda::Path::kCluster},
@@ -310,6 +343,7 @@ TORCH_LIBRARY_IMPL(torchrl_vecnorm, CUDA, m) {
   m.impl("normalize_out", normalize_out_cuda);
   m.impl("denormalize", denormalize_cuda);
   m.impl("moments", moments_cuda);
+  m.impl("scale_returns", scale_returns_cuda);
 }
 
 }  // namespace vecnorm

@@ -36,7 +36,6 @@
 #include <pthread.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
 
 #ifdef __linux__
@@ -45,12 +44,12 @@
 
 #include <algorithm>
 #include <functional>
-#include <initializer_list>
 #include <optional>
 #include <utility>
 #include <vector>
 
 #include "../cpu/kernels.h"
+#include "gradients.h"
 #include "team.h"
 #include "tensors.h"
 
@@ -299,23 +298,6 @@ void check_writable(const Tensor& y, size_t i) {
   }
 }
 
-// Runs an operator below autograd. What a graph has saved must not be used by its
-// backward pass once it was written to.
-template <typename Call>
-void run_below_autograd(std::initializer_list<TensorList> mutated, const Call& call) {
-  {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    call();
-  }
-  for (TensorList list : mutated) {
-    for (const Tensor& t : list) {
-      if (!t.is_inference()) {
-        t.unsafeGetTensorImpl()->bump_version();
-      }
-    }
-  }
-}
-
 // Runs an operator whose outputs are or become part of a graph.
 template <typename Run>
 void run_in_graph(TensorList x, TensorList y, const States& s, const Rule& rule,
@@ -434,18 +416,6 @@ std::vector<Tensor> returned_with_gradients(TensorList x, const States& s,
   return all;
 }
 
-// torch.utils.checkpoint runs the forward pass again within the backward pass, with
-// gradients, which hooks do not have. Its updates would count twice, and y would not be
-// the one whose gradient is wanted.
-void refuse_recomputation() {
-  TORCH_CHECK(
-      !at::GradMode::is_enabled() || torch::autograd::get_current_graph_task_id() == -1,
-      "torchrl_vecnorm: expected updates of the statistics in forward passes only, got "
-      "one in a backward pass: does torch.utils.checkpoint run the forward pass again? "
-      "Normalise before the function that is checkpointed, or freeze the statistics "
-      "in it");
-}
-
 void update_autograd(TensorList x, TensorList state, TensorList y, TensorList mask,
                      double keep, double weight, double eps, int64_t eps_mode,
                      std::optional<double> clip, bool center) {
@@ -516,6 +486,11 @@ void normalize_out_trace(TensorList, TensorList, TensorList, double, int64_t,
 void merge_trace(TensorList, TensorList, double, double) { refuse_trace("merge"); }
 
 }  // namespace
+
+void run_with_gradients(TensorList x, TensorList y, TensorList state,
+                        const RuleArgs& rule, const std::function<void()>& run) {
+  with_gradients(x, y, {state}, rule, run);
+}
 
 Tensor output_like(const Tensor& x) {
   const at::ScalarType dtype = output_dtype(x);

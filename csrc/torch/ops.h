@@ -11,6 +11,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <string>
 #include <vector>
@@ -35,6 +36,15 @@ std::vector<at::Tensor> normalize(at::TensorList x, at::TensorList state,
 
 void normalize_out(at::TensorList x, at::TensorList state, at::TensorList y,
                    const RuleArgs& rule);
+
+// Runs what normalises x into y by the state, and connects those that need gradients.
+void run_with_gradients(at::TensorList x, at::TensorList y, at::TensorList state,
+                        const RuleArgs& rule, const std::function<void()>& run);
+
+// See returns.cpp.
+void scale_returns(at::TensorList x, at::TensorList done, at::TensorList returns,
+                   at::TensorList state, at::TensorList y, at::TensorList mask,
+                   double gamma, bool clears_before, double keep, const RuleArgs& rule);
 
 // New tensors for normalised values: integers come out in the default dtype.
 at::Tensor output_like(const at::Tensor& x);

@@ -23,6 +23,7 @@
 
 #include "direct.h"
 #include "ops.h"
+#include "returns.h"
 #include "shared_state.h"
 #include "team.h"
 #include "tensors.h"
@@ -83,6 +84,21 @@ std::optional<Tensors> normalized(const Tensors& x, const Tensors& state,
   }
   normalize_out(x, state, *out, rule_args(rule));
   return out;
+}
+
+std::optional<Tensors> scale_returns_and_scale(const Tensors& x, const Tensors& done,
+                                               const Tensors& returns,
+                                               const Tensors& state,
+                                               const Tensors& mask, double gamma,
+                                               bool clears_before, double keep,
+                                               const py::tuple& rule) {
+  if (any_transformed(x)) {
+    return std::nullopt;
+  }
+  Tensors y = outputs_like(x);
+  scale_returns(x, done, returns, state, y, mask, gamma, clears_before, keep,
+                rule_args(rule));
+  return y;
 }
 
 // An entry of nested tensordicts, as the dictionaries that hold it. Only plain
@@ -342,6 +358,9 @@ PYBIND11_MODULE(_C, m) {
         py::arg("rule"));
   m.def("normalize", &normalized, py::arg("x"), py::arg("state"), py::arg("out"),
         py::arg("rule"));
+  m.def("scale_returns", &scale_returns_and_scale, py::arg("x"), py::arg("done"),
+        py::arg("returns"), py::arg("state"), py::arg("mask"), py::arg("gamma"),
+        py::arg("clears_before"), py::arg("keep"), py::arg("rule"));
   // What kernels check, for implementations in plain torch.
   m.def(
       "check_values",
@@ -356,6 +375,15 @@ PYBIND11_MODULE(_C, m) {
          double weight) { check_update(x, y, mask, {state}, keep, weight); },
       py::arg("x"), py::arg("y"), py::arg("mask"), py::arg("state"), py::arg("keep"),
       py::arg("weight"));
+  m.def(
+      "check_returns",
+      [](const Tensors& x, const Tensors& done, const Tensors& returns,
+         const Tensors& state, const Tensors& y, const Tensors& mask, double gamma,
+         double keep) {
+        check_returns({x, done, returns, {state}, y, mask}, gamma, keep);
+      },
+      py::arg("x"), py::arg("done"), py::arg("returns"), py::arg("state"), py::arg("y"),
+      py::arg("mask"), py::arg("gamma"), py::arg("keep"));
   m.def(
       "check_floating_point", [](const Tensors& x) { check_floating_point(x); },
       py::arg("x"));

@@ -22,6 +22,7 @@
 #include "csrc/cpu/choice.h"
 #include "csrc/cpu/isa.h"
 #include "tests/cases.h"
+#include "tests/returns_cases.h"
 
 using namespace vecnorm;
 namespace kernels = vecnorm::cpu::baseline;
@@ -228,6 +229,12 @@ int main(int argc, char** argv) {
       std::printf("%s: other bits on a team\n", call[0].name.c_str());
       ++failures;
     }
+  }
+  for (const ReturnsCase& of : returns_cases(/*small=*/false)) {
+    check_returns(of,
+                  [](const Returns& r, Discount by, Weights weights, const Rule& rule) {
+                    kernels::scale_returns(r, by, weights, rule, run_phases);
+                  });
   }
   std::printf("%d teams\n%d differences\n", teams, failures);
   return failures == 0 ? 0 : 1;

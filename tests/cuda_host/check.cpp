@@ -15,7 +15,9 @@
 #include <vector>
 
 #include "csrc/cuda/kernels.h"
+#include "csrc/cuda/returns.h"
 #include "tests/cases.h"
+#include "tests/returns_cases.h"
 
 using namespace vecnorm;
 
@@ -224,6 +226,33 @@ void check_divisors() {
   }
 }
 
+// Rewards, in one block and in more.
+void check_all_returns(bool small) {
+  emulation::device = 0;
+  for (const ReturnsCase& of : returns_cases(small)) {
+    check_returns(
+        of, [](const Returns& r, Discount by, Weights weights, const Rule& rule) {
+          const cuda::WorkspaceSize size = cuda::returns_workspace(r);
+          Guarded<double> partials(size.partials);
+          Guarded<unsigned> counters(size.counters);
+          for (size_t i = 0; i < size.partials; ++i) {
+            partials[i] = std::numeric_limits<double>::quiet_NaN();  // poisoned
+          }
+          for (size_t i = 0; i < size.counters; ++i) {
+            counters[i] = 0x80000000u;  // as a barrier may leave it
+          }
+          const cuda::Workspace workspace{partials.data(), counters.data()};
+          if (cuda::scale_returns(r, by, weights, rule, workspace, nullptr) !=
+                  cudaSuccess ||
+              !partials.intact() || !counters.intact() ||
+              (size.counters > 0 && (counters[0] & 0x7fffffffu) != 0)) {
+            std::printf("returns: a launch failed, or its workspace is spoiled\n");
+            ++failures;
+          }
+        });
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -242,6 +271,7 @@ int main(int argc, char** argv) {
       break;  // for sanitizers, which are slow
     }
     emulation::descending = descending;
+    check_all_returns(quick || extent == "small");
     for (const auto& call : calls(extent)) {
       if (descending && call[0].samples * call[0].features > 10000) {
         continue;  // once is slow enough

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchrl.envs import Compose, GymEnv, ObservationNorm, TransformedEnv
 from typing_extensions import assert_type
 
-from torchrl_vecnorm import Moments, VecNorm, VecNormV2
+from torchrl_vecnorm import Moments, ReturnNorm, VecNorm, VecNormReturn, VecNormV2
 from torchrl_vecnorm import functional as F
 
 # ------------------------------------------------------------------------ construction
@@ -96,3 +96,19 @@ F.update_(x, state, decay="0.99")  # pyright: ignore[reportArgumentType, reportC
 F.update_(3.0, state)  # pyright: ignore[reportArgumentType, reportCallIssue]
 F.update_([x], state)  # pyright: ignore[reportArgumentType, reportCallIssue]
 F.merge_([state], F.moments(x))  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+# ------------------------------------------------------------------------------ returns
+
+returns = VecNormReturn(["reward"], gamma=0.9, clear="before", clip=None)
+assert_type(returns.frozen_copy(), VecNormReturn)
+assert_type(returns.scale, TensorDict)
+VecNormReturn(clear="never")  # pyright: ignore[reportArgumentType]
+VecNormReturn(gama=0.9)  # pyright: ignore[reportCallIssue]
+
+rewards, ends = torch.ones(3), torch.zeros(3, dtype=torch.bool)
+module = ReturnNorm((3,), shape=(), gamma=0.9)
+assert_type(module.forward(rewards, ends), Tensor)
+assert_type(module.scale, Tensor)
+so_far = torch.zeros(3, dtype=torch.float64)
+assert_type(F.scale_returns_(rewards, ends, so_far, Moments.zeros(())), Tensor)
+F.scale_returns_(rewards, ends, so_far)  # pyright: ignore[reportCallIssue]

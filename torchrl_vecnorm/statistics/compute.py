@@ -224,9 +224,12 @@ def called(keys: Sequence[Key], operator: Callable, *args, **kwargs) -> Any:
     try:
         return operator(*args, **kwargs)
     except (ValueError, TypeError, RuntimeError) as error:
-        text = re.sub(
-            r"\bkey (\d+)\b", lambda m: f"key {keys[int(m[1])].in_key!r}", str(error)
-        )
+        text = with_names(error, [key.in_key for key in keys])
         if text == str(error):
             raise
         raise type(error)(f"VecNorm: {text}") from None
+
+
+def with_names(error: Exception, keys: Sequence[NestedKey]) -> str:
+    """An operator's error in words for users of names."""
+    return re.sub(r"\bkey (\d+)\b", lambda m: f"key {keys[int(m[1])]!r}", str(error))

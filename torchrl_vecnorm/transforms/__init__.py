@@ -4,7 +4,8 @@
 # LICENSE file in the root directory of this source tree.
 """Transforms for TorchRL's environments, in front of ``torchrl_vecnorm.statistics``."""
 
+from torchrl_vecnorm.transforms.returns import VecNormReturn
 from torchrl_vecnorm.transforms.vecnorm import VecNorm
 from torchrl_vecnorm.transforms.vecnorm_v2 import VecNormV2
 
-__all__ = ["VecNorm", "VecNormV2"]
+__all__ = ["VecNorm", "VecNormReturn", "VecNormV2"]

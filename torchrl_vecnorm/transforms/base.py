@@ -4,8 +4,8 @@
 # LICENSE file in the root directory of this source tree.
 """TorchRL's protocol for transforms, in front of running statistics.
 
-Which calls update them (train, eval, freeze), which samples and keys count (steps, resets),
-what becomes of specs, how the statistics travel with the transform.
+Which samples and keys count (steps, resets), what becomes of specs, how the statistics
+travel with the transform.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 from torch.compiler import is_compiling
 from torchrl.data.tensor_specs import TensorSpec
-from torchrl.envs.transforms import Compose, ObservationNorm, Transform
+from torchrl.envs.transforms import Compose, ObservationNorm
 from typing_extensions import Self
 
 from torchrl_vecnorm.export import Normalizer
@@ -31,14 +31,14 @@ from torchrl_vecnorm.statistics.entries import get_entry
 from torchrl_vecnorm.statistics.keys import Key
 from torchrl_vecnorm.transforms import specs
 from torchrl_vecnorm.transforms.masks import Partial, StepMasks
-from torchrl_vecnorm.transforms.placing import called_by_torchrl
+from torchrl_vecnorm.transforms.switching import Switching
 
 #: What ``_reset`` and ``_step`` say to the ``_call`` that a subclass comes back to:
 #: ``partial``, a transform and its Partial. Other threads are in other calls.
 _this_thread = threading.local()
 
 
-class NormTransform(Transform):
+class NormTransform(Switching):
     """A transform that keeps statistics of its in_keys and normalises with them.
 
     Subclasses say how these look in a state_dict.
@@ -114,24 +114,6 @@ class NormTransform(Transform):
         elif name in ("_in_keys", "_out_keys", "shapes", "names"):
             statistics.set_keys(**{name.removeprefix("_"): value})
 
-    # ------------------------------------------------------------ switching updates
-
-    def freeze(self) -> Self:
-        """Freezes the VecNorm, avoiding the stats to be updated when called.
-
-        See :meth:`unfreeze`.
-        """
-        self.frozen = True
-        return self
-
-    def unfreeze(self) -> Self:
-        """Unfreezes the VecNorm.
-
-        See :meth:`freeze`.
-        """
-        self.frozen = False
-        return self
-
     def frozen_copy(self) -> Self:
         """Returns a copy that follows the statistics but does not update them.
 
@@ -143,16 +125,6 @@ class NormTransform(Transform):
                 "Make sure the VecNorm has been initialized before creating a frozen copy."
             )
         return self.clone().freeze()
-
-    def train(self, mode: bool = True) -> Self:
-        """Sets training mode (statistics are updated) or eval mode (they are not).
-
-        TorchRL calls ``eval()`` on every transform that it puts into an environment or
-        a replay buffer. That is not the user's wish, and is ignored.
-        """
-        if not mode and called_by_torchrl():
-            return self
-        return super().train(mode)
 
     # -------------------------------------------------------------------- the call
 

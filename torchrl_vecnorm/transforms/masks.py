@@ -40,7 +40,7 @@ class Partial(NamedTuple):
         for depth in range(len(parents) + 1):
             mask = get_entry(td, (*parents[:depth], name))
             if mask is not None:
-                return _for_samples(mask, key, name, samples)
+                return for_samples(mask, key, name, samples)
         for path in map(as_path, td.keys(True, True)):
             if path[-1] == name and path[: len(parents)] == parents:
                 return torch.zeros(
@@ -49,16 +49,21 @@ class Partial(NamedTuple):
         return None
 
 
-def _for_samples(
-    mask: Tensor, key: NestedKey, name: str, samples: torch.Size
+def for_samples(
+    mask: Tensor,
+    key: NestedKey,
+    name: NestedKey,
+    samples: torch.Size,
+    owner: str = "VecNorm",
 ) -> Tensor:
+    """Flags of environments, or of parts of them, for each sample: bool, ``samples``."""
     shape = mask.shape
     if mask.ndim > len(samples):
         # A sample counts if any part of it does.
         mask = mask.flatten(len(samples)).any(-1)
     if any(m not in (1, n) for m, n in zip(mask.shape, samples, strict=False)):
         raise ValueError(
-            f"VecNorm: key {key!r}: expected {name!r} of a shape that begins with that of "
+            f"{owner}: key {key!r}: expected {name!r} of a shape that begins with that of "
             f"the samples, {tuple(samples)}, got {tuple(shape)}"
         )
     mask = mask[(..., *(None for _ in range(len(samples) - mask.ndim)))]
