@@ -16,7 +16,8 @@
 #   make soak     kill workers that share statistics, KILLS of them (100,000: twenty minutes),
 #                 then ten million updates by 16 of them
 #   make interop  what stands for the normalisers of skrl, rsl_rl, rl_games, Stable-Baselines3 and
-#                 Gymnasium, tested and measured beside them, in an environment in build/
+#                 Gymnasium, tested and measured beside them, and statistics carried between these
+#                 and a dozen others, in an environment in build/ (a gigabyte, with jax and ray)
 #   make docs     the documentation, into build/docs/
 #   make build    compile what has changed
 #   make wheel    a wheel for the PyTorch that is here, into dist/
@@ -136,24 +137,27 @@ coverage: build $(VENV)/tools
 	$(bin)/gcovr --merge-lines --filter csrc/ --object-directory build/coverage/objects build/coverage
 
 # The libraries see the packages of .venv, torch among them, but not the editable one. With
-# the last rsl_rl twice: mjlab wants the one before.
+# the last rsl_rl twice: mjlab wants the one before. Ray is aside: torchrl imports all of it
+# where it finds it.
 interop: build $(VENV)/tools build/interop/installed
 	build/interop/bin/python -m pytest $(PARALLEL) tests/interop
 	PYTHONPATH=build/interop/rsl-rl-5.4.2 build/interop/bin/python -m pytest $(PARALLEL) \
 		tests/interop/test_rsl_rl.py
 	build/interop/bin/python -m bench.interop
 
-build/interop/installed: $(VENV)/tools tests/interop/requirements.txt
-	@echo "installing skrl, rsl_rl, rl_games and Stable-Baselines3 into build/interop"
+build/interop/installed: $(VENV)/tools tests/interop/requirements.txt tests/interop/large.txt
+	@echo "installing skrl, rsl_rl, rl_games, Stable-Baselines3 and others into build/interop"
 	rm -rf build/interop
 	$(PYTHON) -m venv build/interop
 	packages='import site; print(site.getsitepackages()[0])'; \
 		$(bin)/python -c "$$packages" \
 		> "$$(build/interop/bin/python -c "$$packages")/packages.pth"
 	build/interop/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
-		-r tests/interop/requirements.txt
+		-r tests/interop/requirements.txt -r tests/interop/large.txt
 	build/interop/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		--target build/interop/rsl-rl-5.4.2 rsl-rl-lib==5.4.2
+	build/interop/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--target build/interop/aside ray==2.60.0
 	touch $@
 
 build/soak: tests/shared_host/check.cpp $(wildcard csrc/shared/*)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensordict import TensorDict
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 pytestmark = pytest.mark.skipif(
@@ -106,6 +107,48 @@ def test_atari_like_learns():
     env = example.make_env(example.GAMES)
     shares = [caught for _, caught in example.train(env, 14 * example.FRAMES)]
     assert sum(shares[-3:]) / 3 > sum(shares[:3]) / 3 + 0.1
+
+
+def test_export_policy(tmp_path):
+    """Actions of 1 or so, one observation 34,000 deviations from zero."""
+    far = load("export_policy").main(tmp_path)
+    assert far["torch.export"] < 2e-5
+    assert far.get("onnx", 0.0) < 2e-5
+    assert far["folded"] < 1e-2  # digits that a layer's float32 has not
+    assert (tmp_path / "policy.pt2").exists()
+
+
+def test_convert_statistics(tmp_path):
+    """As rsl_rl has them, into a VecNorm, that learns, and back."""
+    example = load("convert_statistics")
+    x = torch.randn(5000, 3, dtype=torch.float64) * 2 + 30
+    entries = {"_mean": x.mean(0)[None], "_var": x.var(0, correction=0)[None],
+               "_std": x.std(0, correction=0)[None], "count": torch.tensor(5000)}  # fmt: skip
+    model = {
+        f"obs_normalizer.{k}": v.float() if v.ndim else v for k, v in entries.items()
+    }
+    checkpoint = {"actor_state_dict": model, "iter": 7}
+    torch.save(checkpoint, tmp_path / "model_7.pt")
+    arguments = tmp_path / "model_7.pt", None, None, tmp_path / "vecnorm.pt"
+    transform = example.forth(*arguments)
+    scale = transform.scale["observation"]
+    torch.testing.assert_close(transform.loc["observation"].double(), x.mean(0))
+    torch.testing.assert_close(scale.double(), x.std(0, correction=0))
+
+    more = x + 20
+    batch = TensorDict({"observation": more}, [5000])
+    transform._step(batch, batch.clone())
+    torch.save(transform.state_dict(), tmp_path / "vecnorm.pt")
+    example.back(*arguments, tmp_path / "back.pt")
+    new = torch.load(tmp_path / "back.pt")
+    assert (
+        new["iter"] == 7 and new["actor_state_dict"]["obs_normalizer.count"] == 10_000
+    )
+    both = torch.cat([x, more])
+    for name, value in (("_mean", both.mean(0)), ("_std", both.std(0, correction=0))):
+        got = new["actor_state_dict"][f"obs_normalizer.{name}"]
+        assert got.dtype == torch.float32 and got.shape == (1, 3)
+        torch.testing.assert_close(got[0].double(), value, rtol=1e-5, atol=0)
 
 
 @pytest.mark.slow

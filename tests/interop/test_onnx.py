@@ -4,7 +4,9 @@
 # LICENSE file in the root directory of this source tree.
 """A frozen normaliser in a policy, run by onnxruntime."""
 
+import importlib.util
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,3 +50,11 @@ def test_a_whole_policy(tmp_path):
     (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     want = policy[1:](norm(x))
     torch.testing.assert_close(torch.from_numpy(y), want, rtol=0, atol=1e-5)
+
+
+def test_the_example(tmp_path, quiet):
+    file = Path(__file__).parents[2] / "examples" / "export_policy.py"
+    spec = importlib.util.spec_from_file_location("export_policy", file)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    assert example.main(tmp_path)["onnx"] < 2e-5
