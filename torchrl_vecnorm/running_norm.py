@@ -248,6 +248,9 @@ class RunningNorm(nn.Module):
                 "joined at every call"
             )
         with torch.no_grad():
+            for name, key in keys.items():
+                if key.since is not None and self.decay < 1:
+                    key.since.check(key.moments(), f"{owner}: sync_() of {name}")
             parts = [
                 Part(
                     key.moments(),
@@ -276,8 +279,9 @@ class RunningNorm(nn.Module):
         for k, key in enumerate(keys):
             if key.since is not None:
                 masked = bool(masks) and masks[k].numel() > 0
-                some = masks[k] if masked else xs[k].numel() > 0
-                key.since.decay(self.decay, some)
+                size = max(key.sum.numel(), 1)
+                samples = masks[k].sum() if masked else xs[k].numel() // size
+                key.since.note(self.decay, samples)
 
     @not_in_graphs("RunningNorm: ranks meet outside of compiled graphs.")
     @torch.no_grad()
@@ -319,7 +323,7 @@ class RunningNorm(nn.Module):
         _ops.merge(_leaves(keys), functional.leaves_of(totals), self.decay, 1.0)
         for key, total in zip(keys, totals, strict=True):
             if key.since is not None and self.decay < 1:
-                key.since.decay(self.decay, total.count > 0)
+                key.since.note(self.decay, total.samples())
 
     def _keys(self) -> dict[str, _Key]:
         return {

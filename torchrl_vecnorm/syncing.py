@@ -44,6 +44,7 @@ class Since:
     Attributes:
         base: the statistics, S0: a copy.
         kept: ``decay**k``, float64 ``[]``: what the calls since have multiplied them by.
+        count: what these calls have made of their count, to know of others.
     """
 
     def __init__(self, state: Moments) -> None:
@@ -52,17 +53,33 @@ class Since:
                 *(None if leaf is None else leaf.detach().clone() for leaf in state)
             )
             self.kept = torch.ones((), dtype=torch.float64)
+            self.count = self.base.samples().double().cpu().clone()
 
-    def decay(self, keep: float, some: Tensor | bool = True) -> None:
-        """Notes a call; ``some`` is whether it had samples, or the mask of these."""
-        if keep == 1 or some is False:
-            return
-        if isinstance(some, Tensor):
-            # No read waits for the device.
-            self.kept = self.kept.to(some.device)
-            self.kept.mul_(torch.where(some.any(), keep, 1.0))
-        else:
+    def note(self, keep: float, samples: int | Tensor) -> None:
+        """Notes a call that has multiplied them by ``keep``, unless it had no samples."""
+        if isinstance(samples, Tensor):  # no read waits for the device
+            self.kept = self.kept.to(samples.device)
+            self.count = self.count.to(samples.device)
+            factor = torch.where(samples > 0, keep, 1.0)
+            self.kept.mul_(factor)
+            self.count.mul_(factor).add_(samples)
+        elif samples > 0:
             self.kept.mul_(keep)
+            self.count.mul_(keep).add_(samples)
+
+    def check(self, state: Moments, where: str) -> None:
+        """Refuses statistics that others have updated, who knows how often.
+
+        Raises:
+            RuntimeError: there are other counts than the calls have made.
+        """
+        noted, got = self.count.item(), state.samples().item()
+        if abs(noted - got) > 1e-6 * max(noted, got):
+            raise RuntimeError(
+                f"{where}: expected a count of {noted:.9g} after the calls since all had the "
+                f"same, got {got:.9g}: others update these statistics too, and how often "
+                "they have decayed is not known. Join them with decay=1, or in VecNormV2"
+            )
 
 
 # ------------------------------------------------------------------------- the formula
