@@ -326,9 +326,10 @@ def all_reduce(
     Args:
         batch: as :func:`moments` gives it; of no samples where a rank has none.
         near: statistics whose mean is near to the values, the same on all ranks: those
-            that the result is for. Without it, and while they have seen nothing, the
-            variance loses digits where the mean is far from zero: relative to it an error
-            of ``1e-16 * (mean / std)**2``.
+            that the result is for. Without it, and while they have seen nothing, a second
+            all-reduce keeps the digits of the variance where the mean is far from zero (on
+            a GPU there is none, and the variance has an error of
+            ``1e-16 * (mean / std)**2`` of it then).
         group: a process group, a ``DeviceMesh`` of one dimension or ``"world"``; by default
             all ranks.
 

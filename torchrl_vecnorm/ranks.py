@@ -354,10 +354,7 @@ class Ranks:
                 ),
             )
         self._keys = [k for k, shape in enumerate(features) if shape is not None]
-        shifts = [
-            next((one.means[k] for one in heard if one.means[k] is not None), None)
-            for k in self._keys
-        ]
+        shifts = [first_known([one.means[k] for one in heard]) for k in self._keys]
         shapes = [torch.Size(features[k]) for k in self._keys]
         self._batches = Batches(shapes, shifts, device)
         self._begun = begun
@@ -417,10 +414,12 @@ class Ranks:
             # An empty batch changes nothing, on any rank.
             batches.body.copy_(torch.where(wrong, 0.0, batches.body))
             self._remember(batches.header, expected)
-        elif not self._is_good(
-            call, group, batches.header.tolist(), expected.tolist(), refused
-        ):
+            return batches.read()
+        got = batches.header.tolist()
+        if not self._is_good(call, group, got, expected.tolist()):
             return None
+        if batches.moves():
+            return self._reduce(group, keys, what, device, call, False, False)
         return batches.read()
 
     def _is_good(
@@ -429,7 +428,6 @@ class Ranks:
         group: dist.ProcessGroup,
         got: list[float],
         expected: list[float],
-        refused: bool = False,
     ) -> bool:
         """Whether the sum of the headers is one of equal calls; False where a rank asks."""
         if got == [v * group.size() for v in expected]:
@@ -499,11 +497,25 @@ def is_empty(state: Moments | None) -> bool:
 
 
 def mean_of(*known: Moments | None) -> Tensor | None:
-    """Where values are about, by the first moments that have some."""
-    for moments in known:
-        if moments is not None and bool((moments.used() > 0).any()):
-            return moments.mean_var()[0].detach().cpu().double()
-    return None
+    """Where values are about, by the first moments that say so; NaN where none do."""
+    return first_known(
+        [
+            torch.where(m.used() > 0, m.mean_var()[0], torch.nan).cpu().double()
+            for m in known
+            if m is not None
+        ]
+    )
+
+
+def first_known(values: Sequence[Tensor | None]) -> Tensor | None:
+    """Of each element the first that is no NaN."""
+    found = None
+    for value in values:
+        if found is None:
+            found = value
+        elif value is not None:
+            found = torch.where(found.isnan(), value, found)
+    return found
 
 
 # --------------------------------------------------------------- without any memory of it
@@ -526,22 +538,26 @@ def reduced(
     pg = process_group(check_group(group, owner), owner)
     features = [batch.sum.shape for batch in batches]
     device = batches[0].sum.device
-    shifts = [None if state is None else state.mean_var()[0] for state in near]
+    shifts = [mean_of(state) for state in near]
     together = Batches(features, shifts, device)
     at = hashlib.blake2b(repr(features).encode(), digest_size=8).digest()
     number = float(int.from_bytes(at, "little") % _LIMIT)
-    together.header[2].fill_(number)
-    together.header[3].fill_(number * number)
-    expected = together.header * pg.size()
-    together.write([batch.with_extras() for batch in batches])
-    with naming(owner, "a call", pg):
-        dist.all_reduce(together.buffer, group=pg)
-    if device.type == "cuda":
-        wrong = (together.header != expected).any()
-        together.body.copy_(torch.where(wrong, 0.0, together.body))
-    elif together.header.tolist() != expected.tolist():
-        raise RuntimeError(
-            f"{owner}: a call in group {describe(pg)}: expected the same call of all ranks, "
-            f"with features {[tuple(f) for f in features]}, got different ones"
-        )
+    header = torch.tensor([0, 0, number, number * number, 0, 0]).to(together.header)
+    with_extras = [batch.with_extras() for batch in batches]
+    for _ in range(2):
+        together.header.copy_(header)
+        together.write(with_extras)
+        with naming(owner, "a call", pg):
+            dist.all_reduce(together.buffer, group=pg)
+        if device.type == "cuda":
+            wrong = (together.header != header * pg.size()).any()
+            together.body.copy_(torch.where(wrong, 0.0, together.body))
+            break
+        if not together.header.equal(header * pg.size()):
+            raise RuntimeError(
+                f"{owner}: a call in group {describe(pg)}: expected the same call of all "
+                f"ranks, with features {[tuple(f) for f in features]}, got different ones"
+            )
+        if not together.moves():
+            break
     return together.read()

@@ -15,6 +15,7 @@ instead would count ``S0`` as often as there are ranks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -28,6 +29,7 @@ from torchrl_vecnorm.ranks import (
     check_group,
     describe,
     digest,
+    first_known,
     gathered,
     is_empty,
     mean_of,
@@ -91,7 +93,7 @@ class Part(NamedTuple):
     Attributes:
         state: S_r; None where it has not met the key.
         base: the S0 that is in it; None where it has begun with nothing.
-        kept: decay**k_r.
+        kept: decay**k_r; of averages also where it has begun with nothing.
     """
 
     state: Moments | None
@@ -116,6 +118,7 @@ def _decayed(numbers: Tensor, kept: float, shift: Tensor) -> Tensor:
 def joined(
     base: Moments | None,
     kept: Sequence[float],
+    left: Sequence[float],
     alone: Tensor,
     shift: Tensor,
     counts: int,
@@ -125,7 +128,8 @@ def joined(
 
     Args:
         base: S0.
-        kept: ``decay**k_r`` of each.
+        kept: ``decay**k_r`` of those that have begun with it.
+        left: the same of all; for averages.
         alone: the sum of what each has seen alone.
         shift: that of these numbers.
         counts: how many elements ``count`` has.
@@ -138,8 +142,8 @@ def joined(
         weight = begun[0].item()
         numbers = _decayed(begun, min(kept), shift) + alone
     if averages and numbers[0] > 0:
-        left = (1 - weight) * torch.tensor(kept, dtype=torch.float64).prod()
-        numbers = _decayed(numbers, ((1 - left) / numbers[0]).item(), shift)
+        rest = (1 - weight) * math.prod(left)
+        numbers = _decayed(numbers, (1 - rest) / numbers[0].item(), shift)
     return from_around(numbers, shift, counts)
 
 
@@ -225,13 +229,12 @@ def synced(
                 "or from none, got different ones: load one state_dict on all of them"
             ),
         )
-    shifts = [
-        next(
-            (one.means[k] for one in heard if one.means[k] is not None),
-            None if shape is None else torch.zeros(shape, dtype=torch.float64),
-        )
-        for k, shape in enumerate(found)
-    ]
+    shifts: list[Tensor | None] = []
+    for k, shape in enumerate(found):
+        mean = first_known([one.means[k] for one in heard])
+        if shape is not None and mean is None:
+            mean = torch.zeros(shape, dtype=torch.float64)
+        shifts.append(None if mean is None else mean.nan_to_num(0.0))
     # Each key's numbers on their own: a tensor of all would have to be cut again.
     alone = [
         seen_alone(part, shift)
@@ -251,6 +254,7 @@ def synced(
         if shift is None
         else joined(
             bases[k],
+            [one.kept[k] for one in heard if one.digests[k] is not None],
             [one.kept[k] for one in heard],
             next(pieces),
             shift,

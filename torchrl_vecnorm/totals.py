@@ -36,7 +36,8 @@ class Batches:
 
     Args:
         features: the shape of the features of each key.
-        shifts: of each key, ``[*features]``, the same on all ranks.
+        shifts: of each key, ``[*features]``, the same on all ranks; NaN where nobody knows
+            any, None where that is all of them.
         device: of the tensor.
     """
 
@@ -66,16 +67,18 @@ class Batches:
                 Moments.zeros(shape, dtype=dtype, device=device) for shape in features
             ]
             flat = [
-                nothing.sum.reshape(-1) if shift is None else shift.reshape(-1)
+                torch.full_like(nothing.sum, torch.nan) if shift is None else shift
                 for nothing, shift in zip(self._nothing, shifts, strict=True)
             ]
-            self.shift = (
-                torch.cat([v.to(device, dtype) for v in flat]) if flat else None
-            )
+            flat = [v.to(device, dtype).reshape(-1) for v in flat]
+            self.shift = torch.cat(flat) if flat else torch.zeros(0, dtype=dtype)
+            self._known = ~self.shift.isnan()
+            self._all_known = bool(self._known.all())
+            self.shift.nan_to_num_(0.0)
 
     def write(self, batches: Sequence[Moments | None]) -> None:
         """Puts the batches of this rank into the tensor; None is an empty one."""
-        if self.shift is None:
+        if not self.sizes:
             return
         found = [
             nothing if batch is None else batch
@@ -89,9 +92,24 @@ class Batches:
         self.d1.addcmul_(n, self.shift, value=-1)
         self.d2.mul_(n).addcdiv_(self.d1 * self.d1, n.clamp_min(1))
 
+    def moves(self) -> bool:
+        """Whether values came for features that nobody knew a shift of.
+
+        It is there then, and the batches have to be added up again: around zero they may
+        have lost their variance. The same on all ranks, as it is asked of the sum.
+        """
+        if self._all_known or not self.sizes:
+            return False
+        n = self.counts[self._of_key] - self.missing
+        new = (n > 0) & ~self._known
+        self._known |= new
+        self._all_known = bool(self._known.all())
+        self.shift.add_(torch.where(new, self.d1 / n.clamp_min(1), 0.0))
+        return bool(new.any())
+
     def read(self) -> list[Moments]:
         """The moments of all that was added; the next shift is their mean."""
-        if self.shift is None:
+        if not self.sizes:
             return []
         n = self.counts[self._of_key] - self.missing
         per_value = n.clamp_min(1)

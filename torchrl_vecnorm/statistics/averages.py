@@ -182,9 +182,11 @@ class Averages(Statistics):
     def kept(self, key: Key, moments: Moments) -> float:
         """As that of :class:`Statistics`."""
         since = self.store.since.get(key.names)
-        if self.decay == 1 or since is None:
+        if self.decay == 1:
             return 1.0
-        samples = moments.seen().item() - since.base.seen().item()
+        samples = moments.seen().item()
+        if since is not None:
+            samples -= since.base.seen().item()
         return math.exp(samples * math.log(self.decay))
 
     @staticmethod

@@ -551,7 +551,7 @@ class Statistics:
             if leaf is not None
         }
         sharing.note_lock(state.values(), self.store.lock)
-        for key, moments in self.seen():
+        for key, moments in self.seen() if self.store.since else ():
             kept = self.kept(key, moments)
             if kept < 1:
                 state[self.kept_name(key.in_key)] = torch.tensor(

@@ -190,12 +190,15 @@ def sync_(statistics: Statistics, group: Group) -> None:
     with torch.inference_mode(False):
         if not store.in_shared_memory():
             with statistics.session():
-                _sync(statistics, group, _parts(statistics))
+                parts = _parts(statistics)
+                _write(statistics, parts, _joined(statistics, group, parts))
         else:
             # Others go on meanwhile: what they add is added to what comes of it.
             with statistics.session():
                 parts = _parts(statistics, copy=True)
-            _sync(statistics, group, parts)
+            new = _joined(statistics, group, parts)
+            with statistics.session():
+                _write(statistics, parts, new)
         if ranks is not None:
             ranks.asks = True
 
@@ -216,43 +219,51 @@ def _parts(statistics: Statistics, copy: bool = False) -> list[Part]:
     return parts
 
 
-def _sync(statistics: Statistics, group: Group, parts: list[Part]) -> None:
-    store, keys, counts = statistics.store, statistics.keys, statistics.counts
-    names = [repr(key.in_key) for key in keys]
-    averages = counts == 2 and statistics.decay < 1
+def _joined(
+    statistics: Statistics, group: Group, parts: list[Part]
+) -> list[Moments | None]:
+    names = [repr(key.in_key) for key in statistics.keys]
+    averages = statistics.counts == 2 and statistics.decay < 1
     what = _options(statistics)
-    new = synced(group, "VecNorm", what, names, parts, counts, averages)
-    with statistics.session():
-        attached = store.attached
-        if attached is not None:
-            attached.state.load()
-        elif store.td is None and any(one is not None for one in new):
-            store.add(
-                {
-                    key.names: new_moments(one.sum.shape, one.sum.device, counts == 2)
-                    for key, one in zip(keys, new, strict=True)
-                    if one is not None
-                }
-            )
-        kept = [1.0] * len(keys)
-        for k, (key, part, one) in enumerate(zip(keys, parts, new, strict=True)):
-            if one is None:
-                continue
-            store.check_room(key.in_key)
-            now = store.moments(key.names)
-            moved = one
-            if now is not None and part.state is not None and _differ(now, part.state):
-                moved, kept[k] = _gone_on(statistics, now, part.state, one)
-            write(statistics, key, moved, attached)
-        if attached is not None:
-            attached.state.commit()
-        statistics.binding = None
-        store.rebase()
-        for k, (key, one) in enumerate(zip(keys, new, strict=True)):
-            if one is not None:
-                store.since[key.names].base = one.to(one.sum.device, copy=True)
-                store.since[key.names].kept.fill_(kept[k])
-        statistics._after_update()
+    return synced(group, "VecNorm", what, names, parts, statistics.counts, averages)
+
+
+def _write(
+    statistics: Statistics, parts: list[Part], new: list[Moments | None]
+) -> None:
+    """Makes what all go on with the statistics; with the lock held."""
+    store, keys = statistics.store, statistics.keys
+    attached = store.attached
+    if attached is not None:
+        attached.state.load()
+    elif store.td is None and any(one is not None for one in new):
+        store.add(
+            {
+                key.names: new_moments(
+                    one.sum.shape, one.sum.device, statistics.counts == 2
+                )
+                for key, one in zip(keys, new, strict=True)
+                if one is not None
+            }
+        )
+    kept = [1.0] * len(keys)
+    for k, (key, part, one) in enumerate(zip(keys, parts, new, strict=True)):
+        if one is None:
+            continue
+        store.check_room(key.in_key)
+        now, moved = store.moments(key.names), one
+        if now is not None and part.state is not None and _differ(now, part.state):
+            moved, kept[k] = _gone_on(statistics, now, part.state, one)
+        write(statistics, key, moved, attached)
+    if attached is not None:
+        attached.state.commit()
+    statistics.binding = None
+    store.rebase()
+    for k, (key, one) in enumerate(zip(keys, new, strict=True)):
+        if one is not None:
+            store.since[key.names].base = one.to(one.sum.device, copy=True)
+            store.since[key.names].kept.fill_(kept[k])
+    statistics._after_update()
 
 
 def _differ(now: Moments, before: Moments) -> bool:
