@@ -4,20 +4,28 @@
 # LICENSE file in the root directory of this source tree.
 """TorchRL's VecNorm transform as one fused, compiled operator.
 
-``RunningNorm`` and ``functional`` need torch alone; torchrl and tensordict are imported when
+``RunningNorm``, ``functional`` and ``merge_states`` need torch alone; torchrl and tensordict are imported when
 ``VecNorm`` or ``VecNormV2`` is first asked for.
 """
 
 from typing import TYPE_CHECKING
 
 from torchrl_vecnorm import functional
+from torchrl_vecnorm.merging import merge_states
 from torchrl_vecnorm.moments import Moments
 from torchrl_vecnorm.running_norm import RunningNorm
 
 if TYPE_CHECKING:
     from torchrl_vecnorm.transforms import VecNorm, VecNormV2
 
-__all__ = ["Moments", "RunningNorm", "VecNorm", "VecNormV2", "functional"]
+__all__ = [
+    "Moments",
+    "RunningNorm",
+    "VecNorm",
+    "VecNormV2",
+    "functional",
+    "merge_states",
+]
 __version__ = "0.2.0"
 
 
