@@ -167,7 +167,7 @@ def test_any_schedule_of_calls_merges_saves_and_loads(kind, decay, far, rounds):
     base, numbers, seen = None, [Fraction(0)] * 5, 0
     for one in rounds:
         # As many ranks as this round has; the last of them begin with nothing.
-        states, models, late = [], [], []
+        states, models = [], []
         for i, calls in enumerate(one["calls"]):
             norm = make(kind, decay)
             model = Exact(Fraction(decay), kind == "VecNormV2")
@@ -178,10 +178,9 @@ def test_any_schedule_of_calls_merges_saves_and_loads(kind, decay, far, rounds):
                 rows = [(x + far, y - far) for x, y in rows]
                 feed(norm, rows)
                 model.feed(rows)
-            joins = base is not None and model.base is None
-            (late if joins else states).append(state_of(norm))
+            states.append(state_of(norm))
             models.append(model)
-        merged = merge_states([merge_states(states, base), *late])
+        merged = merge_states(states, base)
         numbers, seen = joined(models)
         if not any(numbers):
             base = None
@@ -198,6 +197,7 @@ def test_any_schedule_of_calls_merges_saves_and_loads(kind, decay, far, rounds):
 def _syncs(rank, size, kind, decay):
     torch.manual_seed(0)
     norm, reports = make(kind, decay), []
+    by_state, merged = make(kind, decay), None
     model = [Exact(Fraction(decay), kind == "VecNormV2") for _ in range(size)]
     for i in range(6):
         for r in range(size):
@@ -206,9 +206,11 @@ def _syncs(rank, size, kind, decay):
                 model[r].feed(rows)
                 if r == rank:
                     feed(norm, rows)
+                    feed(by_state, rows)
         alone = [None] * size
-        torch.distributed.all_gather_object(alone, state_of(norm))
-        expected = merge_states([s for s in alone if s], reports[-1] if i else None)
+        torch.distributed.all_gather_object(alone, state_of(by_state))
+        merged = merge_states([s for s in alone if s], merged)
+        load(by_state, merged)
         norm.sync_()
         numbers, seen = joined(model)
         for one in model:
@@ -220,7 +222,7 @@ def _syncs(rank, size, kind, decay):
             if not name.startswith(("loc", "var"))  # in the dtype of the values here
         }
         for name, leaf in state.items():
-            assert torch.allclose(expected[name], leaf, 1e-12, 1e-12), name
+            assert torch.allclose(merged[name], leaf, 1e-12, 1e-12), name
         reports.append(state)
     return [{k: v.numpy().tobytes() for k, v in s.items()} for s in reports]
 
@@ -376,10 +378,14 @@ def test_states_that_make_no_sense():
         merge_states([state(1), 3])
     with pytest.raises(ValueError, match=r"'stats.sum': expected shape \(2,\) in all"):
         merge_states([state(1), state(1, 3)])
+    with pytest.raises(ValueError, match=r"'stats.kept', as merge_states gives"):
+        merge_states([state(7), state(3)], state(5))
+    base = merge_states([state(5)])
+    less = state(3) | {"stats.kept": torch.ones(())}
     with pytest.raises(
         ValueError, match=r"'stats.count': .*went on from base.* 5, got"
     ):
-        merge_states([state(7), state(3)], state(5))
+        merge_states([base, less], base)
     bad = state(1)
     bad["stats.count"] = -bad["stats.count"]
     with pytest.raises(ValueError, match=r"'stats.count'.*not negative"):

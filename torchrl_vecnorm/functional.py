@@ -306,7 +306,6 @@ def all_reduce(
 ) -> list[Moments]: ...
 
 
-@ranks.not_in_graphs("torchrl_vecnorm: ranks meet outside of compiled graphs.")
 def all_reduce(
     batch: Moments | Sequence[Moments],
     *,

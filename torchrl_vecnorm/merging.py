@@ -62,18 +62,19 @@ def merge_states(
             ``reduce_batch_dims`` or :class:`~torchrl_vecnorm.RunningNorm`: as
             ``get_extra_state()`` or ``state_dict()`` gives them, also those of a module or an
             environment that has some in it; what else is in there is the first one's.
-        base: what all of them have loaded, and gone on from; None where they have begun with
-            nothing. Who has joined them with nothing is not among ``states`` then:
-            ``merge_states([merge_states(states, base), late])``.
+        base: what they have loaded, and gone on from: what this has given the time before,
+            or has made of a checkpoint, ``merge_states([checkpoint])``; None where all have
+            begun with nothing. Who has joined them with nothing may be among ``states``.
 
     Returns:
-        A new state_dict, of copies. ``kept`` entries, which say how much is left of what a
-        transform has loaded, are not in it. Without them, as in ``state_dict`` s of torchrl's
-        own class, nothing is taken to have decayed since.
+        A new state_dict, of copies. It has one entry more for each key, ``kept``: who loads
+        it says in that entry of its own how much is left of what was loaded. States of
+        torchrl's own class have none: all are taken to have loaded ``base``, and nothing to
+        have decayed since.
 
     Raises:
         ValueError: an entry makes no sense, has another shape in another state, or was not
-            gone on to from ``base``; no states.
+            gone on to from ``base``; no states; a base that does not say ``kept``.
 
     Equivalent to, for each key, with ``k`` calls since (``VecNormV2``: samples)::
 
@@ -106,12 +107,13 @@ def _merge(
         elif isinstance(value, Tensor):
             merged[name] = value.detach().clone()
     for entries in found.values():
-        merged.pop(entries.kept, None)
         first = next(state for state in states if entries.moments[0] in state)
         new = _joined(states, base, entries, path)
         for name, leaf in zip(entries.moments, new, strict=True):
             if name in first:
                 merged[name] = leaf.to(first[name].dtype).view_as(first[name])
+        if entries.moments[-1] in first:  # not in the layout of torchrl's VecNorm
+            merged[entries.kept] = torch.ones((), dtype=torch.float64)
         for name, leaf in zip(entries.averages, _averages(new), strict=False):
             if name in first:
                 merged[name] = leaf.to(first[name].dtype).view_as(first[name])
@@ -136,10 +138,17 @@ def _joined(
     path: str,
 ) -> Moments:
     begun = _read(base, entries, path + "base: ")
+    tells = entries.moments[-1] in base  # all but torchrl's VecNorm
+    if begun is not None and tells and entries.kept not in base:
+        raise ValueError(
+            f"merge_states: expected base with an entry {path + entries.kept!r}, as "
+            "merge_states gives it, got none: let all load merge_states([checkpoint]), and "
+            "take that for base"
+        )
     parts = [
         Part(
             _read(state, entries, path),
-            None if begun is None else begun,
+            None if tells and entries.kept not in state else begun,
             float(state.get(entries.kept, 1.0)),
         )
         for state in states
@@ -177,10 +186,13 @@ def _joined(
                 f"count of {part.state.samples().item():.9g}"
             )
         alone += numbers
-    kept = [part.kept for part in parts if part.state is not None]
-    if is_average and begun is None:
-        kept = [1 - m.samples().item() for m in known]
-    return joined(begun, kept, kept, alone, shift, counts, is_average)
+    kept = [part.kept for part in parts if part.base is not None]
+    left = [
+        part.kept if part.base is not None else 1 - part.state.samples().item()
+        for part in parts
+        if part.state is not None
+    ]
+    return joined(begun, kept or [1.0], left, alone, shift, counts, is_average)
 
 
 def _averages(moments: Moments) -> tuple[Tensor, ...]:

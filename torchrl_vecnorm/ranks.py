@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torchrl_vecnorm._ops import needs_plain_torch
+from torchrl_vecnorm._ops import needs_plain_torch, not_in_graphs
 from torchrl_vecnorm.moments import Moments
 from torchrl_vecnorm.totals import HEADER, Batches
 
@@ -32,12 +32,8 @@ Group: TypeAlias = Any
 _LIMIT = 2**20
 
 
-def not_in_graphs(reason: str) -> Callable[[Callable], Callable]:
-    """A decorator of functions that torch.compile leaves alone, and of what it says then."""
-    try:
-        return torch.compiler.disable(reason=reason)
-    except TypeError:  # torch 2.7 has words of its own
-        return torch.compiler.disable
+def _call(function: Callable, *args: Any) -> Any:
+    return function(*args)
 
 
 def plainly() -> None:
@@ -229,6 +225,9 @@ class Ranks:
     def __init__(self, group: Group, owner: str) -> None:
         self.group = check_group(group, owner)
         self.owner = owner
+        #: Calls a function outside of compiled graphs. Made here: it imports all of Dynamo.
+        reason = f"{owner}: ranks meet outside of compiled graphs."
+        self.outside = not_in_graphs(reason)(_call)
         #: Whether the other ranks have to be asked what they have; they notice.
         self.asks = False
         #: Whether errors that only the device knows of are told at the next call.

@@ -18,7 +18,7 @@ from torchrl_vecnorm._load import _C
 from torchrl_vecnorm.checks import check_moments
 from torchrl_vecnorm.export import Normalizer, fold_into
 from torchrl_vecnorm.moments import Moments
-from torchrl_vecnorm.ranks import Group, Ranks, not_in_graphs, plainly
+from torchrl_vecnorm.ranks import Group, Ranks, plainly
 from torchrl_vecnorm.ranks import Key as RankKey
 from torchrl_vecnorm.rule import EPS_MODES, EpsMode
 from torchrl_vecnorm.syncing import Part, Since, synced
@@ -154,7 +154,7 @@ class RunningNorm(nn.Module):
         if not self.training:
             return self.normalize(x)
         if self._ranks is not None:
-            self._update_joined(x, mask)
+            self._ranks.outside(self._update_joined, x, mask)
             return self.normalize(x)
         keys, xs = self._pair(x)
         masks = self._masks(mask, keys, xs)
@@ -166,7 +166,7 @@ class RunningNorm(nn.Module):
     def update(self, x: Values, mask: Any = None) -> None:
         """Takes x into the statistics, in any mode; as in :meth:`forward`."""
         if self._ranks is not None:
-            self._update_joined(x, mask)
+            self._ranks.outside(self._update_joined, x, mask)
             return
         keys, xs = self._pair(x)
         masks = self._masks(mask, keys, xs)
@@ -283,7 +283,6 @@ class RunningNorm(nn.Module):
                 samples = masks[k].sum() if masked else xs[k].numel() // size
                 key.since.note(self.decay, samples)
 
-    @not_in_graphs("RunningNorm: ranks meet outside of compiled graphs.")
     @torch.no_grad()
     def _update_joined(self, x: Values, mask: Any) -> None:
         """Takes in the batches of all ranks: a call of all of them."""
@@ -390,13 +389,15 @@ class RunningNorm(nn.Module):
             for key, moments in zip(keys.values(), loaded, strict=True):
                 _write(key, moments)
         self._rebase()
+        for path, key in keys.items():
+            key.since.is_told = path + "kept" in state_dict
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         # For `merge_states`: what was loaded has decayed since, but the entries do not say
         # how often.
         for path, key in self._keys().items():
-            if key.since is not None and float(key.since.kept) < 1:
+            if key.since is not None and key.since.is_told:
                 destination[f"{prefix}{path}.kept"] = key.since.kept.cpu().clone()
 
     # ---------------------------------------------------------------------- private

@@ -47,6 +47,8 @@ class Since:
         base: the statistics, S0: a copy.
         kept: ``decay**k``, float64 ``[]``: what the calls since have multiplied them by.
         count: what these calls have made of their count, to know of others.
+        is_told: whether a state_dict says ``kept``, for :func:`torchrl_vecnorm.merge_states`:
+            where it was loaded from one that does. Others are what they were without it.
     """
 
     def __init__(self, state: Moments) -> None:
@@ -56,6 +58,7 @@ class Since:
             )
             self.kept = torch.ones((), dtype=torch.float64)
             self.count = self.base.samples().double().cpu().clone()
+        self.is_told = False
 
     def note(self, keep: float, samples: int | Tensor) -> None:
         """Notes a call that has multiplied them by ``keep``, unless it had no samples."""
@@ -254,7 +257,7 @@ def synced(
         if shift is None
         else joined(
             bases[k],
-            [one.kept[k] for one in heard if one.digests[k] is not None],
+            [one.kept[k] for one in heard if one.digests[k] is not None] or [1.0],
             [one.kept[k] for one in heard],
             next(pieces),
             shift,

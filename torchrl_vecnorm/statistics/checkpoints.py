@@ -267,6 +267,8 @@ def check_live(
     try:
         # A process of torchrl's class may know of another lock, or of none.
         patiently(check)
+        if is_held:  # else there are updates already, which are not those of others
+            statistics.store.rebase()
     finally:
         if is_held:
             session.__exit__()

@@ -38,7 +38,7 @@ from torchrl_vecnorm.statistics.entries import get_entry, set_entry
 from torchrl_vecnorm.statistics.keys import Key, Keys, find_keys
 from torchrl_vecnorm.statistics.layouts import Layout, kept_names, layouts_of_sums
 from torchrl_vecnorm.statistics.locks import LOCK_TIMEOUT, Lock, Session
-from torchrl_vecnorm.statistics.modes import are_fake, not_in_graphs
+from torchrl_vecnorm.statistics.modes import are_fake
 from torchrl_vecnorm.statistics.names import StateNames, flat_name
 from torchrl_vecnorm.statistics.shared_td import advise, check_shared_td
 from torchrl_vecnorm.statistics.store import Store
@@ -128,8 +128,6 @@ class Statistics:
             checkpoints.check_live(self, {key.in_key: key.names for key in self.keys})
         except ValueError as error:
             raise ValueError(advise(str(error), td)) from None
-        with self.session():
-            store.rebase()
 
     # --------------------------------------------------------------------- options
 
@@ -421,7 +419,7 @@ class Statistics:
             weight=weights.weight,
         )
 
-    @not_in_graphs(
+    @_ops.not_in_graphs(
         reason="VecNorm: statistics that other processes update need their lock, and "
         "a compiled graph works on copies. Compile without fullgraph=True."
     )
@@ -429,7 +427,7 @@ class Statistics:
         """As :meth:`normalize`, for statistics that others update."""
         return self.normalize(*args)
 
-    @not_in_graphs(reason="VecNorm: ranks meet outside of compiled graphs.")
+    @_ops.not_in_graphs(reason="VecNorm: ranks meet outside of compiled graphs.")
     def normalize_among_ranks(self, *args) -> TensorDictBase:
         """As :meth:`normalize`, for batches that are joined with those of other ranks."""
         return self.normalize(*args)
@@ -552,11 +550,10 @@ class Statistics:
         }
         sharing.note_lock(state.values(), self.store.lock)
         for key, moments in self.seen() if self.store.since else ():
-            kept = self.kept(key, moments)
-            if kept < 1:
-                state[self.kept_name(key.in_key)] = torch.tensor(
-                    kept, dtype=torch.float64
-                )
+            since = self.store.since.get(key.names)
+            if since is not None and since.is_told:
+                kept = torch.tensor(self.kept(key, moments), dtype=torch.float64)
+                state[self.kept_name(key.in_key)] = kept
         return state
 
     @staticmethod
@@ -604,6 +601,12 @@ class Statistics:
                 checkpoints.load_in_place(self, found)
             if not self.store.others_update:
                 self.rebase()
+                for key in self.keys:
+                    since = self.store.since.get(key.names)
+                    if since is not None and any(
+                        n in state for n in kept_names(key.in_key)
+                    ):
+                        since.is_told = True
         self.store.lock_was_set = False
 
     def rebase(self) -> None:
