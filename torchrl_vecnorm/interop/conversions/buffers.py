@@ -89,10 +89,10 @@ class Buffers(InModule):
         if not super().recognises(entries):
             return False
         dtype = getattr(entries[self.names[2]], "dtype", None)
-        return (dtype == torch.int32) <= (self.dtypes[1] == torch.int32) and not (
-            self.dtypes[1] == torch.int32
-            and dtype in (torch.float32, torch.float64, torch.int64)
-        )
+        if not isinstance(dtype, torch.dtype):
+            return True
+        # imitation's count is int32, and no other's is.
+        return (dtype == torch.int32) == (self.dtypes[1] == torch.int32)
 
     def rule(self, place: Place | None) -> dict[str, Any]:
         """As in :class:`Format`."""

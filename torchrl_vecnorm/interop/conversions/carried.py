@@ -102,7 +102,7 @@ def count_of(owner: str, name: str, value: Any) -> Tensor:
         )
     if count.item() < 0:
         raise ValueError(
-            wrong(owner, name, "a count that is not negative", count.item())
+            wrong(owner, name, "a number that is not negative", count.item())
         )
     return count.reshape(1)
 
@@ -166,6 +166,8 @@ def of_sums(
     if (square < mean * mean * (1 - slack)).any() or (square < 0).any():
         expected = f"{names[1]} · count ≥ {names[0]}²"
         raise ValueError(wrong(owner, names[1], expected, squares))
+    # What rounding has left beneath it is no variance.
+    squares = torch.maximum(squares, n * mean * mean)
     var = (square - mean * mean).clamp_min(0)
     return Moments(total, squares, count, mean.new_zeros(2, *mean.shape), var)
 

@@ -172,14 +172,34 @@ class EvoTorch(Format):
         return dict(zip(self.required, (*made, n), strict=True))
 
 
-class LeRobot(Format):
+class MeanStd(Format):
+    """A mean and a deviation, whose count may have to be given."""
+
+    names = ("mean", "std")
+
+    def read(self, place: Place, options: Options) -> Carried:
+        """As in :class:`Format`."""
+        mean, std = (tensor(self.library, n, place.entries[n]) for n in self.names)
+        if (std < 0).any():
+            bad = std[std < 0][0]
+            raise ValueError(wrong(self.library, "std", "none below 0", bad))
+        count = place.entries.get("count", options.count)
+        if count is None:
+            raise ValueError(
+                f"{self.library}: expected entry 'count', which is not there: pass count="
+            )
+        names = (*self.names, "count")
+        moments = mean_var_count(self.library, names, mean, std * std, count)
+        return Carried(moments, **self.rule(place))
+
+
+class LeRobot(MeanStd):
     """Statistics of a dataset's features in lerobot: ``mean``, ``std``, ``count``."""
 
     library = "lerobot"
     packages = ("lerobot",)
     classes = ("NormalizerProcessorStep", "UnnormalizerProcessorStep")
     required = ()
-    names = ("mean", "std")
     others = ("var", "summed_variance", "m2", "running_stats", "eps")
 
     def recognises(self, entries: Mapping[str, Any]) -> bool:
@@ -217,9 +237,7 @@ class LeRobot(Format):
             raise ValueError(
                 f"{self.library}: expected {absent} of {place.path!r}, got none"
             )
-        names = ("mean", "std", "count")
-        moments = mean_std_count(self.library, place.entries, options.count, names)
-        return Carried(moments, **self.rule(place))
+        return super().read(place, options)
 
     def make(
         self, moments: Moments, place: Place | None, options: Options
@@ -248,24 +266,19 @@ class LeRobot(Format):
         return step
 
 
-class D3rlpy(Format):
+class D3rlpy(MeanStd):
     """d3rlpy's ``StandardObservationScaler``: fitted once, and of how many is not kept."""
 
     library = "d3rlpy"
     packages = ("d3rlpy",)
     classes = ("StandardObservationScaler", "StandardRewardScaler")
-    required = ("mean", "std", "eps")
+    required = (*MeanStd.names, "eps")
 
     def rule(self, place: Place | None) -> dict[str, Any]:
         """As in :class:`Format`."""
-        eps = 1e-3 if place is None else float(place.entries["eps"])
+        given = 1e-3 if place is None else place.entries["eps"]
+        eps = count_of(self.library, "eps", given).item()
         return {"eps": eps, "eps_mode": "std_add", "clip": None, "center": True}
-
-    def read(self, place: Place, options: Options) -> Carried:
-        """As in :class:`Format`."""
-        names = ("mean", "std", "count")
-        moments = mean_std_count(self.library, place.entries, options.count, names)
-        return Carried(moments, **self.rule(place))
 
     def make(
         self, moments: Moments, place: Place | None, options: Options
@@ -278,9 +291,9 @@ class D3rlpy(Format):
             )
         made = {"mean": mean, "std": var.sqrt()}
         for name, value in made.items() if place is not None else ():
-            old = torch.Size(np.shape(place.entries[name]))
-            if place.entries[name] is not None:
-                same_shape(self.library, name, value, old)
+            old = place.entries[name]
+            if old is not None:  # as it is before it was fitted
+                same_shape(self.library, name, value, torch.Size(np.shape(old)))
         eps = self.rule(place)["eps"]
         return {**{n: v.numpy().copy() for n, v in made.items()}, "eps": eps}
 
@@ -288,25 +301,6 @@ class D3rlpy(Format):
         """With the tensors gone that it keeps of them."""
         place.owner._torch_mean = place.owner._torch_std = None
         return super().put(place, entries)
-
-
-def mean_std_count(
-    owner: str, entries: Mapping[str, Any], count: Any, names: tuple[str, ...]
-) -> Moments:
-    """The moments of a mean and a deviation, whose count may have to be given.
-
-    Raises:
-        ValueError: no count, or such as no data can have given.
-    """
-    mean, std = (tensor(owner, name, entries[name]) for name in names[:2])
-    if (std < 0).any():
-        raise ValueError(wrong(owner, names[1], "none below 0", std[std < 0][0]))
-    count = entries.get(names[2], count)
-    if count is None:
-        raise ValueError(
-            f"{owner}: expected entry {names[2]!r}, which is not there: pass count="
-        )
-    return mean_var_count(owner, names, mean, std * std, count)
 
 
 def _value(mode: Any) -> Any:

@@ -77,7 +77,7 @@ class Brax(Format):
 
     def rule(self, place: Place | None) -> dict[str, Any]:
         """``sqrt(var + std_eps)``, or a floor without that; the upper bound is not carried."""
-        eps = float(place.entries.get("std_eps", 0.0)) if place is not None else 0.0
+        eps = self._eps(place.entries) if place is not None else 0.0
         least = self.bounds[0]
         mode: EpsMode = "var_add" if eps >= least**2 else "std_floor"
         eps = eps if mode == "var_add" else least
@@ -133,8 +133,11 @@ class Brax(Format):
     ) -> bool:
         # Of a constant, rounding may leave less than 0.
         var = squares.clamp_min(0) / (1 if mode else count)
-        made = self._std(var, float(place.entries.get("std_eps", 0.0)))
+        made = self._std(var, self._eps(place.entries))
         return bool(torch.allclose(made, std, rtol=1e-4, atol=0))
+
+    def _eps(self, entries: Mapping[str, Any]) -> float:
+        return count_of(self.library, "std_eps", entries.get("std_eps", 0.0)).item()
 
     def _std(self, var: Tensor, eps: float) -> Tensor:
         return (var + eps).sqrt().clamp(*self.bounds)
@@ -155,7 +158,7 @@ class Brax(Format):
         n = int(whole(self.library, "count", moments.samples().item(), torch.int64))
         entries = place.entries if place is not None else {}
         mode = int(entries.get("mode", 0)) if n else 0
-        std = self._std(var, float(entries.get("std_eps", 0.0)))
+        std = self._std(var, self._eps(entries))
         values = {
             "mean": mean,
             "summed_variance": var if mode else var * n,

@@ -91,6 +91,33 @@ class Transform(Format):
             leaf = (self.separator.join(parts),)
             yield Place(joined(path, *parts), self, {}, obj, leaf=leaf)
 
+    def found(self, place: Place) -> tuple[Mapping[str, Any], str]:
+        """The entries of a key, and the key.
+
+        Raises:
+            ValueError: there are none.
+        """
+        (key,) = place.leaf
+        if not place.entries:
+            raise ValueError(
+                f"{self.library}: expected statistics of {key!r}, got none"
+            )
+        return place.entries, key
+
+    def fitted(self, made: dict[str, Any], place: Place | None) -> dict[str, Any]:
+        """New entries, in the dtypes of those that are there.
+
+        Raises:
+            ValueError: those that are there have other shapes.
+        """
+        for field, value in made.items():
+            old = place.entries.get(field) if place is not None else None
+            if old is not None:
+                name = self.name(field, *place.leaf)
+                same_shape(self.library, name, value, old.shape)
+                made[field] = value.to(old.dtype)
+        return made
+
     def put(self, place: Place, entries: Mapping[str, Any]) -> Any:
         """By the transform's own loading, which is all or nothing."""
         owner, (key,) = place.owner, place.leaf
@@ -146,11 +173,7 @@ class V1(Transform):
 
     def read(self, place: Place, options: Options) -> Carried:
         """As in :class:`Format`."""
-        entries, (key,) = place.entries, place.leaf
-        if not entries:
-            raise ValueError(
-                f"{self.library}: expected statistics of {key!r}, got none"
-            )
+        entries, key = self.found(place)
         names = [self.name(field, key) for field in Moments._fields]
         count = count_of(self.library, names[2], entries["count"])
         moments = of_sums(
@@ -178,14 +201,8 @@ class V1(Transform):
             return made
         if is_ours(place) or "central" in place.entries:
             made["nonfinite"], made["central"] = moments.nonfinite, moments.central
-        for field, value in made.items():
-            old = place.entries.get(field)
-            if old is not None:
-                same_shape(
-                    self.library, self.name(field, *place.leaf), value, old.shape
-                )
-                made[field] = value.to(old.dtype)
-        return {field: value.clone() for field, value in made.items()}
+        fitted = self.fitted(made, place)
+        return {field: value.clone() for field, value in fitted.items()}
 
 
 class V2(Transform):
@@ -227,22 +244,17 @@ class V2(Transform):
 
     def read(self, place: Place, options: Options) -> Carried:
         """As in :class:`Format`."""
-        entries, (key,) = place.entries, place.leaf
-        if not entries:
-            raise ValueError(
-                f"{self.library}: expected statistics of {key!r}, got none"
-            )
+        entries, key = self.found(place)
         decay = decay_of(self, place, options)
         fields = self.ours if all(f in entries for f in self.ours) else self.theirs
         names = [self.name(field, key) for field in fields]
         mean, squares, last = (entries[field] for field in fields)
-        if fields[2] == "count":
-            count = count_of(self.library, names[2], last)
-            mass = -torch.expm1(count * math.log(decay)) if decay < 1 else count.sign()
-            weight = mass / (1 - decay) if decay < 1 else count
+        if fields == self.ours:
+            mass = last = tensor(self.library, names[2], last).flatten()[:1]
         else:
-            mass = tensor(self.library, names[2], last).flatten()[:1]
-            weight = mass / (1 - decay) if decay < 1 else mass
+            last = count_of(self.library, names[2], last)
+            mass = -torch.expm1(last * math.log(decay)) if decay < 1 else last.sign()
+        weight = mass / (1 - decay) if decay < 1 else last
         averages = of_sums(self.library, (names[0], names[1]), mean, squares, mass)
         moments = of_mean_var(*averages.mean_var(), weight)
         return Carried(moments, **self.rule(place))
@@ -287,21 +299,10 @@ class V2(Transform):
         if is_ours(place) or (place is not None and "central" in place.entries):
             mass = weight if decay == 1 else weight * (1 - decay)
             both = torch.tensor([mass, max(moments.seen().item(), n)], dtype=mean.dtype)
-            made = {
-                **dict(
-                    zip(self.ours, (mean * mass, squares * mass, both), strict=True)
-                ),
-                "nonfinite": moments.nonfinite,
-                "central": var,
-                **made,
-            }
-        for field, value in made.items():
-            old = place.entries.get(field) if place is not None else None
-            if old is not None:
-                name = self.name(field, *place.leaf)
-                same_shape(self.library, name, value, old.shape)
-                made[field] = value.to(old.dtype)
-        return made
+            values = (mean * mass, squares * mass, both)
+            extra = {"nonfinite": moments.nonfinite, "central": var}
+            made = {**dict(zip(self.ours, values, strict=True)), **extra, **made}
+        return self.fitted(made, place)
 
 
 class PopArt(InModule):
