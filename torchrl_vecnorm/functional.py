@@ -25,8 +25,10 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from torchrl_vecnorm import _ops, oracle, ranks
+from torchrl_vecnorm import _ops, oracle
+from torchrl_vecnorm.groups import Group
 from torchrl_vecnorm.moments import Moments
+from torchrl_vecnorm.ranks import reduced
 from torchrl_vecnorm.rule import EpsMode, RuleArgs, eps_mode_of
 
 __all__ = [
@@ -293,7 +295,7 @@ def merge_(
 
 @overload
 def all_reduce(
-    batch: Moments, *, near: Moments | None = ..., group: ranks.Group = ...
+    batch: Moments, *, near: Moments | None = ..., group: Group = ...
 ) -> Moments: ...
 
 
@@ -302,7 +304,7 @@ def all_reduce(
     batch: Sequence[Moments],
     *,
     near: Sequence[Moments] | None = ...,
-    group: ranks.Group = ...,
+    group: Group = ...,
 ) -> list[Moments]: ...
 
 
@@ -310,7 +312,7 @@ def all_reduce(
     batch: Moments | Sequence[Moments],
     *,
     near: Moments | Sequence[Moments] | None = None,
-    group: ranks.Group = None,
+    group: Group = None,
 ) -> Moments | list[Moments]:
     """The moments of the batches of all ranks, of which each has one.
 
@@ -347,7 +349,7 @@ def all_reduce(
         raise ValueError(
             f"expected as many near as batches, {len(batches)}, got {len(states)}"
         )
-    total = ranks.reduced(batches, states, group, "torchrl_vecnorm")
+    total = reduced(batches, states, group, "torchrl_vecnorm")
     return total[0] if isinstance(batch, Moments) else total
 
 

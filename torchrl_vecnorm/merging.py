@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from torchrl_vecnorm.checks import REQUIRED, check_moments
+from torchrl_vecnorm.groups import first_known, is_empty, mean_of
 from torchrl_vecnorm.moments import Moments
-from torchrl_vecnorm.ranks import first_known, is_empty, mean_of
 from torchrl_vecnorm.syncing import Part, joined, seen_alone
 
 #: What the names of VecNormV2's entries begin with and end with, between them this.

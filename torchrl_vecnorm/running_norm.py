@@ -17,9 +17,10 @@ from torchrl_vecnorm import _ops, functional, oracle
 from torchrl_vecnorm._load import _C
 from torchrl_vecnorm.checks import check_moments
 from torchrl_vecnorm.export import Normalizer, fold_into
+from torchrl_vecnorm.groups import Group
 from torchrl_vecnorm.moments import Moments
-from torchrl_vecnorm.ranks import Group, Ranks, plainly
 from torchrl_vecnorm.ranks import Key as RankKey
+from torchrl_vecnorm.ranks import Ranks, plainly
 from torchrl_vecnorm.rule import EPS_MODES, EpsMode
 from torchrl_vecnorm.syncing import Part, Since, synced
 

@@ -23,8 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torchrl_vecnorm.moments import Moments
-from torchrl_vecnorm.ranks import (
+from torchrl_vecnorm.groups import (
     Group,
     check_group,
     describe,
@@ -37,6 +36,7 @@ from torchrl_vecnorm.ranks import (
     process_group,
     the_same,
 )
+from torchrl_vecnorm.moments import Moments
 from torchrl_vecnorm.totals import around, decays, from_around
 
 

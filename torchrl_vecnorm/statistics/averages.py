@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from torchrl_vecnorm import functional, oracle
+from torchrl_vecnorm.groups import Group
 from torchrl_vecnorm.moments import Moments
-from torchrl_vecnorm.ranks import Group
 from torchrl_vecnorm.statistics.compute import Entry, MaskOf, Weights, called, compute
 from torchrl_vecnorm.statistics.engine import Statistics
 from torchrl_vecnorm.statistics.entries import copy_moments, get_entry

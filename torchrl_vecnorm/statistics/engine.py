@@ -21,8 +21,9 @@ from torch.compiler import is_compiling
 
 from torchrl_vecnorm import _ops, functional
 from torchrl_vecnorm._load import _C
+from torchrl_vecnorm.groups import Group
 from torchrl_vecnorm.moments import Moments
-from torchrl_vecnorm.ranks import Group, Ranks
+from torchrl_vecnorm.ranks import Ranks
 from torchrl_vecnorm.statistics import checkpoints, sharing, together
 from torchrl_vecnorm.statistics.binding import Bound, bind
 from torchrl_vecnorm.statistics.compute import (

@@ -13,9 +13,10 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from torchrl_vecnorm import functional
+from torchrl_vecnorm.groups import Group
 from torchrl_vecnorm.moments import Moments
-from torchrl_vecnorm.ranks import Group, plainly
 from torchrl_vecnorm.ranks import Key as RankKey
+from torchrl_vecnorm.ranks import plainly
 from torchrl_vecnorm.statistics.checkpoints import write
 from torchrl_vecnorm.statistics.compute import (
     Entry,

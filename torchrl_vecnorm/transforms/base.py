@@ -26,7 +26,7 @@ from torchrl.envs.transforms import Compose, ObservationNorm, Transform
 from typing_extensions import Self
 
 from torchrl_vecnorm.export import Normalizer
-from torchrl_vecnorm.ranks import Group
+from torchrl_vecnorm.groups import Group
 from torchrl_vecnorm.statistics import Statistics
 from torchrl_vecnorm.statistics.entries import get_entry
 from torchrl_vecnorm.statistics.keys import Key

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch import multiprocessing as mp
 from torchrl.envs import VecNorm as _TorchRLVecNorm
 
-from torchrl_vecnorm.ranks import Group
+from torchrl_vecnorm.groups import Group
 from torchrl_vecnorm.statistics.locks import LOCK_TIMEOUT
 from torchrl_vecnorm.statistics.names import SEP
 from torchrl_vecnorm.statistics.shared_td import build_shared_td

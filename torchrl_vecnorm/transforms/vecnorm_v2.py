@@ -24,7 +24,7 @@ from torchrl.envs import VecNormV2 as _TorchRLVecNormV2
 from torchrl.envs.transforms import Compose, ObservationNorm, Transform
 from typing_extensions import Self
 
-from torchrl_vecnorm.ranks import Group
+from torchrl_vecnorm.groups import Group
 from torchrl_vecnorm.statistics import Averages
 from torchrl_vecnorm.statistics.layouts import V2_SEP
 from torchrl_vecnorm.statistics.locks import LOCK_TIMEOUT
