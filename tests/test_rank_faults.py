@@ -106,9 +106,9 @@ def test_others_go_on_when_a_rank_is_killed(kind, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [RunningNorm, VecNorm, VecNormV2])
-def test_200_kills(kind, tmp_path):
-    for seed in range(68):
+def test_kills(request, tmp_path):
+    for seed in range(request.config.getoption("--kills")):
+        kind = (RunningNorm, VecNorm, VecNormV2)[seed % 3]
         found = run(2, _killed, kind, 10 + seed, 1, str(tmp_path), timeout=0)
         assert found[1] == KILLED
 
