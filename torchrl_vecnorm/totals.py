@@ -49,6 +49,7 @@ class Batches:
     ) -> None:
         self.features = list(features)
         self.sizes = [shape.numel() for shape in features]
+        self._ones = [1] * len(self.sizes)
         keys, total = len(self.sizes), sum(self.sizes)
         length = HEADER + keys + 3 * total
         dtype = state_dtype(device)
@@ -88,9 +89,14 @@ class Batches:
         torch.cat([m.nonfinite[0].reshape(-1) for m in found], out=self.missing)
         torch.cat([m.sum.reshape(-1) for m in found], out=self.d1)
         torch.cat([m.central.reshape(-1) for m in found], out=self.d2)
-        n = self.counts[self._of_key] - self.missing
+        n = self._used()
         self.d1.addcmul_(n, self.shift, value=-1)
         self.d2.mul_(n).addcdiv_(self.d1 * self.d1, n.clamp_min(1))
+
+    def _used(self) -> Tensor:
+        """How many values of each feature there are."""
+        alone = len(self.sizes) == 1
+        return (self.counts if alone else self.counts[self._of_key]) - self.missing
 
     def moves(self) -> bool:
         """Whether values came for features that nobody knew a shift of.
@@ -100,7 +106,7 @@ class Batches:
         """
         if self._all_known or not self.sizes:
             return False
-        n = self.counts[self._of_key] - self.missing
+        n = self._used()
         new = (n > 0) & ~self._known
         self._known |= new
         self._all_known = bool(self._known.all())
@@ -111,33 +117,29 @@ class Batches:
         """The moments of all that was added; the next shift is their mean."""
         if not self.sizes:
             return []
-        n = self.counts[self._of_key] - self.missing
+        n = self._used()
         per_value = n.clamp_min(1)
         apart = self.d1 / per_value
         var = (self.d2 / per_value).addcmul_(apart, apart, value=-1).clamp_min_(0)
         total = torch.addcmul(self.d1, n, self.shift)
         squares = torch.addcmul(self.d2, self.shift, self.d1 + total)
         self.shift.add_(apart)
-        leaves = zip(
-            self.features,
-            total.split(self.sizes),
-            squares.split(self.sizes),
-            # The buffer is written to by the next call.
-            self.counts.clone().split(1),
-            self.missing.split(self.sizes),
-            var.split(self.sizes),
-            strict=True,
+        # One copy of what the next call writes to; each key's part of it is a view.
+        rows = torch.stack((total, squares, var, self.missing, self.missing))
+        counts = self.counts.clone()
+        if len(self.sizes) == 1:
+            return [self._moments(self.features[0], counts, rows)]
+        parts = rows.split_with_sizes(self.sizes, 1)
+        each = zip(
+            self.features, counts.split_with_sizes(self._ones), parts, strict=True
         )
-        return [
-            Moments(
-                total.view(shape),
-                squares.view(shape),
-                count,
-                torch.stack((missing, missing)).view(2, *shape),
-                var.view(shape),
-            )
-            for shape, total, squares, count, missing, var in leaves
-        ]
+        return [self._moments(*one) for one in each]
+
+    @staticmethod
+    def _moments(shape: torch.Size, count: Tensor, rows: Tensor) -> Moments:
+        total, squares, var = rows[:3].contiguous().view(3, *shape).unbind()
+        missing = rows[3:].contiguous().view(2, *shape)
+        return Moments(total, squares, count, missing, var)
 
 
 # ------------------------------------------------------------------ of one state, readable
