@@ -137,9 +137,9 @@ class Batches:
 
     @staticmethod
     def _moments(shape: torch.Size, count: Tensor, rows: Tensor) -> Moments:
-        total, squares, var = rows[:3].contiguous().view(3, *shape).unbind()
-        missing = rows[3:].contiguous().view(2, *shape)
-        return Moments(total, squares, count, missing, var)
+        rows = rows.contiguous().view(5, *shape)
+        total, squares, var, _, _ = rows.unbind()
+        return Moments(total, squares, count, rows[3:], var)
 
 
 # ------------------------------------------------------------------ of one state, readable
