@@ -355,6 +355,11 @@ def _functional(rank, size):
     with pytest.raises(RuntimeError, match="same call of all ranks"):
         F.all_reduce(F.moments(torch.zeros(1, 1 + rank)))
     both = F.all_reduce([F.moments(torch.ones(2, 1)), F.moments(torch.ones(1, 2))])
+    norm = RunningNorm(2)  # statistics as a batch: they have a second count
+    norm(torch.ones(3, 2))
+    total = F.all_reduce([norm.stats.moments(), F.moments(torch.ones(1, 1))])
+    assert [m.count.tolist() for m in total] == [[6], [2]]
+    assert total[0].sum.tolist() == [6, 6]
     return [int(m.count) for m in both]
 
 
