@@ -132,7 +132,9 @@ def draw(rows: list[dict], file: Path) -> None:
         some = [row for row in rows if row["ranks"] == size]
         x = [row["features"] for row in some]
         cores = len(os.sched_getaffinity(0))
-        label = f"{size} ranks" + (f" on {cores} cores" if size > cores else "")
+        label = f"{size} rank{'s' * (size > 1)}" + (
+            f" on {cores} cores" if size > cores else ""
+        )
         axes.plot(x, [row["added_us"] for row in some], f"C{color}o-", label=label)
         axes.plot(x, [row["all_reduce_us"] for row in some], f"C{color}--")
     axes.plot([], [], "k--", label="one all-reduce of the same bytes")
