@@ -144,6 +144,7 @@ interop: build $(VENV)/tools build/interop/installed
 	PYTHONPATH=build/interop/rsl-rl-5.4.2 build/interop/bin/python -m pytest $(PARALLEL) \
 		tests/interop/test_rsl_rl.py
 	build/interop/bin/python -m bench.interop
+	build/interop/bin/python -m bench.ranks
 
 build/interop/installed: $(VENV)/tools tests/interop/requirements.txt tests/interop/large.txt
 	@echo "installing skrl, rsl_rl, rl_games, Stable-Baselines3 and others into build/interop"

@@ -47,6 +47,18 @@ def pytest_addoption(parser):
     )
     parser.addoption("--workers", type=int, help="processes in test_sharing.py")
     parser.addoption(
+        "--calls",
+        type=int,
+        default=100,
+        help="of groups of 4 and 8 in test_ranks.py; 1,000 of them take minutes",
+    )
+    parser.addoption(
+        "--kills",
+        type=int,
+        default=12,
+        help="how many ranks test_rank_faults.py kills; 200 of them take a minute",
+    )
+    parser.addoption(
         "--mutations",
         type=int,
         default=4_000,

@@ -110,12 +110,18 @@ def test_arrows_run_one_way():
                 found |= {f"{module}.{name.strip()}" for name in names.split(",")}
         return found
 
-    below = {
-        f"torchrl_vecnorm.{name}"
-        for name in ("_ops", "_return_ops", "oracle", "moments", "rule")
-    }
-    functions = imported(package / "functional.py")
-    assert functions <= {"torchrl_vecnorm", "torchrl_vecnorm.moments", *below}
+    def of(*names: str) -> set[str]:
+        found = {f"torchrl_vecnorm.{name}" for name in names}
+        return {"torchrl_vecnorm", *found} if "_ops" in names else found
+
+    adds_up = imported(package / "totals.py", package / "groups.py")
+    assert adds_up == of("moments")
+    ranks = imported(package / "ranks.py")
+    assert ranks <= of("_ops", "moments", "totals", "groups")
+    below = of("_ops", "_return_ops", "oracle", "moments", "rule", "ranks", "groups")
+    assert imported(package / "functional.py") <= below
+    now_and_then = imported(package / "syncing.py", package / "merging.py")
+    assert now_and_then <= of("moments", "checks", "totals", "groups", "syncing")
     engine = imported(*(package / "statistics").glob("*.py"))
     assert "torchrl_vecnorm.functional" in engine
     assert not any(re.match(r"torchrl(\.|$)|.*\.transforms", name) for name in engine)

@@ -10,13 +10,18 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from tensordict import TensorDict
 
+import torchrl_vecnorm
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
+#: That which is tested, for processes that are started elsewhere.
+PACKAGE = str(Path(torchrl_vecnorm.__file__).parents[1])
 pytestmark = pytest.mark.skipif(
     not EXAMPLES.exists(), reason="away from the source tree"
 )
@@ -29,6 +34,7 @@ def run(name: str, *arguments) -> str:
         capture_output=True,
         text=True,
         timeout=300,
+        env=os.environ | {"PYTHONPATH": PACKAGE},
     )
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -197,3 +203,61 @@ def test_mjlab_ppo(tmp_path):
     saved = torch.load(tmp_path / "mjlab_ppo.pt")["env"]
     (state,) = (v for k, v in saved.items() if "_extra_state" in k and v)
     assert state["actor_sum"].shape == state["critic_sum"].shape == (5,)
+
+
+@pytest.fixture
+def torchrun(tmp_path):
+    """Starts an example with some ranks; what is left of it is killed in the end."""
+    started = []
+
+    def start(ranks: int, *arguments) -> subprocess.Popen:
+        command = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        command += [EXAMPLES / "torchrun_ppo.py", "--out", tmp_path, *arguments]
+        process = subprocess.Popen(
+            [sys.executable, "-m", *map(str, command)],
+            env=os.environ | {"PYTHONPATH": PACKAGE, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux")
+def test_torchrun_ppo_goes_on_with_other_ranks(torchrun, tmp_path):
+    """A rank is killed; the checkpoint counts once on three ranks."""
+    path = tmp_path / "torchrun_ppo.pt"
+    first = torchrun(2, "--iterations", 10_000)
+    while not path.exists():
+        assert first.poll() is None, first.communicate()
+        time.sleep(0.1)
+    children = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text()
+    os.kill(int(children.split()[-1]), signal.SIGKILL)
+    _, errors = first.communicate(timeout=120)
+    assert first.returncode != 0 and "SIGKILL" in errors
+    done = torch.load(path)["iteration"]
+    second = torchrun(3, "--iterations", done + 1, "--resume")
+    output, errors = second.communicate(timeout=120)
+    assert second.returncode == 0, errors
+    assert f"{(done + 1) * 51 * 240} observations seen" in output
+
+
+@pytest.mark.slow
+def test_ray_collectors():
+    """Each has the samples of both, once: 60 of each an iteration, and a reset."""
+    pytest.importorskip("ray", "2.60")
+    output = run("ray_collectors", "--iterations", 2, "--frames", 60)
+    counts = re.findall(r"counts \[(\d+), (\d+)\], together (\d+)", output)
+    assert len(counts) == 2
+    decayed = [sum(0.999**i for i in range(n)) for n in (61, 121)]
+    for (one, other, both), alone in zip(counts, decayed, strict=True):
+        assert one == other and int(both) == pytest.approx(2 * alone, abs=1)
+    assert "all collectors have the same statistics: True" in output

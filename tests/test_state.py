@@ -1221,10 +1221,10 @@ def test_the_representation_has_the_numbers_as_they_are(decay, eps):
 
 
 def test_the_parameters_are_shown():
-    """To inspect, help() and editors: torchrl's, and two more."""
+    """To inspect, help() and editors: torchrl's, and three more."""
     ours = inspect.signature(VecNorm).parameters
     theirs = inspect.signature(torchrl.envs.VecNorm.__init__).parameters
-    assert list(ours) == [*list(theirs)[1:], "lock_timeout", "names"]
+    assert list(ours) == [*list(theirs)[1:], "lock_timeout", "names", "group"]
     for name, parameter in ours.items():
         if name in theirs:
             assert parameter.kind is theirs[name].kind

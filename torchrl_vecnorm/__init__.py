@@ -4,13 +4,14 @@
 # LICENSE file in the root directory of this source tree.
 """TorchRL's VecNorm transform as one fused, compiled operator.
 
-``RunningNorm``, ``ReturnNorm`` and ``functional`` need torch alone; torchrl and tensordict are
-imported when one of the transforms is first asked for.
+``RunningNorm``, ``ReturnNorm``, ``functional`` and ``merge_states`` need torch alone; torchrl and
+tensordict are imported when one of the transforms is first asked for.
 """
 
 from typing import TYPE_CHECKING
 
 from torchrl_vecnorm import functional
+from torchrl_vecnorm.merging import merge_states
 from torchrl_vecnorm.moments import Moments
 from torchrl_vecnorm.return_norm import ReturnNorm
 from torchrl_vecnorm.running_norm import RunningNorm
@@ -27,6 +28,7 @@ __all__ = [
     "VecNormReturn",
     "VecNormV2",
     "functional",
+    "merge_states",
 ]
 __version__ = "0.2.0"
 

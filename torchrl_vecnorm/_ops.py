@@ -10,7 +10,7 @@ Their schemas, checks, gradients and CPU kernels are compiled (``csrc/torch/ops.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -206,6 +206,14 @@ def needs_plain_torch() -> bool:
 # Dynamo asks this as it traces, within the transforms that it traces. The decorator,
 # torch.compiler.assume_constant_result, imports all of Dynamo: as long as torch again.
 needs_plain_torch._dynamo_marked_constant = True
+
+
+def not_in_graphs(reason: str) -> Callable[[Callable], Callable]:
+    """A decorator of functions that torch.compile leaves alone, and of what it says then."""
+    try:
+        return torch.compiler.disable(reason=reason)
+    except TypeError:  # torch 2.7 has words of its own
+        return torch.compiler.disable
 
 
 def change(*numbers: float | None) -> bool:

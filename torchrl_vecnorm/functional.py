@@ -26,7 +26,9 @@ import torch
 from torch import Tensor
 
 from torchrl_vecnorm import _ops, _return_ops, oracle
+from torchrl_vecnorm.groups import Group
 from torchrl_vecnorm.moments import Moments
+from torchrl_vecnorm.ranks import reduced
 from torchrl_vecnorm.rule import EpsMode, RuleArgs, eps_mode_of
 
 #: When an episode's end clears its return.
@@ -34,6 +36,7 @@ Clear = Literal["after", "before"]
 
 __all__ = [
     "Moments",
+    "all_reduce",
     "denormalize",
     "loc_scale",
     "merge_",
@@ -306,6 +309,66 @@ def merge_(
         number("decay", decay),
         number("weight", weight),
     )
+
+
+@overload
+def all_reduce(
+    batch: Moments, *, near: Moments | None = ..., group: Group = ...
+) -> Moments: ...
+
+
+@overload
+def all_reduce(
+    batch: Sequence[Moments],
+    *,
+    near: Sequence[Moments] | None = ...,
+    group: Group = ...,
+) -> list[Moments]: ...
+
+
+def all_reduce(
+    batch: Moments | Sequence[Moments],
+    *,
+    near: Moments | Sequence[Moments] | None = None,
+    group: Group = None,
+) -> Moments | list[Moments]:
+    """The moments of the batches of all ranks, of which each has one.
+
+    All keys go in one all-reduce of ``torch.distributed``; every rank gets the same bits::
+
+        total = all_reduce(moments(x), near=state)
+        merge_(state, total, decay=0.99)
+        y = normalize(x, state)
+
+    is :func:`update_` with the joined batch, on every rank.
+
+    Args:
+        batch: as :func:`moments` gives it; of no samples where a rank has none.
+        near: statistics whose mean is near to the values, the same on all ranks: those
+            that the result is for. Without it, and while they have seen nothing, a second
+            all-reduce keeps the digits of the variance where the mean is far from zero (on
+            a GPU there is none, and the variance has an error of
+            ``1e-16 * (mean / std)**2`` of it then).
+        group: a process group, a ``DeviceMesh`` of one dimension or ``"world"``; by default
+            all ranks.
+
+    Raises:
+        RuntimeError: a rank has died, did not come within the group's timeout, or has
+            features of another shape (this is left to the device on a GPU: then the total
+            is one of no samples).
+
+    Equivalent to::
+
+        moments(torch.cat([x of each rank]))
+    """
+    batches = _listed("batch", batch, Moments)
+    states = [None] * len(batches) if near is None else _listed("near", near, Moments)
+    if len(states) != len(batches):
+        raise ValueError(
+            f"expected as many near as batches, {len(batches)}, got {len(states)}"
+        )
+    total = reduced(batches, states, group, "torchrl_vecnorm")
+    return total[0] if isinstance(batch, Moments) else total
 
 
 @overload

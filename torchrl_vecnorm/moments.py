@@ -146,6 +146,8 @@ class Moments(NamedTuple):
 
         float32 in the layout of ``torchrl.envs.VecNorm`` stays that.
         """
+        if not copy and device == self.sum.device:
+            return self
         best = state_dtype(device)
         is_ours = self.central is not None and torch.device(device) != self.sum.device
 

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Integral
 from typing import Any, TypeAlias
 
@@ -14,10 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from torchrl_vecnorm import _ops, functional, oracle
+from torchrl_vecnorm._load import _C
 from torchrl_vecnorm.checks import check_moments
 from torchrl_vecnorm.export import Normalizer, fold_into
+from torchrl_vecnorm.groups import Group
 from torchrl_vecnorm.moments import Moments
+from torchrl_vecnorm.ranks import Key as RankKey
+from torchrl_vecnorm.ranks import Ranks, plainly
 from torchrl_vecnorm.rule import EPS_MODES, EpsMode
+from torchrl_vecnorm.syncing import Part, Since, synced
 
 __all__ = ["RunningNorm", "keep_from_ddp"]
 
@@ -48,6 +53,8 @@ class _Key(nn.Module):
         zeros = Moments.zeros(shape, dtype=dtype, device=device, counts_all=True)
         for name, leaf in zeros._asdict().items():
             self.register_buffer(name, leaf)
+        #: What it was when several had the same, see `RunningNorm.sync_`.
+        self.since: Since | None = None
 
     def moments(self) -> Moments:
         return Moments(*self._buffers.values())
@@ -77,6 +84,11 @@ class RunningNorm(nn.Module):
             exactly that many. It is decided on the device: no read waits for it.
         dtype: of the statistics: float64, or float32.
         device: of the statistics.
+        group: ranks of ``torch.distributed`` whose batches are joined at every call: a
+            process group, a ``DeviceMesh`` of one dimension, or ``"world"``, which is the
+            default group. All of them have to make the same calls, in one order; a batch
+            may be empty. The statistics are then those of one process that has the joined
+            batch, and the same bits on every rank. Without ``until``.
 
     The statistics are buffers, ``stats.…`` in a ``state_dict()``: float64 whatever the
     module's own dtype becomes, moved with it, copied by ``copy.deepcopy``. All tensors of
@@ -108,6 +120,7 @@ class RunningNorm(nn.Module):
         until: int | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        group: Group = None,
     ) -> None:
         super().__init__()
         self.decay = functional.number("decay", decay)
@@ -118,6 +131,8 @@ class RunningNorm(nn.Module):
             raise ValueError(f"expected until as a positive int or None, got {until!r}")
         self.until = until
         self.stats = _tree(shape, dtype, device)
+        self._ranks: Ranks | None = None
+        self.group = group
 
     # ------------------------------------------------------------------------ calls
 
@@ -141,16 +156,25 @@ class RunningNorm(nn.Module):
         """
         if not self.training:
             return self.normalize(x)
+        if self._ranks is not None:
+            self._ranks.outside(self._update_joined, x, mask)
+            return self.normalize(x)
         keys, xs = self._pair(x)
         masks = self._masks(mask, keys, xs)
         y = _ops.update(xs, _leaves(keys), masks, self.decay, 1.0, self.rule)
+        self._note(keys, xs, masks)
         return self._like(y)
 
     @torch.no_grad()
     def update(self, x: Values, mask: Any = None) -> None:
         """Takes x into the statistics, in any mode; as in :meth:`forward`."""
+        if self._ranks is not None:
+            self._ranks.outside(self._update_joined, x, mask)
+            return
         keys, xs = self._pair(x)
-        _ops.fold(xs, _leaves(keys), self._masks(mask, keys, xs), self.decay, 1.0)
+        masks = self._masks(mask, keys, xs)
+        _ops.fold(xs, _leaves(keys), masks, self.decay, 1.0)
+        self._note(keys, xs, masks)
 
     def normalize(self, x: Values) -> Any:
         """Normalises with the statistics as they are, in any mode."""
@@ -183,6 +207,128 @@ class RunningNorm(nn.Module):
     def count(self) -> Any:
         """How many samples were taken in so far, without decay; float64, ``[]``."""
         return self._map(lambda m: m.seen().clone())
+
+    # ------------------------------------------------------------------------ ranks
+
+    @property
+    def group(self) -> Group:
+        """The ranks whose batches are joined at every call; None: it is alone."""
+        return None if self._ranks is None else self._ranks.group
+
+    @group.setter
+    def group(self, group: Group) -> None:
+        if group is not None and self.until is not None:
+            raise ValueError(
+                "expected no until with a group: which samples there is room for depends "
+                "on all ranks"
+            )
+        self._ranks = None if group is None else Ranks(group, type(self).__name__)
+
+    def sync_(self, group: Group = None) -> None:
+        """Joins what ranks have seen since they last had the same statistics.
+
+        For ranks that go on alone, and call this now and then: all of them. After it they
+        have the same bits. They begin with nothing, with one ``state_dict`` on all of
+        them, or with the last ``sync_()``; who has nothing may join later.
+
+        Args:
+            group: the ranks; by default all of them.
+
+        Raises:
+            RuntimeError: a rank has died, did not come within the group's timeout or
+                called something else; or ranks went on from different statistics. The
+                statistics are as they were.
+
+        Equivalent to, with ``S0`` what all had and ``k`` calls since::
+
+            S = decay**k.max() * S0 + sum(S_r - decay**k_r * S0 for all ranks)
+        """
+        owner = type(self).__name__
+        keys = self._keys()
+        if self._ranks is not None and group in (None, self._ranks.group):
+            raise RuntimeError(
+                f"{owner}: expected another group for sync_() than that whose batches are "
+                "joined at every call"
+            )
+        with torch.no_grad():
+            for name, key in keys.items():
+                if key.since is not None and self.decay < 1:
+                    key.since.check(key.moments(), f"{owner}: sync_() of {name}")
+            parts = [
+                Part(
+                    key.moments(),
+                    None if key.since is None else key.since.base,
+                    1.0 if key.since is None else float(key.since.kept),
+                )
+                for key in keys.values()
+            ]
+            what = f"decay {self.decay}"
+            new = synced(group, owner, what, list(keys), parts, counts=2)
+            for key, moments in zip(keys.values(), new, strict=True):
+                _write(key, moments)
+        self._rebase()
+
+    def _rebase(self) -> None:
+        """All that go on from here may be joined later."""
+        for key in self._keys().values():
+            key.since = Since(key.moments())
+        if self._ranks is not None:
+            self._ranks.asks = True
+
+    def _note(self, keys: list[_Key], xs: list[Tensor], masks: list[Tensor]) -> None:
+        """How much is left of what several had in common."""
+        if self.decay == 1:
+            return
+        for k, key in enumerate(keys):
+            if key.since is not None:
+                masked = bool(masks) and masks[k].numel() > 0
+                size = max(key.sum.numel(), 1)
+                samples = masks[k].sum() if masked else xs[k].numel() // size
+                key.since.note(self.decay, samples)
+
+    @torch.no_grad()
+    def _update_joined(self, x: Values, mask: Any) -> None:
+        """Takes in the batches of all ranks: a call of all of them."""
+        named = self._keys()
+        keys, refusal = list(named.values()), None
+        batches: list[Moments | None] = [None] * len(keys)
+        try:
+            plainly()
+            paired, xs = self._pair(x)
+            masks = self._masks(mask, paired, xs)
+            _C.check_update(xs, [], masks, _leaves(paired), self.decay, 1.0)
+            where = {id(key): k for k, key in enumerate(keys)}
+            for k, key in enumerate(paired):
+                only = masks[k : k + 1]
+                (batch,) = _ops.moments(xs[k : k + 1], key.sum.ndim, only)
+                batches[where[id(key)]] = batch.to(key.sum.device)
+        except Exception as error:  # the others have to know
+            refusal = error
+        asked = [
+            RankKey(name, key.sum.shape, key.moments(), batch)
+            for (name, key), batch in zip(named.items(), batches, strict=True)
+        ]
+        device = keys[0].sum.device
+        try:
+            found = self._ranks.join(
+                asked, f"decay {self.decay}", device, refusal is not None
+            )
+        except RuntimeError:
+            if refusal is not None:
+                raise refusal from None
+            raise
+        totals = []
+        for key, one in zip(keys, found, strict=True):
+            if one.state is not None and one.state.sum is not key.sum:
+                _write(key, one.state)
+            totals.append(one.total.to(key.sum.device))
+        _ops.merge(_leaves(keys), functional.leaves_of(totals), self.decay, 1.0)
+        for key, total in zip(keys, totals, strict=True):
+            if key.since is not None and self.decay < 1:
+                key.since.note(self.decay, total.samples())
+
+    def _keys(self) -> dict[str, _Key]:
+        return dict(_named("stats", self._modules["stats"]))
 
     # ----------------------------------------------------------------------- export
 
@@ -228,7 +374,8 @@ class RunningNorm(nn.Module):
         absent = [name for name in expected if name not in state_dict]
         if strict:
             mine = (name for name in state_dict if name.startswith(prefix))
-            unexpected += sorted(set(mine).difference(expected))
+            known = {*expected, *(path + "kept" for path in keys)}
+            unexpected += sorted(set(mine).difference(known))
         missing += absent
         if absent:
             return
@@ -239,11 +386,18 @@ class RunningNorm(nn.Module):
             return
         with torch.no_grad():
             for key, moments in zip(keys.values(), loaded, strict=True):
-                for (name, old), new in zip(key._buffers.items(), moments, strict=True):
-                    if old.is_meta:
-                        key._buffers[name] = new.to(old.dtype, copy=True)
-                    else:
-                        old.copy_(new)
+                _write(key, moments)
+        self._rebase()
+        for path, key in keys.items():
+            key.since.is_told = path + "kept" in state_dict
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # For `merge_states`: what was loaded has decayed since, but the entries do not say
+        # how often.
+        for path, key in self._keys().items():
+            if key.since is not None and key.since.is_told:
+                destination[f"{prefix}{path}.kept"] = key.since.kept.cpu().clone()
 
     # ---------------------------------------------------------------------- private
 
@@ -362,6 +516,23 @@ def _checked(state_dict: Mapping[str, Tensor], path: str, key: _Key) -> Moments:
     names = [path + name for name in Moments._fields]
     moments = Moments(*map(state_dict.__getitem__, names))
     return check_moments(names, moments, key.sum.shape, counts=2, owner="RunningNorm")
+
+
+def _write(key: _Key, moments: Moments) -> None:
+    for (name, old), new in zip(key._buffers.items(), moments, strict=True):
+        if old.is_meta:
+            key._buffers[name] = new.to(old.dtype, copy=True)
+        else:
+            old.copy_(new)
+
+
+def _named(path: str, node: nn.Module) -> Iterator[tuple[str, _Key]]:
+    """The statistics with their paths; as named_modules, in a tenth of the time."""
+    if isinstance(node, _Key):
+        yield path, node
+        return
+    for name, child in node._modules.items():
+        yield from _named(f"{path}.{name}", child)
 
 
 def _map(node: nn.Module, function) -> Any:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from torchrl_vecnorm import functional, oracle
+from torchrl_vecnorm.groups import Group
 from torchrl_vecnorm.moments import Moments
 from torchrl_vecnorm.statistics.compute import Entry, MaskOf, Weights, called, compute
 from torchrl_vecnorm.statistics.engine import Statistics
@@ -25,6 +26,7 @@ from torchrl_vecnorm.statistics.entries import copy_moments, get_entry
 from torchrl_vecnorm.statistics.keys import Key
 from torchrl_vecnorm.statistics.layouts import (
     Layout,
+    kept_names,
     layouts_of_averages,
     names_of_averages,
     v2_name,
@@ -35,6 +37,12 @@ from torchrl_vecnorm.statistics.values import check_value, features_of, identity
 
 #: What torchrl's class has of a key.
 FIELDS = ("loc", "var", "count")
+
+#: Why ranks do not join statistics of single environments.
+NOT_JOINED = (
+    "expected reduce_batch_dims=True with a group: without it each environment of a batch has "
+    "statistics of its own, and ranks have none in common"
+)
 
 #: What is left of a state after so many samples that a float64 says nothing.
 _LEAST = sys.float_info.min
@@ -79,11 +87,25 @@ class Averages(Statistics):
         self._shown: dict[NestedKey, tuple[Tensor, ...]] = {}
         super().__init__(in_keys, out_keys, **options)
 
+    def set_group(self, group: Group) -> None:
+        """As that of :class:`Statistics`, for samples of one distribution."""
+        if group is not None and not self.reduce_batch_dims:
+            raise ValueError(f"VecNorm: {NOT_JOINED}")
+        super().set_group(group)
+
+    def sync_(self, group: Group) -> None:
+        """As that of :class:`Statistics`, for samples of one distribution."""
+        if not self.reduce_batch_dims:
+            raise RuntimeError(f"VecNorm: {NOT_JOINED}")
+        super().sync_(group)
+
     def _batch_dims(self, td: TensorDictBase) -> int:
         return td.batch_dims if self.reduce_batch_dims else 0
 
     def _weights(self, td: TensorDictBase) -> Weights:
-        n = td.batch_size.numel() if self.reduce_batch_dims else 1
+        return self._weights_of(td.batch_size.numel() if self.reduce_batch_dims else 1)
+
+    def _weights_of(self, n: int) -> Weights:
         if self.decay == 1 or n == 0:
             return Weights(1.0)
         forgotten = -math.expm1(n * math.log(self.decay))
@@ -151,17 +173,58 @@ class Averages(Statistics):
         found = dict(zip(map(id, (*plain, *masked)), results, strict=True))
         return [found[id(e)] for e in entries]
 
+    def _note_all(self, known: list[Entry], td: TensorDictBase) -> None:
+        """They count their samples: nothing to note."""
+
+    def _note_again(self, td: TensorDictBase, weights: Weights, masks: Any) -> None:
+        """Nor here."""
+
+    def kept(self, key: Key, moments: Moments) -> float:
+        """As that of :class:`Statistics`."""
+        since = self.store.since.get(key.names)
+        if self.decay == 1:
+            return 1.0
+        samples = moments.seen().item()
+        if since is not None:
+            samples -= since.base.seen().item()
+        return math.exp(samples * math.log(self.decay))
+
+    @staticmethod
+    def kept_name(key: NestedKey) -> str:
+        """As that of :class:`Statistics`."""
+        return kept_names(key)[1]
+
+    def fold(
+        self, keys: list[Key], states: list[Moments], totals: list[Moments]
+    ) -> None:
+        """As that of :class:`Statistics`, by how many samples all ranks have had."""
+        for one, state, total in zip(keys, states, totals, strict=True):
+            if total.count.device.type == "cpu":
+                weights = self._weights_of(int(total.count.item()))
+                called(
+                    [one],
+                    functional.merge_,
+                    state,
+                    total,
+                    decay=weights.keep,
+                    weight=weights.weight,
+                )
+            else:
+                self._fold(state, total)
+
     def _take_in(self, e: Entry) -> None:
         """Updates with some of the samples; how many is known to the device alone."""
         features = e.state.sum.ndim
         batch = called([e.key], functional.moments, e.value, features, mask=e.mask)
-        batch = batch.to(e.state.sum.device)
+        self._fold(e.state, batch.to(e.state.sum.device))
+
+    def _fold(self, state: Moments, batch: Moments) -> None:
         keep = weight = 1.0
         if self.decay < 1:
             n = batch.samples()
             forgotten = -torch.expm1(n * math.log(self.decay))
             keep, weight = 1 - forgotten, forgotten / n.clamp_min(1)
-        copy_moments(e.state, oracle.fold(e.state, batch, keep, weight))
+        copy_moments(state, oracle.fold(state, batch, keep, weight))
 
     def _take_in_some(self, e: Entry, weights: Weights) -> None:
         """Updates the statistics of some of the batch, the others stay as they are."""

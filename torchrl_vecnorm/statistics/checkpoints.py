@@ -32,6 +32,7 @@ from torchrl_vecnorm.statistics.entries import (
     write_moments,
 )
 from torchrl_vecnorm.statistics.keys import Key
+from torchrl_vecnorm.statistics.layouts import kept_names
 from torchrl_vecnorm.statistics.locks import Session
 from torchrl_vecnorm.statistics.store import COPIED
 
@@ -76,6 +77,7 @@ def find_statistics(statistics: Statistics, state: Mapping[str, Tensor]) -> Foun
                 )
         for other in layouts:
             rest = rest.difference(other.present)
+        rest = rest.difference(kept_names(key.in_key))
         found[key.in_key] = layout.names, layout.read(*map(state.get, layout.present))
     if state and not found:
         raise KeyError(
@@ -153,6 +155,7 @@ def adopt(statistics: Statistics, found: Found) -> None:
             leaf.share_memory_()
             is_new = True
     statistics.binding = None
+    store.since = {}
     store.others_update = store.in_shared_memory()
     if is_new:  # or others have the lock already
         store.reserve()
@@ -193,7 +196,7 @@ def load_in_place(statistics: Statistics, found: Found) -> None:
             if key.in_key in found
         ]
         for key, moments in loaded:
-            _write(statistics, key, moments, attached)
+            write(statistics, key, moments, attached)
         if attached is not None:
             attached.state.commit()
 
@@ -220,9 +223,10 @@ def _fit(
     return moments
 
 
-def _write(
+def write(
     statistics: Statistics, key: Key, moments: Moments, attached: Attached | None
 ) -> None:
+    """Makes the values those of the statistics; with the lock held."""
     store = statistics.store
     state = store.moments(key.names)
     if state is None:
@@ -263,6 +267,8 @@ def check_live(
     try:
         # A process of torchrl's class may know of another lock, or of none.
         patiently(check)
+        if is_held:  # else there are updates already, which are not those of others
+            statistics.store.rebase()
     finally:
         if is_held:
             session.__exit__()

@@ -21,8 +21,10 @@ from torch.compiler import is_compiling
 
 from torchrl_vecnorm import _ops, functional
 from torchrl_vecnorm._load import _C
+from torchrl_vecnorm.groups import Group
 from torchrl_vecnorm.moments import Moments
-from torchrl_vecnorm.statistics import checkpoints, sharing
+from torchrl_vecnorm.ranks import Ranks
+from torchrl_vecnorm.statistics import checkpoints, sharing, together
 from torchrl_vecnorm.statistics.binding import Bound, bind
 from torchrl_vecnorm.statistics.compute import (
     Entry,
@@ -35,9 +37,9 @@ from torchrl_vecnorm.statistics.compute import (
 )
 from torchrl_vecnorm.statistics.entries import get_entry, set_entry
 from torchrl_vecnorm.statistics.keys import Key, Keys, find_keys
-from torchrl_vecnorm.statistics.layouts import Layout, layouts_of_sums
+from torchrl_vecnorm.statistics.layouts import Layout, kept_names, layouts_of_sums
 from torchrl_vecnorm.statistics.locks import LOCK_TIMEOUT, Lock, Session
-from torchrl_vecnorm.statistics.modes import are_fake, not_in_graphs
+from torchrl_vecnorm.statistics.modes import are_fake
 from torchrl_vecnorm.statistics.names import StateNames, flat_name
 from torchrl_vecnorm.statistics.shared_td import advise, check_shared_td
 from torchrl_vecnorm.statistics.store import Store
@@ -65,6 +67,7 @@ class Statistics:
             are not the tensordict's batch size.
         lock_timeout: seconds to wait for the lock.
         names: the key under whose name the statistics of an in_key are kept.
+        group: ranks of ``torch.distributed`` whose batches are joined at every update.
 
     The lists of keys, shapes and names may be changed in place, or replaced by
     :meth:`set_keys`; the other options may be set. All hold from the next call on.
@@ -93,6 +96,7 @@ class Statistics:
         shapes: Sequence[torch.Size] | None = None,
         lock_timeout: float = LOCK_TIMEOUT,
         names: Mapping[NestedKey, NestedKey] | None = None,
+        group: Group = None,
     ) -> None:
         self.in_keys, self.out_keys = in_keys, out_keys
         self.shapes, self.names = shapes, names
@@ -108,6 +112,9 @@ class Statistics:
             check_shared_td(td, self._found.sets, has_lock=lock is not None)
         self.store = Store(td, lock, [key.names for key in self._found.sets])
         self.lock_timeout = lock_timeout
+        #: Those whose batches are joined at every update; None: this process is alone.
+        self.ranks: Ranks | None = None
+        self.set_group(group)
         if td is not None:
             self._check_given(td, lock)
 
@@ -164,6 +171,12 @@ class Statistics:
     def td(self, td: TensorDictBase | None) -> None:
         self.store.td = td
 
+    def set_group(self, group: Group) -> None:
+        """The ranks whose batches are joined at every update; None: none."""
+        if group is not None and self.store.others_update:
+            raise ValueError(f"VecNorm: {together.NOT_SHARED}")
+        self.ranks = None if group is None else Ranks(group, "VecNorm")
+
     def set_keys(self, **changes: Any) -> None:
         """Replaces ``in_keys``, ``out_keys``, ``shapes`` or ``names``."""
         self.__dict__.update(changes)
@@ -205,6 +218,8 @@ class Statistics:
         bound = self.binding  # another thread may take it away
         if bound is None:
             return False
+        if updating and self.ranks is not None:
+            return False
         if not updating and _ops.needs_plain_torch():
             return False
         binding, bound_lock, users_lock, ndims = bound
@@ -213,6 +228,7 @@ class Statistics:
             return False
         weights = weights or self.weights
         call = store.td, td, updating, *weights, self._eps, store.timeout
+        masks = None
         if mask_of is not None and updating:
             masks = self._masks(td, ndims, mask_of)
             if masks is None:
@@ -222,11 +238,36 @@ class Statistics:
             call = *call, tolerant
         try:
             if users_lock is None:
-                return binding.call(*call)
-            with Session(users_lock, None, store.timeout):
-                return binding.call(*call)
+                is_done = binding.call(*call)
+            else:
+                with Session(users_lock, None, store.timeout):
+                    is_done = binding.call(*call)
         except NotImplementedError:  # of a kind of tensor that no operator takes
             return False
+        if is_done and updating and store.since:
+            self._note_again(td, weights, masks)
+        return is_done
+
+    def _note_again(
+        self, td: TensorDictBase, weights: Weights, masks: list[Tensor | None] | None
+    ) -> None:
+        """As :meth:`_note`, of a call by the short way."""
+        for k, key in enumerate(self._found.inputs):
+            # An output may have its place, and has its shape.
+            value = get_entry(td, key.in_key)
+            mask = None if masks is None else masks[k]
+            if value is not None:
+                self._note(key.names, weights, value, mask)
+
+    def _note(
+        self, names: StateNames, weights: Weights, value: Tensor, mask: Tensor | None
+    ) -> None:
+        """How much an update has left of what others go on from too."""
+        since = self.store.since.get(names)
+        if since is None or weights.keep == 1:
+            return
+        size = max(since.base.sum.numel(), 1)
+        since.note(weights.keep, value.numel() // size if mask is None else mask.sum())
 
     def _masks(
         self, td: TensorDictBase, ndims: list[int], mask_of: MaskOf
@@ -269,21 +310,13 @@ class Statistics:
             TypeError: a value is complex, sparse, quantized or a nested tensor.
         """
         inputs = self.look_up().inputs
-        values = []
-        for key in inputs:
-            value = get_entry(td, key.in_key)
-            if value is not None:
-                values.append((key, value))
-            elif not tolerant:
-                raise KeyError(
-                    f"VecNorm: key {key.in_key!r} is not in the tensordict, which has "
-                    f"{sorted(map(str, td.keys(True, True)))}"
-                )
+        if updating and self.ranks is not None:
+            here = (get_entry(td, key.in_key) for key in inputs)
+            if not are_fake(value for value in here if value is not None):
+                return together.normalize(self, td, tolerant, mask_of)
+        values = self.values_of(td, tolerant)
         if not values:
             return td
-        for key, value in values:
-            check_value(key.in_key, value)
-            check_writable(td, key.out_key)
         store = self.store
         if are_fake(value for _, value in values):
             for key, value in values:
@@ -316,6 +349,8 @@ class Statistics:
                 if attached is not None:
                     attached.state.commit()
                 if updating:
+                    if store.since:
+                        self._note_all(known, td)
                     self._after_update()
             is_common = len(known) == len(inputs) and type(td) is TensorDict
             if (
@@ -327,6 +362,37 @@ class Statistics:
                 now = self.in_keys, self.out_keys, self.shapes, self.names
                 self.binding = bind(store, self._found, known, td.batch_dims, now)
         return td
+
+    def values_of(self, td: TensorDictBase, tolerant: bool) -> list[tuple[Key, Tensor]]:
+        """The values of a call, checked as far as nobody has to know of the statistics."""
+        values = []
+        for key in self.look_up().inputs:
+            value = get_entry(td, key.in_key)
+            if value is not None:
+                values.append((key, value))
+            elif not tolerant:
+                raise KeyError(
+                    f"VecNorm: key {key.in_key!r} is not in the tensordict, which has "
+                    f"{sorted(map(str, td.keys(True, True)))}"
+                )
+        for key, value in values:
+            check_value(key.in_key, value)
+            check_writable(td, key.out_key)
+        return values
+
+    def _note_all(self, known: list[Entry], td: TensorDictBase) -> None:
+        """As :meth:`_note`, of keys some of which may share their statistics."""
+        weights = self.weights
+        samples: dict[StateNames, int | Tensor] = {}
+        for e in known:
+            since = self.store.since.get(e.key.names)
+            if since is not None:
+                size = max(since.base.sum.numel(), 1)
+                n = e.value.numel() // size if e.mask is None else e.mask.sum()
+                samples[e.key.names] = samples.get(e.key.names, 0) + n
+        if weights.keep < 1:
+            for names, n in samples.items():
+                self.store.since[names].note(weights.keep, n)
 
     def _batch_dims(self, td: TensorDictBase) -> int:
         """How many leading dimensions of its values are samples."""
@@ -340,13 +406,36 @@ class Statistics:
     ) -> list[Tensor]:
         return compute(entries, updating, self.weights, self._eps)
 
-    @not_in_graphs(
+    def fold(
+        self, keys: list[Key], states: list[Moments], totals: list[Moments]
+    ) -> None:
+        """Folds the batches of all ranks into the statistics of some keys."""
+        weights = self.weights
+        called(
+            keys,
+            functional.merge_,
+            states,
+            totals,
+            decay=weights.keep,
+            weight=weights.weight,
+        )
+
+    @_ops.not_in_graphs(
         reason="VecNorm: statistics that other processes update need their lock, and "
         "a compiled graph works on copies. Compile without fullgraph=True."
     )
     def normalize_outside_graph(self, *args) -> TensorDictBase:
         """As :meth:`normalize`, for statistics that others update."""
         return self.normalize(*args)
+
+    @_ops.not_in_graphs(reason="VecNorm: ranks meet outside of compiled graphs.")
+    def normalize_among_ranks(self, *args) -> TensorDictBase:
+        """As :meth:`normalize`, for batches that are joined with those of other ranks."""
+        return self.normalize(*args)
+
+    def sync_(self, group: Group) -> None:
+        """Joins what ranks have seen since they had the same statistics."""
+        together.sync_(self, group)
 
     def _warn_identity(self, entries: list[Entry]) -> None:
         counts = [None if e.state is None else e.state.samples() for e in entries]
@@ -461,7 +550,22 @@ class Statistics:
             if leaf is not None
         }
         sharing.note_lock(state.values(), self.store.lock)
+        for key, moments in self.seen() if self.store.since else ():
+            since = self.store.since.get(key.names)
+            if since is not None and since.is_told:
+                kept = torch.tensor(self.kept(key, moments), dtype=torch.float64)
+                state[self.kept_name(key.in_key)] = kept
         return state
+
+    @staticmethod
+    def kept_name(key: NestedKey) -> str:
+        """What the entry of :meth:`kept` is called in a state_dict."""
+        return kept_names(key)[0]
+
+    def kept(self, key: Key, moments: Moments) -> float:
+        """What is left of the statistics that several have had, as a factor."""
+        since = self.store.since.get(key.names)
+        return 1.0 if since is None else since.kept.item()
 
     def zeros(self, features: torch.Size, device: torch.device) -> Moments:
         """Statistics of nothing."""
@@ -496,7 +600,22 @@ class Statistics:
                 checkpoints.load_new(self, found)
             else:
                 checkpoints.load_in_place(self, found)
+            if not self.store.others_update:
+                self.rebase()
+                for key in self.keys:
+                    since = self.store.since.get(key.names)
+                    if since is not None and any(
+                        n in state for n in kept_names(key.in_key)
+                    ):
+                        since.is_told = True
         self.store.lock_was_set = False
+
+    def rebase(self) -> None:
+        """Notes that others may go on from these statistics too, as they are."""
+        with self.session():
+            self.store.rebase()
+        if self.ranks is not None:
+            self.ranks.asks = True
 
     def to(self, device: torch.device) -> None:
         """Moves the statistics; shared ones stay where they are."""
@@ -528,4 +647,5 @@ class Statistics:
         return self.__dict__.copy()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self.ranks = None  # of a pickle that is older
         self.__dict__.update(state)

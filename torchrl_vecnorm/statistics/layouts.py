@@ -58,6 +58,15 @@ def names_of_averages(key: NestedKey) -> StateNames:
     return StateNames(*((field, *as_path(key)) for field in fields))
 
 
+def kept_names(key: NestedKey) -> tuple[str, str]:
+    """What sums and averages call what is left of statistics that several have had.
+
+    That is no statistic, and optional: `torchrl_vecnorm.merge_states` asks for it.
+    """
+    *parents, last = as_path(key)
+    return flat_name((*parents, f"{last}_kept")), v2_name(("kept", *as_path(key)))
+
+
 def _sums(key: NestedKey, read: Callable[..., Moments]) -> Layout:
     names = [flat_name(name) for name in StateNames.of(key)]
     return Layout(names, names[: len(REQUIRED)], read, names)

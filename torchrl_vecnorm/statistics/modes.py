@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -18,14 +18,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from torchrl_vecnorm.moments import Moments
 from torchrl_vecnorm.statistics.sharing import in_shared_memory
-
-
-def not_in_graphs(reason: str) -> Callable[[Callable], Callable]:
-    """A decorator of functions that torch.compile leaves alone, and of what it says then."""
-    try:
-        return torch.compiler.disable(reason=reason)
-    except TypeError:  # torch 2.7 has words of its own
-        return torch.compiler.disable
 
 
 def without_functorch() -> AbstractContextManager:

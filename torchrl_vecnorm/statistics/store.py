@@ -26,6 +26,7 @@ from torchrl_vecnorm.statistics.entries import get_entry, read_moments, write_mo
 from torchrl_vecnorm.statistics.locks import Lock, Session
 from torchrl_vecnorm.statistics.modes import is_stale, outside
 from torchrl_vecnorm.statistics.names import StateNames
+from torchrl_vecnorm.syncing import Since
 
 #: Why statistics that were shared elsewhere are not shared here.
 COPIED = (
@@ -52,6 +53,9 @@ class Store:
         attached: the leaves behind a control block, where there is one.
         lock_is_own: whether nobody else can have the lock.
         lock_was_set: whether it was set since the construction.
+        since: of each set of moments what it was when several had the same, and how much of
+            that is left; see :mod:`torchrl_vecnorm.syncing`. Empty where nothing was
+            loaded, and nothing joined.
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class Store:
         self.attached: Attached | None = None
         self.lock_is_own = lock is None
         self.lock_was_set = False
+        self.since: dict[StateNames, Since] = {}
 
     # ----------------------------------------------------------------- the moments
 
@@ -78,6 +83,12 @@ class Store:
             moments = self.moments(names)
             if moments is not None:
                 yield names, moments
+
+    def rebase(self) -> None:
+        """Notes that others go on from these statistics too, as they are."""
+        # Clones have the same dictionary, as they have the same statistics.
+        self.since.clear()
+        self.since.update({names: Since(moments) for names, moments in self.seen()})
 
     def in_shared_memory(self) -> bool:
         """Whether other processes may see the statistics."""
@@ -206,6 +217,7 @@ class Store:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         control = state.pop("control", None)
+        self.since = {}  # of a pickle that is older
         self.__dict__.update(state)
         # To a process that is started, and through a queue, the statistics come as the
         # same memory, and so does our lock. Copies, and those from a file, are alone.

@@ -26,6 +26,7 @@ from torchrl.envs.transforms import Compose, ObservationNorm
 from typing_extensions import Self
 
 from torchrl_vecnorm.export import Normalizer
+from torchrl_vecnorm.groups import Group
 from torchrl_vecnorm.statistics import Statistics
 from torchrl_vecnorm.statistics.entries import get_entry
 from torchrl_vecnorm.statistics.keys import Key
@@ -93,6 +94,16 @@ class NormTransform(Switching):
     @lock_timeout.setter
     def lock_timeout(self, value: float) -> None:
         self._statistics.lock_timeout = value
+
+    @property
+    def group(self) -> Group:
+        """The ranks whose batches are joined at every call; None: it is alone."""
+        ranks = self._statistics.ranks
+        return None if ranks is None else ranks.group
+
+    @group.setter
+    def group(self, group: Group) -> None:
+        self._statistics.set_group(group)
 
     @property
     def _td(self) -> TensorDictBase | None:
@@ -226,7 +237,36 @@ class NormTransform(Switching):
         # Asked here: a frame without a module is none that Dynamo looks into.
         elif statistics.store.others_update:
             return statistics.normalize_outside_graph(*call)
+        elif call[1] and statistics.ranks is not None:
+            return statistics.normalize_among_ranks(*call)
         return statistics.normalize(*call)
+
+    # ------------------------------------------------------------------------- ranks
+
+    def sync_(self, group: Group = None) -> None:
+        """Joins what ranks have seen since they last had the same statistics.
+
+        For ranks that go on alone, and call this now and then: all of them. After it they
+        have the same bits. They begin with nothing, with one ``state_dict`` on all of
+        them, or with the last ``sync_()``; who has nothing may join later. Of statistics
+        that processes of one machine share, one of them calls it.
+
+        Args:
+            group: the ranks of ``torch.distributed``: a process group, a ``DeviceMesh`` of
+                one dimension, ``"world"``; by default all ranks.
+
+        Raises:
+            RuntimeError: a rank has died, did not come within the group's timeout or
+                called something else; ranks went on from different statistics; others
+                update these too, so that it is not known how often they have decayed.
+                The statistics are as they were.
+            ValueError: the ranks have features of different shapes.
+
+        Equivalent to, with ``S0`` what all had and ``k`` calls since (``VecNormV2``: samples)::
+
+            S = decay**k.max() * S0 + sum(S_r - decay**k_r * S0 for all ranks)
+        """
+        self._statistics.sync_(group)
 
     # --------------------------------------------------------- reading the statistics
 

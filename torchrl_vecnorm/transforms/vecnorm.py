@@ -20,6 +20,7 @@ from torch import Tensor
 from torch import multiprocessing as mp
 from torchrl.envs import VecNorm as _TorchRLVecNorm
 
+from torchrl_vecnorm.groups import Group
 from torchrl_vecnorm.statistics.locks import LOCK_TIMEOUT
 from torchrl_vecnorm.statistics.names import SEP
 from torchrl_vecnorm.statistics.shared_td import build_shared_td
@@ -99,6 +100,12 @@ class VecNorm(NormTransform):
             statistics of an in_key are kept; by default its own. in_keys of one name
             share one set of statistics: a call folds the samples of all of them into it
             in one update, and normalises all with the result.
+        group (ProcessGroup, DeviceMesh or "world", optional): ranks of
+            ``torch.distributed`` whose batches are joined at every call, see the guide on
+            ranks; ``"world"`` is the default group. All of them have to make the same
+            calls, in one order; values, keys and masks may be others, or missing. A
+            transform with one cannot be pickled. For ranks that go on alone there is
+            :meth:`sync_`.
 
     Raises:
         ValueError: ``decay`` is not in (0, 1], ``eps`` is not positive, ``shapes`` or
@@ -169,6 +176,7 @@ class VecNorm(NormTransform):
         eps: float = 1e-4,
         shared_data: TensorDictBase | None = None,
         reduce_batch_dims: bool = False,
+        group: Group = None,
     ) -> VecNormV2: ...
 
     def __new__(cls, *args, new_api: bool | None = None, **kwargs):
@@ -189,6 +197,7 @@ class VecNorm(NormTransform):
         new_api: bool | None = None,
         lock_timeout: float = LOCK_TIMEOUT,
         names: Mapping[NestedKey, NestedKey] | None = None,
+        group: Group = None,
     ) -> None:
         if in_keys is None:
             in_keys = ["observation", "reward"]
@@ -202,6 +211,7 @@ class VecNorm(NormTransform):
             shapes=shapes,
             lock_timeout=lock_timeout,
             names=names,
+            group=group,
         )
         self.shapes = shapes
         self.names = names

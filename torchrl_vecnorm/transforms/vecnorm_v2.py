@@ -24,6 +24,7 @@ from torchrl.envs import VecNormV2 as _TorchRLVecNormV2
 from torchrl.envs.transforms import Compose, ObservationNorm, Transform
 from typing_extensions import Self
 
+from torchrl_vecnorm.groups import Group
 from torchrl_vecnorm.statistics import Averages
 from torchrl_vecnorm.statistics.layouts import V2_SEP
 from torchrl_vecnorm.statistics.locks import LOCK_TIMEOUT
@@ -87,6 +88,9 @@ class VecNormV2(NormTransform, _Shell):
             and a call is one sample of each. Default: ``False``.
         lock_timeout (float, optional): seconds to wait for the lock of shared statistics
             before a TimeoutError names the process that holds it. Default: 60.
+        group (ProcessGroup, DeviceMesh or "world", optional): as that of
+            :class:`torchrl_vecnorm.VecNorm`: ``n`` are the samples of all ranks then. With
+            ``reduce_batch_dims``.
 
     Raises:
         ValueError, TypeError: as :class:`torchrl_vecnorm.VecNorm`.
@@ -109,6 +113,7 @@ class VecNormV2(NormTransform, _Shell):
         shared_data: TensorDictBase | None = None,
         reduce_batch_dims: bool = False,
         lock_timeout: float = LOCK_TIMEOUT,
+        group: Group = None,
     ) -> None:
         if reduce_batch_dims and not stateful:
             raise RuntimeError(
@@ -129,6 +134,7 @@ class VecNormV2(NormTransform, _Shell):
             decay=decay,
             eps=eps,
             lock_timeout=lock_timeout,
+            group=group,
         )
         if shared_data is not None:
             state = {
