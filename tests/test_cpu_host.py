@@ -11,7 +11,9 @@ in memory that ends where the values do.
 import shutil
 import subprocess
 import sys
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -53,34 +55,31 @@ def link(folder: Path, *flags: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def programs(tmp_path_factory) -> dict[str, Path]:
-    """The check in both variants."""
-    folder = tmp_path_factory.mktemp("cpu_host")
-    with ThreadPoolExecutor(2) as pool:
-        jobs = []
-        for variant, flags in VARIANTS.items():
-            (folder / variant).mkdir()
-            for source in SOURCES:
-                to = folder / variant / f"{Path(source).stem}.o"
-                jobs.append(pool.submit(compile_one, ROOT / source, to, *flags))
-        for job in jobs:
-            job.result()
-    return {name: link(folder / name, *flags) for name, flags in VARIANTS.items()}
+def program_of(tmp_path_factory) -> Callable[[str], Path]:
+    """The check in a variant, compiled when it is asked for."""
+
+    @cache
+    def compiled(variant: str) -> Path:
+        folder = tmp_path_factory.mktemp("cpu_host")
+        flags = VARIANTS[variant]
+        with ThreadPoolExecutor(2) as pool:
+            for job in [
+                pool.submit(compile_one, ROOT / s, folder / f"{Path(s).stem}.o", *flags)
+                for s in SOURCES
+            ]:
+                job.result()
+        return link(folder, *flags)
+
+    return compiled
 
 
 def run(program: Path, *args: str) -> subprocess.CompletedProcess:
     return subprocess.run([program, *args], capture_output=True, text=True, timeout=300)
 
 
-@pytest.fixture(scope="module")
-def runs(programs) -> dict[str, Future]:
-    with ThreadPoolExecutor(2) as pool:
-        yield {name: pool.submit(run, program) for name, program in programs.items()}
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_kernels(runs, variant):
-    result = runs[variant].result()
+def test_kernels(program_of, variant):
+    result = run(program_of(variant))
     assert result.returncode == 0, result.stdout + result.stderr
     assert not result.stderr
     assert int(result.stdout.split(" teams")[0]) > 100
@@ -92,8 +91,8 @@ def _the_first_is_enough(monkeypatch):
 
 
 @pytest.mark.usefixtures("_the_first_is_enough")
-def test_races_without_the_barrier(programs):
-    assert "data race" in run(programs["races"], "--no-barrier").stderr
+def test_races_without_the_barrier(program_of):
+    assert "data race" in run(program_of("races"), "--no-barrier").stderr
 
 
 #: An error: in which variant it is seen as what, and the replacement that plants it.
@@ -122,29 +121,18 @@ PLANTED = {
 }
 
 
-@pytest.fixture(scope="module")
-def planted(programs, tmp_path_factory) -> dict[str, Future]:
-    """The results with each of them, two at a time."""
-
-    def plant(variant, report, name, old, new) -> subprocess.CompletedProcess:
-        folder = tmp_path_factory.mktemp("planted")
-        shutil.copytree(programs[variant].parent, folder / "check")
-        shutil.copytree(ROOT / "csrc", folder / "csrc")
-        path = folder / "csrc" / "cpu" / name
-        text = path.read_text()
-        assert old in text, f"{old!r} is not there to be replaced"
-        path.write_text(text.replace(old, new))
-        flags = VARIANTS[variant]
-        compile_one(folder / SOURCES[1], folder / "check" / "isa_baseline.o", *flags)
-        return run(link(folder / "check", *flags))
-
-    with ThreadPoolExecutor(2) as pool:
-        yield {name: pool.submit(plant, *how) for name, how in PLANTED.items()}
-
-
 @pytest.mark.usefixtures("_the_first_is_enough")
 @pytest.mark.parametrize("name", PLANTED)
-def test_harness_catches(planted, name):
-    result = planted[name].result()
+def test_harness_catches(program_of, tmp_path, name):
+    variant, report, file, old, new = PLANTED[name]
+    folder = shutil.copytree(program_of(variant).parent, tmp_path / "check")
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    path = tmp_path / "csrc" / "cpu" / file
+    text = path.read_text()
+    assert old in text, f"{old!r} is not there to be replaced"
+    path.write_text(text.replace(old, new))
+    flags = VARIANTS[variant]
+    compile_one(tmp_path / SOURCES[1], folder / "isa_baseline.o", *flags)
+    result = run(link(folder, *flags))
     assert result.returncode != 0
-    assert PLANTED[name][1] in result.stderr, result.stdout + result.stderr
+    assert report in result.stderr, result.stdout + result.stderr

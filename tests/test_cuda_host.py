@@ -11,7 +11,7 @@ sums in long double. It says nothing about speed, and nothing about what a GPU r
 import re
 import shutil
 import subprocess
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -95,38 +95,15 @@ RACE_FLAGS = (
     "-DVECNORM_FUSED_THREADS=64",
 )
 MEMORY_FLAGS = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-#: How the check is compiled, and what of it is run. Compiling is most of what the first
-#: one takes.
-RUNS = {
-    "paths": (("-O0", *SMALL_BLOCKS), ("small",)),
-    "kernels": (("-O1", *SMALL_BLOCKS), ("few", None)),
-    "memory": ((*MEMORY_FLAGS, *SMALL_BLOCKS), ("small",)),
-    "races": (RACE_FLAGS, ("few",)),
-}
 
 
-@pytest.fixture(scope="module")
-def runs(request, tmp_path_factory) -> dict[str, Future]:
-    """The results that tests will ask for. Each takes a core for long: two at a time."""
-    wanted = {item.name for item in request.session.items}
-
-    def build_and_run(flags, extents) -> list[subprocess.CompletedProcess]:
-        program = build(tmp_path_factory.mktemp("cuda_host"), *flags)
-        return [run(program, *filter(None, [extent])) for extent in extents]
-
-    with ThreadPoolExecutor(2) as pool:
-        yield {
-            name: pool.submit(build_and_run, *how)
-            for name, how in RUNS.items()
-            if f"test_{name}" in wanted
-        }
-
-
-def output_of(runs, name: str) -> str:
-    results = runs[name].result()
-    for result in results:
+def output_of(folder: Path, flags: tuple[str, ...], *extents: str) -> str:
+    """What the check prints of the last of the extents: "few", "small" or "" for all."""
+    program = build(folder, *flags)
+    for extent in extents:
+        result = run(program, *filter(None, [extent]))
         assert result.returncode == 0, result.stdout + result.stderr
-    return results[-1].stdout
+    return result.stdout
 
 
 def paths_taken(output: str) -> list[int]:
@@ -137,27 +114,22 @@ def paths_taken(output: str) -> list[int]:
 
 
 @pytest.mark.slow
-def test_paths(runs):
-    output = output_of(runs, "paths")
-    assert min(paths_taken(output)) > 50, output
-
-
-@pytest.mark.slow
-def test_kernels(runs):
-    output = output_of(runs, "kernels")
+def test_kernels(tmp_path):
+    output = output_of(tmp_path, ("-O1", *SMALL_BLOCKS), "few", "")
     assert min(paths_taken(output)) > 100, output
 
 
 @pytest.mark.slow
-def test_memory(runs):
+def test_memory(tmp_path):
     """Under AddressSanitizer and UndefinedBehaviorSanitizer."""
-    output_of(runs, "memory")
+    output = output_of(tmp_path, (*MEMORY_FLAGS, *SMALL_BLOCKS), "small")
+    assert min(paths_taken(output)) > 50, output
 
 
 @pytest.mark.slow
-def test_races(runs):
+def test_races(tmp_path):
     """Under ThreadSanitizer, with a host thread for each thread of a block."""
-    output_of(runs, "races")
+    output_of(tmp_path, RACE_FLAGS, "few")
 
 
 BARRIER = "__syncthreads();"
