@@ -16,11 +16,13 @@ import torch
 from tensordict import TensorDict
 from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase, TransformedEnv
-from torchrl.envs.transforms import Transform
+from torchrl.envs.transforms import Compose, RewardSum, StepCounter, Transform
 
 from bench import peers
 
 BARE, IDENTITY, OURS = "no transform", "identity transform", "VecNorm (ours)"
+#: A step as it is, and as one graph of torch.compile.
+EAGER, COMPILED = "eager", "compiled"
 
 
 class Still(EnvBase):
@@ -153,3 +155,43 @@ def pendulums(n: int, device: str) -> tuple[dict[str, Callable], dict[str, str]]
         return act
 
     return _each(step)
+
+
+def whole_steps(n: int, how: str) -> tuple[dict[str, Callable], dict[str, str]]:
+    """`step_and_maybe_reset` of `Pendulum`, with the transforms that people have beside
+    either `VecNormV2`, and why some cannot be had. Compiled, it has no graph break: an
+    environment that resets itself needs no question on the host.
+    """
+    torch._dynamo.reset()  # it compiles a function for so many environments only
+    calls, reasons = {}, {}
+    for name, make in [
+        (BARE, None),
+        (peers.OURS_V2, partial(peers.ours_v2, KEYS)),
+        (peers.TORCHRL_V2, partial(peers.torchrl_v2, KEYS)),
+    ]:
+        try:
+            last = () if make is None else (make(),)
+            some = Compose(StepCounter(), RewardSum(), *last)
+            env = TransformedEnv(Pendulum(n, "cpu"), some)
+            env._torchrl_native_autoreset = True
+            calls[name] = stepping(env, how)
+        except Exception as error:
+            reasons[name] = peers.reason(error)
+    return calls, reasons
+
+
+def stepping(env: EnvBase, how: str) -> Callable[[], TensorDict]:
+    td = env.reset()
+    action = env.full_action_spec.rand()
+    if how == COMPILED:
+        env.compile(warmup=1, fullgraph=True)
+
+    def step() -> TensorDict:
+        nonlocal td
+        td.update(action)
+        done, td = env.step_and_maybe_reset(td)
+        return done
+
+    for _ in range(5):
+        step()
+    return step

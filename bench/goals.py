@@ -30,6 +30,7 @@ SHAPES = {(1, 8): 5.0, (64, 8): 5.0, (1, 64): 5.0, (64, 64): 5.0, (1, 376): 5.0}
 EVERYWHERE = 3.0
 # Other busy processes: the mean in medians of a quiet machine at most.
 BUSY = {1: 2.5, 2: 3.5, 4: 6.0}
+WHOLE_STEP = 1.0  # a compiled step with torchrl's VecNormV2 / with ours, at least
 COLD = 2.0  # a cold call of three keys in cold copy_s of one, at most
 COLD_TORCHRL = 10.0  # and times faster than torchrl's
 
@@ -126,7 +127,7 @@ def _cpu(records: list[dict]) -> list[Goal]:
             ),
         ]:
             goals.append(Goal(f"{size}: {what}", limit, at_least, value))
-    goals += _shapes(records) + _conditions(records)
+    goals += _shapes(records) + _whole_steps(records) + _conditions(records)
     at = {"section": PAIR, "samples": 1, "features": 8}
     faster = _ratio(
         find(records, name=peers.TORCHRL, **at),
@@ -153,6 +154,20 @@ def _shapes(records: list[dict]) -> list[Goal]:
         )
         what = f"{n} × {f}: VecNorm._call, times faster than torchrl's"
         found.append(Goal(what, SHAPES.get((n, f), EVERYWHERE), True, faster))
+    return found
+
+
+def _whole_steps(records: list[dict]) -> list[Goal]:
+    found = []
+    sizes = {r["samples"] for r in records if r["section"] == "whole step"}
+    for n in sorted(sizes):
+        at = {"section": "whole step", "samples": n, "method": env.COMPILED}
+        faster = _ratio(
+            find(records, name=peers.TORCHRL_V2, **at),
+            find(records, name=peers.OURS_V2, **at),
+        )
+        what = f"{n}: step_and_maybe_reset compiled with VecNormV2, torchrl's / ours"
+        found.append(Goal(what, WHOLE_STEP, True, faster))
     return found
 
 

@@ -409,6 +409,25 @@ def _steps(records: list[dict]) -> Table:
     return Table("A whole step", header, rows, _notes(note, _reasons(records)))
 
 
+def _whole_steps(records: list[dict]) -> Table:
+    def cell(mine: dict, others: dict) -> str:
+        us, base = mine.get("microseconds"), _us(others, env.BARE)
+        if us is None or base is None or mine["name"] == env.BARE:
+            return number(us)
+        return f"{number(us)} (+{number(us - base)})"
+
+    header, rows = _grid(
+        records, lambda r: f"{r['samples']} pendulums, {r['method']}", cell
+    )
+    header[0] = "µs (more than without)"
+    note = (
+        "`step_and_maybe_reset` of pendulums that reset themselves, with `StepCounter`, "
+        "`RewardSum` and a `VecNormV2` of observation [N, 3] and reward [N, 1]; compiled "
+        "as one graph."
+    )
+    return Table("A step and its reset", header, rows, _notes(note, _reasons(records)))
+
+
 def _per_second(record: dict) -> float:
     """Millions of steps of one environment."""
     return record["samples"] / record["microseconds"]
@@ -631,6 +650,8 @@ def tables(records: list[dict], device: str) -> list[Table]:
         found.append(_cold(some))
     if some := _of(records, "step"):
         found.append(_steps(some))
+    if some := _of(records, "whole step"):
+        found.append(_whole_steps(some))
     found += _pendulums(records)
     if some := _of(records, "accuracy"):
         found += _accuracy(some)

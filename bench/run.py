@@ -198,6 +198,15 @@ def env_step(plan: Plan, n: int, features: int, device: str) -> list[dict]:
     return _records(record, times, reasons)
 
 
+def whole_step(plan: Plan, n: int, how: str) -> list[dict]:
+    """The time of `step_and_maybe_reset` with each VecNormV2, eager or compiled."""
+    calls, reasons = env.whole_steps(n, how)
+    threads = torch.get_num_threads()
+    record = {"section": "whole step", "samples": n, "features": 3, "threads": threads}
+    times = measure.eager(calls, plan.rounds, plan.seconds, threads)
+    return _records({**record, "method": how}, times, reasons)
+
+
 def pendulum(plan: Plan, n: int, device: str) -> list[dict]:
     """The time of a step of n pendulums with each transform."""
     calls, reasons = env.pendulums(n, device)
@@ -427,6 +436,10 @@ def tasks(plan: Plan, device: str) -> list[Task]:
         add("cold", "a simulation", conditions.in_an_environment, plan.rounds)
     for n, f in plan.steps:
         add("step", f"{n} × {f}", env_step, plan, n, f, device)
+    if device == "cpu":
+        for how in (env.EAGER, env.COMPILED) if plan.compiled else (env.EAGER,):
+            for n, _ in plan.steps:
+                add("whole step", f"{n}, {how}", whole_step, plan, n, how)
     for n in plan.pendulums:
         add("pendulum", f"{n}", pendulum, plan, n, device)
     if len(which) > 1:

@@ -19,7 +19,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torchrl.envs import check_env_specs
+from torchrl.envs import (
+    Compose,
+    RewardSum,
+    StepCounter,
+    TransformedEnv,
+    check_env_specs,
+)
 
 for package in ("matplotlib", "rich", "tabulate", "tqdm"):
     pytest.importorskip(package)
@@ -408,6 +414,27 @@ def test_steps_of_pendulums_wait_for_no_gpu(name):
     assert not reasons
     with Waits():
         calls[name]()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [peers.ours_v2, peers.vecnorm])
+def test_a_compiled_step_is_an_eager_one(make):
+    """torchrl's whole step and reset as one graph, our transform in it."""
+    found = {}
+    for how in (env.EAGER, env.COMPILED):
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        transform = make(env.KEYS)
+        some = Compose(StepCounter(), RewardSum(), transform)
+        whole = TransformedEnv(env.Pendulum(8, "cpu"), some)
+        whole._torchrl_native_autoreset = True
+        step = env.stepping(whole, how)
+        for _ in range(10):
+            last = step()["next"]
+        loc = transform.loc
+        found[how] = [last[k] for k in env.KEYS] + [loc[k] for k in env.KEYS]
+    for eager, compiled in zip(*found.values(), strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-5)
 
 
 def test_environments_are_environments():
