@@ -17,7 +17,7 @@
 #                 then ten million updates by 16 of them
 #   make interop  what stands for the normalisers of skrl, rsl_rl, rl_games, Stable-Baselines3 and
 #                 Gymnasium, tested and measured beside them, and statistics carried between these
-#                 and a dozen others, in an environment in build/ (a gigabyte, with jax and ray)
+#                 and a dozen others, in environments in build/ (two gigabytes, with jax, ray and mjlab)
 #   make docs     the documentation, into build/docs/
 #   make build    compile what has changed
 #   make wheel    a wheel for the PyTorch that is here, into dist/
@@ -139,10 +139,11 @@ coverage: build $(VENV)/tools
 # The libraries see the packages of .venv, torch among them, but not the editable one. With
 # the last rsl_rl twice: mjlab wants the one before. Ray is aside: torchrl imports all of it
 # where it finds it.
-interop: build $(VENV)/tools build/interop/installed
+interop: build $(VENV)/tools build/interop/installed build/mjlab/installed
 	build/interop/bin/python -m pytest $(PARALLEL) tests/interop
 	PYTHONPATH=build/interop/rsl-rl-5.4.2 build/interop/bin/python -m pytest $(PARALLEL) \
 		tests/interop/test_rsl_rl.py
+	build/mjlab/bin/python -m pytest tests/interop/test_mjlab.py
 	build/interop/bin/python -m bench.interop
 	build/interop/bin/python -m bench.ranks
 
@@ -159,6 +160,17 @@ build/interop/installed: $(VENV)/tools tests/interop/requirements.txt tests/inte
 		--target build/interop/rsl-rl-5.4.2 rsl-rl-lib==5.4.2
 	build/interop/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		--target build/interop/aside ray==2.60.0
+	touch $@
+
+# mjlab with all that it wants, but for torch: that of .venv.
+build/mjlab/installed: $(VENV)/tools pyproject.toml
+	@echo "installing mjlab into build/mjlab"
+	rm -rf build/mjlab
+	$(PYTHON) -m venv build/mjlab
+	packages='import site; print(site.getsitepackages()[0])'; \
+		$(bin)/python -c "$$packages" \
+		> "$$(build/mjlab/bin/python -c "$$packages")/packages.pth"
+	build/mjlab/bin/python -m pip install --quiet --disable-pip-version-check mjlab==1.6.0
 	touch $@
 
 build/soak: tests/shared_host/check.cpp $(wildcard csrc/shared/*)
