@@ -136,6 +136,10 @@ class build_ext(BuildExtension):
 
     def run(self) -> None:
         """Builds, then writes the record."""
+        if self.editable_mode:
+            # setuptools would have it in an empty folder, and compile all once more.
+            tag = f"{self.plat_name}-{sys.implementation.cache_tag}"
+            self.build_temp = os.path.join("build", f"temp.{tag}")
         super().run()
         target = ROOT if self.inplace else Path(self.build_lib)
         (target / "torchrl_vecnorm" / "_build.py").write_text(
