@@ -71,7 +71,7 @@ def test_ppo_tensors(tmp_path):
 def test_ppo_tensors_learns(tmp_path):
     """To swing up, which random torques do not: about -1,200 an episode."""
     example = load("ppo_tensors")
-    first, *_, last = example.train(24, tmp_path / "checkpoint.pt")
+    first, *_, last = example.train(16, tmp_path / "checkpoint.pt")
     assert last > first + 300
     assert example.evaluate(tmp_path / "checkpoint.pt") > first + 300
 

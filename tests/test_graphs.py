@@ -205,9 +205,14 @@ def test_activation_checkpointing(backend, reentrant):
     torch.testing.assert_close(grad, want)
 
 
-@SLOW_INDUCTOR
 @pytest.mark.parametrize(
-    "name", [*CHANGING, pytest.param("loc_scale", marks=NUMBERS_ARE_INPUTS)]
+    "name,backend",
+    [
+        *((name, "aot_eager") for name in CHANGING),
+        pytest.param("loc_scale", "aot_eager", marks=NUMBERS_ARE_INPUTS),
+        pytest.param("all", "inductor", marks=pytest.mark.slow),
+    ],
+    indirect=["backend"],
 )
 def test_numbers_that_change_into_none(backend, name):
     """What eager calls refuse, a graph that takes any number refuses as it runs."""

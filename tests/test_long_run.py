@@ -75,12 +75,14 @@ def exact_sums(power: int, decay: float) -> list[Fraction]:
 @needs_proc
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "decay,requires_grad", [(1.0, False), (0.9999, False), (0.9999, True)]
+    "decay,requires_grad,calls",
+    [(1.0, False, CALLS), (0.9999, False, CALLS), (0.999, True, CALLS // 10)],
 )
-def test_a_million_calls(decay, requires_grad):
+def test_a_million_calls(decay, requires_grad, calls):
+    """With gradients, which take two minutes for as many, a tenth of them."""
     transform = VecNorm(["observation"], ["normalized"], decay=decay)
     tds = tensordicts(requires_grad)
-    assert grown(transform, tds, CALLS) <= MIB
+    assert grown(transform, tds, calls) <= MIB
     assert tds[0]["normalized"].requires_grad == requires_grad
 
     # An update rounds twice, by 2^-53 at most, and forgets old rounding as it forgets
