@@ -122,7 +122,7 @@ sanitize: build $(VENV)/tools
 		-fno-sanitize=vptr -fno-sanitize-recover=all -DVECNORM_RECORD_LOCK)
 	libraries=$$($(CXX) -print-file-name=libasan.so):$$($(CXX) -print-file-name=libstdc++.so); \
 	PYTHONPATH=build/sanitized ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD=$$libraries PYTHONHASHSEED=0 \
-		$(bin)/pytest $(PARALLEL) --capture=sys --sanitized $(SANITIZED)
+		$(bin)/pytest $(PARALLEL) --capture=sys --sanitized --updates 400 $(SANITIZED)
 
 coverage: build $(VENV)/tools
 	$(call instrumented,coverage,--coverage)

@@ -668,14 +668,11 @@ def test_a_transform_whose_lock_cannot_be_sent(memmap):
     assert count(t) == count(other) == td["observation_count"].item() == 8
 
 
-READS = 1000
-
-
-def read(queue, done):
+def read(queue, done, reads):
     t = VecNorm(["observation"], shared_td=queue.get(timeout=PATIENCE)).freeze()
     threes = TensorDict(observation=torch.full((WIDE,), 3.0))
     torn = dict.fromkeys(("state", "loc", "scale", "y"), 0)
-    for _ in range(READS):
+    for _ in range(reads):
         # One sample of threes a call: sum, ssq and count go together.
         state = t.consistent_state_dict()
         n = state["observation_count"]
@@ -692,14 +689,15 @@ def read(queue, done):
 
 
 @pytest.mark.parametrize("memmap", [False, True], ids=["shared", "memmap"])
-def test_a_reader_never_sees_half_an_update(memmap):
+def test_a_reader_never_sees_half_an_update(memmap, request):
+    reads = request.config.getoption("--updates") // 2
     context = mp.get_context("fork")
     queue, done = context.Queue(), context.Queue()
     td = built(["observation"], memmap, IntegerEnv(features=WIDE))
     t = VecNorm(["observation"], shared_td=td, decay=1)
     threes = TensorDict(observation=torch.full((WIDE,), 3.0))
     t(threes.copy())
-    with started(context, read, [(queue, done)]) as (reader,):
+    with started(context, read, [(queue, done, reads)]) as (reader,):
         queue.put(td)
         while done.empty() and reader.is_alive():
             for _ in range(100):
