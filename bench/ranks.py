@@ -180,7 +180,7 @@ def main() -> int:
     growth = [
         row
         for size in sizes
-        for row in measured(size, [(64, f) for f in features], rounds, n)
+        for row in measured(size, [(64, f) for f in features], rounds // 3, n // 4)
     ]
     args.out.mkdir(parents=True, exist_ok=True)
     installed = importlib.util.find_spec("rsl_rl") is not None
