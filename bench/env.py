@@ -181,6 +181,7 @@ def whole_steps(n: int, how: str) -> tuple[dict[str, Callable], dict[str, str]]:
 
 
 def stepping(env: EnvBase, how: str) -> Callable[[], TensorDict]:
+    """Steps of an environment with the same action, one a call: the step's output."""
     td = env.reset()
     action = env.full_action_spec.rand()
     if how == COMPILED:
