@@ -136,6 +136,15 @@ coverage: build $(VENV)/tools
 	$(bin)/coverage report
 	$(bin)/gcovr --merge-lines --filter csrc/ --object-directory build/coverage/objects build/coverage
 
+# An environment in $(1) that sees the packages of .venv.
+define environment
+	rm -rf $(1)
+	$(PYTHON) -m venv $(1)
+	packages='import site; print(site.getsitepackages()[0])'; \
+		$(bin)/python -c "$$packages" \
+		> "$$($(1)/bin/python -c "$$packages")/packages.pth"
+endef
+
 # The libraries see the packages of .venv, torch among them, but not the editable one. With
 # the last rsl_rl twice: mjlab wants the one before. Ray is aside: torchrl imports all of it
 # where it finds it.
@@ -149,11 +158,7 @@ interop: build $(VENV)/tools build/interop/installed build/mjlab/installed
 
 build/interop/installed: $(VENV)/tools tests/interop/requirements.txt tests/interop/large.txt
 	@echo "installing skrl, rsl_rl, rl_games, Stable-Baselines3 and others into build/interop"
-	rm -rf build/interop
-	$(PYTHON) -m venv build/interop
-	packages='import site; print(site.getsitepackages()[0])'; \
-		$(bin)/python -c "$$packages" \
-		> "$$(build/interop/bin/python -c "$$packages")/packages.pth"
+	$(call environment,build/interop)
 	build/interop/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		-r tests/interop/requirements.txt -r tests/interop/large.txt
 	build/interop/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
@@ -165,11 +170,7 @@ build/interop/installed: $(VENV)/tools tests/interop/requirements.txt tests/inte
 # mjlab with all that it wants, but for torch: that of .venv.
 build/mjlab/installed: $(VENV)/tools pyproject.toml
 	@echo "installing mjlab into build/mjlab"
-	rm -rf build/mjlab
-	$(PYTHON) -m venv build/mjlab
-	packages='import site; print(site.getsitepackages()[0])'; \
-		$(bin)/python -c "$$packages" \
-		> "$$(build/mjlab/bin/python -c "$$packages")/packages.pth"
+	$(call environment,build/mjlab)
 	build/mjlab/bin/python -m pip install --quiet --disable-pip-version-check mjlab==1.6.0
 	touch $@
 

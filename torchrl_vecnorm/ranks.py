@@ -41,6 +41,12 @@ from torchrl_vecnorm.totals import HEADER, Batches
 _LIMIT = 2**20
 
 
+def _number_of(what: Any) -> float:
+    """What stands for it in a header: other calls have another one, nearly always."""
+    at = hashlib.blake2b(repr(what).encode(), digest_size=8).digest()
+    return float(int.from_bytes(at, "little") % _LIMIT)
+
+
 def _call(function: Callable, *args: Any) -> Any:
     return function(*args)
 
@@ -238,8 +244,7 @@ class Ranks:
 
     def _name(self, *what: Any) -> None:
         """Notes what the calls are of: a number that goes with each."""
-        at = hashlib.blake2b(repr(what).encode(), digest_size=8).digest()
-        number = float(int.from_bytes(at, "little") % _LIMIT)
+        number = _number_of(what)
         device = self._batches.buffer.device
         with torch.inference_mode(False):
             expected = [0.0, 0.0, number, number * number, 0.0, 0.0]
@@ -389,8 +394,7 @@ def reduced(
     device = batches[0].sum.device
     shifts = [mean_of(state) for state in near]
     together = Batches(features, shifts, device)
-    at = hashlib.blake2b(repr(features).encode(), digest_size=8).digest()
-    number = float(int.from_bytes(at, "little") % _LIMIT)
+    number = _number_of(features)
     header = torch.tensor([0, 0, number, number * number, 0, 0]).to(together.header)
     # Of the two counts of a state that is given as a batch the first.
     with_extras = [

@@ -107,14 +107,6 @@ def count_of(owner: str, name: str, value: Any) -> Tensor:
     return count.reshape(1)
 
 
-def not_negative(owner: str, name: str, value: Tensor, slack: Tensor) -> Tensor:
-    """Variances, with what rounding has left beneath 0 as 0."""
-    if (value < -slack).any():
-        bad = value[value < -slack].flatten()[0].item()
-        raise ValueError(wrong(owner, name, "values that are not negative", bad))
-    return value.clamp_min(0)
-
-
 def same_shape(owner: str, name: str, value: Tensor, shape: torch.Size) -> None:
     """Refuses a value of another shape than the mean's."""
     if value.shape != shape:
