@@ -53,7 +53,13 @@ inline void to_halves(const float* from, uint16_t* to) {
                    _mm256_cvtps_ph(_mm256_loadu_ps(from), rounding));
 }
 
-// 16 bits to 32 and back.
+// 8 and 16 bits to 32, and back.
+inline void widen(const uint8_t* from, uint32_t* to) {
+  const auto* bytes = reinterpret_cast<const __m128i*>(from);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                      _mm256_cvtepu8_epi32(_mm_loadl_epi64(bytes)));
+}
+
 inline void widen(const uint16_t* from, uint32_t* to) {
   const auto* bits = reinterpret_cast<const __m128i*>(from);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),

@@ -56,7 +56,12 @@ inline void to_halves(const float* from, uint16_t* to) {
                       _mm512_cvtps_ph(_mm512_loadu_ps(from), rounding));
 }
 
-// 16 bits to 32 and back.
+// 8 and 16 bits to 32, and back.
+inline void widen(const uint8_t* from, uint32_t* to) {
+  const auto* bytes = reinterpret_cast<const __m128i*>(from);
+  _mm512_storeu_si512(to, _mm512_cvtepu8_epi32(_mm_loadu_si128(bytes)));
+}
+
 inline void widen(const uint16_t* from, uint32_t* to) {
   const auto* bits = reinterpret_cast<const __m256i*>(from);
   _mm512_storeu_si512(to, _mm512_cvtepu16_epi32(_mm256_loadu_si256(bits)));

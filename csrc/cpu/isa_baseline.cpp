@@ -57,7 +57,11 @@ inline void to_halves(const float* from, uint16_t* to) {
   }
 }
 
-// 16 bits to 32 and back.
+// 8 and 16 bits to 32, and back.
+inline void widen(const uint8_t* from, uint32_t* to) {
+  std::copy(from, from + kPackBytes / 4, to);
+}
+
 inline void widen(const uint16_t* from, uint32_t* to) {
   std::copy(from, from + kPackBytes / 4, to);
 }

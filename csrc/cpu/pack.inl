@@ -26,6 +26,7 @@ template <typename C>
 constexpr int64_t kPack = kPackBytes / sizeof(C);
 
 typedef uint32_t FloatBits __attribute__((vector_size(kPackBytes)));
+typedef int32_t Integers __attribute__((vector_size(kPackBytes)));
 
 template <typename C, typename T>
 inline Pack<C> load_pack(const T* at) {
@@ -39,6 +40,11 @@ inline Pack<C> load_pack(const T* at) {
     std::memcpy(&pack, &wide, sizeof(pack));
   } else if constexpr (std::is_same_v<T, Float16> && std::is_same_v<C, float>) {
     from_halves(&at->bits, reinterpret_cast<float*>(&pack));
+  } else if constexpr (std::is_same_v<T, uint8_t> && std::is_same_v<C, float>) {
+    // Pixels. Left to the vectoriser, a pack went through memory in parts.
+    Integers wide;
+    widen(at, reinterpret_cast<uint32_t*>(&wide));
+    pack = __builtin_convertvector(wide, Pack<float>);
   } else {
     for (int64_t j = 0; j < kPack<C>; ++j) {
       pack[j] = load<C>(at[j]);
