@@ -225,7 +225,8 @@ void map_groups(Rows<const In> x, Rows<Out> y, int64_t rows, int64_t group,
 template <template <typename> class Map, typename C, typename In, typename Out>
 void map_piece(Rows<const In> x, Rows<Out> y, int64_t rows, int64_t group,
                int64_t features, bool may_stream, const Coefficients<C>& k) {
-  // Integers are rarely many, but for pixels: a loop more of each would take long to compile.
+  // Integers are rarely many, but for pixels: a loop more of each would take long to
+  // compile.
   constexpr bool pixels = std::is_same_v<In, uint8_t> && std::is_same_v<Out, float>;
   if constexpr (std::is_same_v<In, Out> || pixels) {
     if (!std::isfinite(k.limit)) {

@@ -53,13 +53,42 @@ inline void to_halves(const float* from, uint16_t* to) {
                    _mm256_cvtps_ph(_mm256_loadu_ps(from), rounding));
 }
 
-// 8 and 16 bits to 32, and back.
-inline void widen(const uint8_t* from, uint32_t* to) {
-  const auto* bytes = reinterpret_cast<const __m128i*>(from);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
-                      _mm256_cvtepu8_epi32(_mm_loadl_epi64(bytes)));
+inline void from_integers(const uint8_t* from, float* to) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+  _mm256_storeu_ps(to, _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)));
 }
 
+inline void from_integers(const int8_t* from, float* to) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+  _mm256_storeu_ps(to, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)));
+}
+
+inline void from_integers(const int16_t* from, float* to) {
+  const __m128i shorts = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  _mm256_storeu_ps(to, _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(shorts)));
+}
+
+// Four bytes, and nothing beyond them.
+inline __m128i four_bytes(const void* from) {
+  int32_t bytes;
+  std::memcpy(&bytes, from, sizeof(bytes));
+  return _mm_cvtsi32_si128(bytes);
+}
+
+inline void from_integers(const uint8_t* from, double* to) {
+  _mm256_storeu_pd(to, _mm256_cvtepi32_pd(_mm_cvtepu8_epi32(four_bytes(from))));
+}
+
+inline void from_integers(const int8_t* from, double* to) {
+  _mm256_storeu_pd(to, _mm256_cvtepi32_pd(_mm_cvtepi8_epi32(four_bytes(from))));
+}
+
+inline void from_integers(const int16_t* from, double* to) {
+  const __m128i shorts = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+  _mm256_storeu_pd(to, _mm256_cvtepi32_pd(_mm_cvtepi16_epi32(shorts)));
+}
+
+// 16 bits to 32 and back.
 inline void widen(const uint16_t* from, uint32_t* to) {
   const auto* bits = reinterpret_cast<const __m128i*>(from);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),

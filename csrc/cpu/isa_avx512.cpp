@@ -56,12 +56,37 @@ inline void to_halves(const float* from, uint16_t* to) {
                       _mm512_cvtps_ph(_mm512_loadu_ps(from), rounding));
 }
 
-// 8 and 16 bits to 32, and back.
-inline void widen(const uint8_t* from, uint32_t* to) {
-  const auto* bytes = reinterpret_cast<const __m128i*>(from);
-  _mm512_storeu_si512(to, _mm512_cvtepu8_epi32(_mm_loadu_si128(bytes)));
+inline void from_integers(const uint8_t* from, float* to) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  _mm512_storeu_ps(to, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)));
 }
 
+inline void from_integers(const int8_t* from, float* to) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  _mm512_storeu_ps(to, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)));
+}
+
+inline void from_integers(const int16_t* from, float* to) {
+  const __m256i shorts = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  _mm512_storeu_ps(to, _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(shorts)));
+}
+
+inline void from_integers(const uint8_t* from, double* to) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+  _mm512_storeu_pd(to, _mm512_cvtepi32_pd(_mm256_cvtepu8_epi32(bytes)));
+}
+
+inline void from_integers(const int8_t* from, double* to) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+  _mm512_storeu_pd(to, _mm512_cvtepi32_pd(_mm256_cvtepi8_epi32(bytes)));
+}
+
+inline void from_integers(const int16_t* from, double* to) {
+  const __m128i shorts = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  _mm512_storeu_pd(to, _mm512_cvtepi32_pd(_mm256_cvtepi16_epi32(shorts)));
+}
+
+// 16 bits to 32 and back.
 inline void widen(const uint16_t* from, uint32_t* to) {
   const auto* bits = reinterpret_cast<const __m256i*>(from);
   _mm512_storeu_si512(to, _mm512_cvtepu16_epi32(_mm256_loadu_si256(bits)));

@@ -57,11 +57,14 @@ inline void to_halves(const float* from, uint16_t* to) {
   }
 }
 
-// 8 and 16 bits to 32, and back.
-inline void widen(const uint8_t* from, uint32_t* to) {
-  std::copy(from, from + kPackBytes / 4, to);
+template <typename T, typename C>
+inline void from_integers(const T* from, C* to) {
+  for (size_t j = 0; j < kPackBytes / sizeof(C); ++j) {
+    to[j] = static_cast<C>(from[j]);
+  }
 }
 
+// 16 bits to 32 and back.
 inline void widen(const uint16_t* from, uint32_t* to) {
   std::copy(from, from + kPackBytes / 4, to);
 }

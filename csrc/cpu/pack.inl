@@ -5,8 +5,8 @@
 
 // One register of floats or doubles: compilers do what it says, where loops over arrays
 // are at the mercy of their vectorisers. isa_*.cpp give its width, kPackBytes, and what
-// plain C++ has no words for: stream, square_root, from_halves, to_halves, widen,
-// narrow.
+// plain C++ has no words for: stream, square_root, from_halves, to_halves,
+// from_integers, widen, narrow.
 
 namespace vecnorm {
 namespace cpu {
@@ -26,7 +26,6 @@ template <typename C>
 constexpr int64_t kPack = kPackBytes / sizeof(C);
 
 typedef uint32_t FloatBits __attribute__((vector_size(kPackBytes)));
-typedef int32_t Integers __attribute__((vector_size(kPackBytes)));
 
 template <typename C, typename T>
 inline Pack<C> load_pack(const T* at) {
@@ -40,11 +39,10 @@ inline Pack<C> load_pack(const T* at) {
     std::memcpy(&pack, &wide, sizeof(pack));
   } else if constexpr (std::is_same_v<T, Float16> && std::is_same_v<C, float>) {
     from_halves(&at->bits, reinterpret_cast<float*>(&pack));
-  } else if constexpr (std::is_same_v<T, uint8_t> && std::is_same_v<C, float>) {
-    // Pixels. Left to the vectoriser, a pack went through memory in parts.
-    Integers wide;
-    widen(at, reinterpret_cast<uint32_t*>(&wide));
-    pack = __builtin_convertvector(wide, Pack<float>);
+  } else if constexpr (std::is_integral_v<T> && sizeof(T) < sizeof(int32_t)) {
+    // Pixels, above all. Left to the vectoriser, a pack went through memory in parts.
+    using Integer = std::conditional_t<std::is_same_v<T, bool>, uint8_t, T>;
+    from_integers(reinterpret_cast<const Integer*>(at), reinterpret_cast<C*>(&pack));
   } else {
     for (int64_t j = 0; j < kPack<C>; ++j) {
       pack[j] = load<C>(at[j]);
