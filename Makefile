@@ -54,8 +54,8 @@ files_alone := awk 'length > 200 && / -c / { match($$0, /-c [^- ][^ ]*/); \
 	print "compiled", (/^\[/ ? $$1 : ""), file; fflush(); next } \
 	length > 200 && / -shared / { next } { print; fflush() }'
 
-.PHONY: demo test test-all interop bench soak model matrix cuda-torch sanitize coverage gpu-check \
-	docs build wheel lint format clean
+.PHONY: demo test test-all interop bench soak model matrix cuda-torch sanitize sanitized \
+	sanitizers coverage gpu-check docs build wheel lint format clean
 
 demo: build
 	$(bin)/python examples/pendulum.py
@@ -64,7 +64,7 @@ test: build $(VENV)/tools
 	PYTHONHASHSEED=0 $(bin)/python -m pytest $(PARALLEL) $(TESTS)
 
 test-all: build $(VENV)/tools
-	PYTHONHASHSEED=0 $(bin)/python -m pytest $(PARALLEL) tests --all-architectures --mutations 10000
+	PYTHONHASHSEED=0 $(bin)/python -m pytest $(PARALLEL) tests --all-architectures --mutations 4000
 
 bench: build $(VENV)/peers
 	$(bin)/python -m bench.run $(BENCH)
@@ -115,14 +115,23 @@ define instrumented
 		--build-temp build/$(1)/objects --build-lib build/$(1)
 endef
 
-# The interpreter and torch leak what they keep until the end: that is not looked at.
 # Shared statistics have record locks here, and robust mutexes in the other tests.
+sanitizers := -fsanitize=address -fsanitize=undefined -fno-sanitize=vptr \
+	-fno-sanitize-recover=all -DVECNORM_RECORD_LOCK
+
 sanitize: build $(VENV)/tools
-	$(call instrumented,sanitized,-fsanitize=address -fsanitize=undefined \
-		-fno-sanitize=vptr -fno-sanitize-recover=all -DVECNORM_RECORD_LOCK)
+	$(call instrumented,sanitized,$(sanitizers))
+	$(MAKE) sanitized PACKAGES=build/sanitized
+
+# For a package that was compiled already, in the folder PACKAGES, with what the second prints.
+# The interpreter and torch leak what they keep until the end: that is not looked at.
+sanitized: $(VENV)/tools
 	libraries=$$($(CXX) -print-file-name=libasan.so):$$($(CXX) -print-file-name=libstdc++.so); \
-	PYTHONPATH=build/sanitized ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD=$$libraries PYTHONHASHSEED=0 \
-		$(bin)/pytest $(PARALLEL) --capture=sys --sanitized --updates 400 $(SANITIZED)
+	PYTHONPATH=$(PACKAGES) ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD=$$libraries PYTHONHASHSEED=0 \
+		$(bin)/pytest $(PARALLEL) --capture=sys --sanitized $(PACKAGES) --updates 400 $(SANITIZED)
+
+sanitizers:
+	@echo $(sanitizers)
 
 coverage: build $(VENV)/tools
 	$(call instrumented,coverage,--coverage)

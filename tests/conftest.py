@@ -9,12 +9,14 @@ import torch
 
 
 def pytest_configure(config):
-    if config.getoption("--sanitized"):
+    packages = config.getoption("--sanitized")
+    if packages is not None:
         from torchrl_vecnorm import _C
 
         # Or the tests would be of the usual build.
         loaded = Path("/proc/self/maps").read_text()
-        assert "build/sanitized" in _C.__file__ and "libasan" in loaded
+        assert Path(_C.__file__).is_relative_to(packages.resolve())
+        assert "libasan" in loaded
 
 
 def pytest_collection_modifyitems(items):
@@ -39,8 +41,8 @@ def pytest_addoption(parser):
     )
     parser.addoption(
         "--sanitized",
-        action="store_true",
-        help="only with the build of `make sanitize`",
+        type=Path,
+        help="only with a build under sanitizers, which this folder has: `make sanitize`",
     )
     parser.addoption(
         "--updates", type=int, default=2000, help="of each process in test_sharing.py"
