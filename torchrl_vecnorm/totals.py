@@ -26,6 +26,9 @@ from torchrl_vecnorm.moments import Moments, state_dtype
 #: name of it and its square, how many ranks ask, how many refuse.
 HEADER = 6
 
+#: Numbers in it are below that, so that sums of their squares over 2^13 ranks are exact.
+LIMIT = 2**20
+
 #: A multiple of it is the length of one. Calls in another order are then of one length,
 #: most of them: gloo ends a process that is sent more than it waits for.
 _PAD = 512
@@ -39,6 +42,12 @@ class Batches:
         shifts: of each key, ``[*features]``, the same on all ranks; NaN where nobody knows
             any, None where that is all of them.
         device: of the tensor.
+        name: a number below :data:`LIMIT` for what the calls are of.
+
+    Attributes:
+        buffer: the tensor.
+        header: of ``buffer`` what says which call it is of, ``[HEADER]``.
+        expected: what one rank writes there when all is well, ``[HEADER]``.
     """
 
     def __init__(
@@ -46,6 +55,7 @@ class Batches:
         features: Sequence[torch.Size],
         shifts: Sequence[Tensor | None],
         device: torch.device,
+        name: float,
     ) -> None:
         self.features = list(features)
         self.sizes = [shape.numel() for shape in features]
@@ -61,7 +71,9 @@ class Batches:
             self.header, self.counts, self.missing, self.d1, self.d2, _ = (
                 self.buffer.split(parts)
             )
-            self.body = self.buffer[HEADER:]
+            self._body = self.buffer[HEADER:]
+            self.expected = torch.zeros(HEADER, dtype=dtype, device=device)
+            self._number, self._square = self.expected[:2].unbind()
             of_key = torch.arange(keys).repeat_interleave(torch.tensor(self.sizes))
             self._of_key = of_key.to(device) if keys else of_key.to(device).long()
             self._nothing = [
@@ -76,9 +88,33 @@ class Batches:
             self._known = ~self.shift.isnan()
             self._all_known = bool(self._known.all())
             self.shift.nan_to_num_(0.0)
+        self.name(name)
 
-    def write(self, batches: Sequence[Moments | None]) -> None:
-        """Puts the batches of this rank into the tensor; None is an empty one."""
+    def name(self, name: float) -> None:
+        """Gives the calls another name; their count goes on."""
+        self.expected[2], self.expected[3] = name, name * name
+
+    def write(
+        self,
+        batches: Sequence[Moments | None],
+        asks: bool = False,
+        refused: bool = False,
+    ) -> None:
+        """Puts a call of this rank into the tensor.
+
+        Args:
+            batches: of each key; None is an empty one.
+            asks: this rank has to ask the others what they have.
+            refused: it cannot take part.
+        """
+        # Counted by the device: a graph of it goes on counting.
+        self._number.add_(1).remainder_(LIMIT)
+        torch.mul(self._number, self._number, out=self._square)
+        self.header.copy_(self.expected)
+        if asks:
+            self.header[4] = 1
+        if refused:
+            self.header[5] = 1
         if not self.sizes:
             return
         found = [
@@ -97,6 +133,14 @@ class Batches:
         """How many values of each feature there are."""
         alone = len(self.sizes) == 1
         return (self.counts if alone else self.counts[self._of_key]) - self.missing
+
+    def empty_unless_agreed(self, ranks: int) -> None:
+        """Makes the sum one of empty batches where the ranks have not called alike.
+
+        They change nothing, on any rank, and nobody waits for the device to say so.
+        """
+        wrong = (self.header != self.expected * ranks).any()
+        self._body.copy_(torch.where(wrong, 0.0, self._body))
 
     def moves(self) -> bool:
         """Whether values came for features that nobody knew a shift of.
