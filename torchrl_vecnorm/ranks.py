@@ -289,9 +289,11 @@ class Ranks:
         expected: list[float],
     ) -> bool:
         """Whether the sum of the headers is one of equal calls; False where a rank asks."""
-        if got == [v * group.size() for v in expected]:
+        size = group.size()
+        agreed = [v * size for v in expected]
+        if got == agreed:
             return True
-        if got[:4] != [v * group.size() for v in expected[:4]]:
+        if got[:4] != agreed[:4]:
             raise self._error(
                 call,
                 group,
