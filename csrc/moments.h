@@ -255,6 +255,12 @@ VECNORM_HD Moments unshift(Partial p, double shift, double samples) {
   return unshift(p, inverse(p.n), shift, samples);
 }
 
+// The inverse: n values of this sum and variance, as if summed around `shift`.
+VECNORM_HD Partial shifted(double n, double sum, double var, double shift) {
+  const double d1 = sum - n * shift;
+  return {n, d1, var * n + d1 * d1 * inverse(n)};
+}
+
 // The moments of the state and of a batch that has samples, but for how many values are
 // behind them; `per_both` is the inverse of that.
 VECNORM_HD Moments fold_some(Moments state, const Moments& batch, Weights w,

@@ -244,6 +244,21 @@ def test_keys_that_some_ranks_have_later_or_never():
     assert found[0] == found[1] == found[2]
 
 
+def _nothing_at_first(rank, size):
+    t = VecNorm(["a"], decay=0.5, group="world")
+    t._reset(None, TensorDict({}, []))
+    t._reset(None, TensorDict({"a": torch.ones(1, 1)}, [1]))
+    t._reset(None, TensorDict({}, []))
+    norm = RunningNorm({"a": 1, "b": 0}, group="world")  # and a key of no features
+    norm({"a": torch.ones(1, 1), "b": torch.ones(1, 0)})
+    assert norm.count == {"a": size, "b": 0}  # as one process has it
+    return t._td["a_count"].item()
+
+
+def test_a_first_call_of_nothing():
+    assert run(2, _nothing_at_first) == [2, 2]
+
+
 def _partial_resets(rank, size):
     t = VecNorm(["a"], group="world")
     x = torch.arange(8.0).reshape(size, 4, 1)

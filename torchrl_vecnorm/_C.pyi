@@ -31,6 +31,27 @@ def normalize(
 ) -> list[Tensor] | None:
     """Returns x normalised with the state as it is; None as update does."""
 
+def moments(
+    x: list[Tensor], feature_ndim: int, mask: list[Tensor]
+) -> list[Tensor] | None:
+    """Returns the moments of each x, leaf after leaf; None as update does."""
+
+def merge(state: list[Tensor], other: list[Tensor], keep: float, weight: float) -> None:
+    """Folds moments into a state."""
+
+def write_totals(
+    buffer: Tensor,
+    expected: Tensor,
+    shift: Tensor,
+    batches: list[Tensor],
+    asks: bool,
+    refused: bool,
+) -> None:
+    """The half of torchrl_vecnorm.totals.Batches before ranks add up, on the CPU."""
+
+def read_totals(buffer: Tensor, shift: Tensor, like: list[Tensor]) -> list[Tensor]:
+    """The half after it: the moments of all that was added."""
+
 def scale_returns(
     x: list[Tensor],
     done: list[Tensor],

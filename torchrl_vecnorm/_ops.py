@@ -387,6 +387,10 @@ def denormalize(y: list[Tensor], state: list[Tensor], rule: RuleArgs) -> list[Te
 
 def moments(x: list[Tensor], feature_ndim: int, mask: list[Tensor]) -> list[Moments]:
     """The moments of a batch."""
+    if not torch.compiler.is_compiling():
+        leaves = _C.moments(x, feature_ndim, mask)
+        if leaves is not None:
+            return states_of(leaves)
     x = [v.detach() for v in x]
     if needs_plain_torch():
         masks = masks_of(mask, x)
@@ -397,7 +401,10 @@ def moments(x: list[Tensor], feature_ndim: int, mask: list[Tensor]) -> list[Mome
 
 def merge(state: list[Tensor], other: list[Tensor], keep: float, weight: float) -> None:
     """Folds moments into a state."""
-    if torch.compiler.is_compiling() and change(keep, weight):
+    if not torch.compiler.is_compiling():
+        _C.merge(state, other, keep, weight)
+        return
+    if change(keep, weight):
         check_numbers(keep, weight)
         states = states_of(state)
         pairs = zip(states, states_of(other), strict=True)

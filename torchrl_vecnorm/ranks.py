@@ -35,16 +35,13 @@ from torchrl_vecnorm.groups import (
     the_same,
 )
 from torchrl_vecnorm.moments import Moments
-from torchrl_vecnorm.totals import HEADER, Batches
-
-#: Numbers of a header are below it, so that sums of their squares over 2^13 ranks are exact.
-_LIMIT = 2**20
+from torchrl_vecnorm.totals import HEADER, LIMIT, Batches
 
 
 def _number_of(what: Any) -> float:
     """What stands for it in a header: other calls have another one, nearly always."""
     at = hashlib.blake2b(repr(what).encode(), digest_size=8).digest()
-    return float(int.from_bytes(at, "little") % _LIMIT)
+    return float(int.from_bytes(at, "little") % LIMIT)
 
 
 def _call(function: Callable, *args: Any) -> Any:
@@ -117,6 +114,7 @@ class Ranks:
         self._calls = 0
         self._agreed: dist.ProcessGroup | None = None
         self._keys: list[int] = []  # those that have a place in the tensor
+        self._others: list[int] = []
         self._begun: list[Moments | None] = []
         self._what = ""
         self._pending: tuple[Tensor, Any] | None = None
@@ -154,14 +152,11 @@ class Ranks:
         """
         group = process_group(self.group, self.owner)
         self._calls += 1
-        call = f"call {self._calls}"
+        call, what = f"call {self._calls}", f"{self.owner} {what}"
         self._look_back(group)
         if self._agreed is not group or (self.asks and self._is_deferred(device)):
             self._agree(group, keys, what, device, call, refused)
-        known = set(self._keys)
-        asks = self.asks or any(
-            key.features is not None for k, key in enumerate(keys) if k not in known
-        )
+        asks = self.asks or any(keys[k].features is not None for k in self._others)
         totals = self._reduce(group, keys, what, device, call, asks, refused)
         if totals is None:  # a rank asks
             self._agree(group, keys, what, device, call, refused)
@@ -188,7 +183,7 @@ class Ranks:
         call = f"the agreement before {call}"
         states = [None if is_empty(key.state) else key.state for key in keys]
         said = Said(
-            f"{self.owner} {what}",
+            what,
             tuple(key.name for key in keys),
             tuple(
                 None if key.features is None else tuple(key.features) for key in keys
@@ -235,24 +230,17 @@ class Ranks:
                 ),
             )
         self._keys = [k for k, shape in enumerate(features) if shape is not None]
+        self._others = [k for k, shape in enumerate(features) if shape is None]
         shifts = [first_known([one.means[k] for one in heard]) for k in self._keys]
         shapes = [torch.Size(features[k]) for k in self._keys]
-        self._batches = Batches(shapes, shifts, device)
+        self._what, self._names = said.what, (said.names, features)
+        self._batches = Batches(shapes, shifts, device, self._name())
         self._begun = begun
-        self._name(said.what, said.names, features)
         self._agreed, self.asks = group, False
 
-    def _name(self, *what: Any) -> None:
-        """Notes what the calls are of: a number that goes with each."""
-        number = _number_of(what)
-        device = self._batches.buffer.device
-        with torch.inference_mode(False):
-            expected = [0.0, 0.0, number, number * number, 0.0, 0.0]
-            self._expected = torch.tensor(
-                expected, dtype=self._batches.buffer.dtype, device=device
-            )
-            self._number, self._square = self._expected[:2].unbind()
-        self._what, self._named = what[0], what
+    def _name(self) -> float:
+        """What the calls are of: a number that goes with each."""
+        return _number_of((self._what, *self._names))
 
     # -------------------------------------------------------------------- reducing
 
@@ -267,21 +255,13 @@ class Ranks:
         refused: bool,
     ) -> list[Moments] | None:
         """The totals; None where a rank has to ask first."""
-        batches, size = self._batches, group.size()
-        if self._what != f"{self.owner} {what}":  # another decay
-            number = self._number.clone()
-            self._name(f"{self.owner} {what}", *self._named[1:])
-            self._number.copy_(number)
-        # Counted by the device: a graph of it goes on counting.
-        expected, number = self._expected, self._number
-        number.add_(1).remainder_(_LIMIT)
-        torch.mul(number, number, out=self._square)
-        batches.header.copy_(expected)
-        if asks:
-            batches.header[4] = 1
-        if refused:
-            batches.header[5] = 1
-        batches.write([None if refused else keys[k].batch for k in self._keys])
+        batches = self._batches
+        if self._what != what:  # another decay
+            self._what = what
+            batches.name(self._name())
+        batches.write(
+            [None if refused else keys[k].batch for k in self._keys], asks, refused
+        )
         try:
             with naming(self.owner, call, group):
                 dist.all_reduce(batches.buffer, group=group)
@@ -291,13 +271,11 @@ class Ranks:
             self._agreed = None
             raise
         if self._is_deferred(device):
-            wrong = (batches.header != expected * size).any()
-            # An empty batch changes nothing, on any rank.
-            batches.body.copy_(torch.where(wrong, 0.0, batches.body))
-            self._remember(batches.header, expected)
+            batches.empty_unless_agreed(group.size())
+            self._remember(batches.header, batches.expected)
             return batches.read()
-        got = batches.header.tolist()
-        if not self._is_good(call, group, got, expected.tolist()):
+        said = batches.header.tolist(), batches.expected.tolist()
+        if not self._is_good(call, group, *said):
             return None
         if batches.moves():
             return self._reduce(group, keys, what, device, call, False, False)
@@ -311,9 +289,11 @@ class Ranks:
         expected: list[float],
     ) -> bool:
         """Whether the sum of the headers is one of equal calls; False where a rank asks."""
-        if got == [v * group.size() for v in expected]:
+        size = group.size()
+        agreed = [v * size for v in expected]
+        if got == agreed:
             return True
-        if got[:4] != [v * group.size() for v in expected[:4]]:
+        if got[:4] != agreed[:4]:
             raise self._error(
                 call,
                 group,
@@ -393,24 +373,20 @@ def reduced(
     features = [batch.sum.shape for batch in batches]
     device = batches[0].sum.device
     shifts = [mean_of(state) for state in near]
-    together = Batches(features, shifts, device)
-    number = _number_of(features)
-    header = torch.tensor([0, 0, number, number * number, 0, 0]).to(together.header)
+    together = Batches(features, shifts, device, _number_of(features))
     # Of the two counts of a state that is given as a batch the first.
     with_extras = [
         batch.with_extras()._replace(count=batch.count.reshape(-1)[:1])
         for batch in batches
     ]
     for _ in range(2):
-        together.header.copy_(header)
         together.write(with_extras)
         with naming(owner, "a call", pg):
             dist.all_reduce(together.buffer, group=pg)
         if device.type == "cuda":
-            wrong = (together.header != header * pg.size()).any()
-            together.body.copy_(torch.where(wrong, 0.0, together.body))
+            together.empty_unless_agreed(pg.size())
             break
-        if not together.header.equal(header * pg.size()):
+        if not together.header.equal(together.expected * pg.size()):
             raise RuntimeError(
                 f"{owner}: a call in group {describe(pg)}: expected the same call of all "
                 f"ranks, with features {[tuple(f) for f in features]}, got different ones"

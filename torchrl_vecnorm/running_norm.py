@@ -291,24 +291,21 @@ class RunningNorm(nn.Module):
         """Takes in the batches of all ranks: a call of all of them."""
         named = self._keys()
         keys, refusal = list(named.values()), None
-        batches: list[Moments | None] = [None] * len(keys)
+        states = [key.moments() for key in keys]
+        batches: Sequence[Moments | None] = [None] * len(keys)
         try:
             plainly()
-            paired, xs = self._pair(x)
-            masks = self._masks(mask, paired, xs)
-            _C.check_update(xs, [], masks, _leaves(paired), self.decay, 1.0)
-            where = {id(key): k for k, key in enumerate(keys)}
-            for k, key in enumerate(paired):
-                only = masks[k : k + 1]
-                (batch,) = _ops.moments(xs[k : k + 1], key.sum.ndim, only)
-                batches[where[id(key)]] = batch.to(key.sum.device)
+            _, xs = self._pair(x)  # in the order of the keys
+            masks = self._masks(mask, keys, xs)
+            _C.check_update(xs, [], masks, _leaves(keys), self.decay, 1.0)
+            batches = _batches(xs, states, masks)
         except Exception as error:  # the others have to know
             refusal = error
         asked = [
-            RankKey(name, key.sum.shape, key.moments(), batch)
-            for (name, key), batch in zip(named.items(), batches, strict=True)
+            RankKey(name, state.sum.shape, state, batch)
+            for name, state, batch in zip(named, states, batches, strict=True)
         ]
-        device = keys[0].sum.device
+        device = states[0].sum.device
         try:
             found = self._ranks.join(
                 asked, f"decay {self.decay}", device, refusal is not None
@@ -318,8 +315,8 @@ class RunningNorm(nn.Module):
                 raise refusal from None
             raise
         totals = []
-        for key, one in zip(keys, found, strict=True):
-            if one.state is not None and one.state.sum is not key.sum:
+        for key, state, one in zip(keys, states, found, strict=True):
+            if one.state is not None and one.state.sum is not state.sum:
                 _write(key, one.state)
             totals.append(one.total.to(key.sum.device))
         _ops.merge(_leaves(keys), functional.leaves_of(totals), self.decay, 1.0)
@@ -510,6 +507,22 @@ def _pair(node: nn.Module, x, name: str, keys: list, xs: list) -> None:
         )
     for key, child in children.items():
         _pair(child, x[key], f"{name}[{key!r}]", keys, xs)
+
+
+def _batches(
+    xs: list[Tensor], states: list[Moments], masks: list[Tensor]
+) -> list[Moments]:
+    """The moments of values beside their statistics: one operator where it can be."""
+    alike: dict[tuple[int, torch.device], list[int]] = {}
+    for k, (x, state) in enumerate(zip(xs, states, strict=True)):
+        alike.setdefault((state.sum.ndim, x.device), []).append(k)
+    batches = list(states)
+    for (ndim, _), some in alike.items():
+        only = [masks[k] for k in some] if masks else []
+        found = _ops.moments([xs[k] for k in some], ndim, only)
+        for k, batch in zip(some, found, strict=True):
+            batches[k] = batch.to(states[k].sum.device)
+    return batches
 
 
 def _checked(state_dict: Mapping[str, Tensor], path: str, key: _Key) -> Moments:

@@ -20,11 +20,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from torchrl_vecnorm._load import _C
 from torchrl_vecnorm.moments import Moments, state_dtype
 
 #: What a tensor that is reduced begins with: the number of the call and its square, the
 #: name of it and its square, how many ranks ask, how many refuse.
 HEADER = 6
+
+#: Numbers in it are below that, so that sums of their squares over 2^13 ranks are exact.
+LIMIT = 2**20
 
 #: A multiple of it is the length of one. Calls in another order are then of one length,
 #: most of them: gloo ends a process that is sent more than it waits for.
@@ -39,6 +43,12 @@ class Batches:
         shifts: of each key, ``[*features]``, the same on all ranks; NaN where nobody knows
             any, None where that is all of them.
         device: of the tensor.
+        name: a number below :data:`LIMIT` for what the calls are of.
+
+    Attributes:
+        buffer: the tensor.
+        header: of ``buffer`` what says which call it is of, ``[HEADER]``.
+        expected: what one rank writes there when all is well, ``[HEADER]``.
     """
 
     def __init__(
@@ -46,6 +56,7 @@ class Batches:
         features: Sequence[torch.Size],
         shifts: Sequence[Tensor | None],
         device: torch.device,
+        name: float,
     ) -> None:
         self.features = list(features)
         self.sizes = [shape.numel() for shape in features]
@@ -61,42 +72,88 @@ class Batches:
             self.header, self.counts, self.missing, self.d1, self.d2, _ = (
                 self.buffer.split(parts)
             )
-            self.body = self.buffer[HEADER:]
-            of_key = torch.arange(keys).repeat_interleave(torch.tensor(self.sizes))
-            self._of_key = of_key.to(device) if keys else of_key.to(device).long()
+            self._body = self.buffer[HEADER:]
+            self.expected = torch.zeros(HEADER, dtype=dtype, device=device)
+            self._number, self._square = self.expected[:2].unbind()
+            sizes = torch.tensor(self.sizes, dtype=torch.long)
+            self._of_key = torch.arange(keys).repeat_interleave(sizes).to(device)
             self._nothing = [
                 Moments.zeros(shape, dtype=dtype, device=device) for shape in features
             ]
+            self._like = [nothing.sum for nothing in self._nothing]
+            #: Whether the halves of a call are compiled; the tests compare them.
+            self.compiled = self.buffer.is_cpu
             flat = [
                 torch.full_like(nothing.sum, torch.nan) if shift is None else shift
                 for nothing, shift in zip(self._nothing, shifts, strict=True)
             ]
             flat = [v.to(device, dtype).reshape(-1) for v in flat]
-            self.shift = torch.cat(flat) if flat else torch.zeros(0, dtype=dtype)
+            flat.append(torch.zeros(0, dtype=dtype, device=device))  # of no keys
+            self.shift = torch.cat(flat)
             self._known = ~self.shift.isnan()
             self._all_known = bool(self._known.all())
             self.shift.nan_to_num_(0.0)
+        self.name(name)
 
-    def write(self, batches: Sequence[Moments | None]) -> None:
-        """Puts the batches of this rank into the tensor; None is an empty one."""
-        if not self.sizes:
-            return
+    def name(self, name: float) -> None:
+        """Gives the calls another name; their count goes on."""
+        self.expected[2], self.expected[3] = name, name * name
+
+    def write(
+        self,
+        batches: Sequence[Moments | None],
+        asks: bool = False,
+        refused: bool = False,
+    ) -> None:
+        """Puts a call of this rank into the tensor.
+
+        Args:
+            batches: of each key; None is an empty one.
+            asks: this rank has to ask the others what they have.
+            refused: it cannot take part.
+        """
         found = [
             nothing if batch is None else batch
             for batch, nothing in zip(batches, self._nothing, strict=True)
         ]
+        # Moments of no features have no leaves of these.
+        found = [m.with_extras() if m.central is None else m for m in found]
+        if self.compiled:
+            leaves = [leaf for moments in found for leaf in moments]
+            _C.write_totals(
+                self.buffer, self.expected, self.shift, leaves, asks, refused
+            )
+            return
+        # Counted by the device: a graph of it goes on counting.
+        self._number.add_(1).remainder_(LIMIT)
+        torch.mul(self._number, self._number, out=self._square)
+        self.header.copy_(self.expected)
+        if asks:
+            self.header[4] = 1
+        if refused:
+            self.header[5] = 1
+        if not found:
+            return
         torch.cat([m.count for m in found], out=self.counts)
         torch.cat([m.nonfinite[0].reshape(-1) for m in found], out=self.missing)
         torch.cat([m.sum.reshape(-1) for m in found], out=self.d1)
         torch.cat([m.central.reshape(-1) for m in found], out=self.d2)
         n = self._used()
         self.d1.addcmul_(n, self.shift, value=-1)
-        self.d2.mul_(n).addcdiv_(self.d1 * self.d1, n.clamp_min(1))
+        self.d2.mul_(n).addcdiv_(self.d1 * self.d1, torch.where(n > 0, n, 1.0))
 
     def _used(self) -> Tensor:
         """How many values of each feature there are."""
         alone = len(self.sizes) == 1
         return (self.counts if alone else self.counts[self._of_key]) - self.missing
+
+    def empty_unless_agreed(self, ranks: int) -> None:
+        """Makes the sum one of empty batches where the ranks have not called alike.
+
+        They change nothing, on any rank, and nobody waits for the device to say so.
+        """
+        wrong = (self.header != self.expected * ranks).any()
+        self._body.copy_(torch.where(wrong, 0.0, self._body))
 
     def moves(self) -> bool:
         """Whether values came for features that nobody knew a shift of.
@@ -110,17 +167,20 @@ class Batches:
         new = (n > 0) & ~self._known
         self._known |= new
         self._all_known = bool(self._known.all())
-        self.shift.add_(torch.where(new, self.d1 / n.clamp_min(1), 0.0))
+        self.shift.add_(torch.where(new, self.d1 / n, 0.0))
         return bool(new.any())
 
     def read(self) -> list[Moments]:
         """The moments of all that was added; the next shift is their mean."""
         if not self.sizes:
             return []
+        if self.compiled:
+            leaves = _C.read_totals(self.buffer, self.shift, self._like)
+            return [Moments(*leaves[i : i + 5]) for i in range(0, len(leaves), 5)]
         n = self._used()
-        per_value = n.clamp_min(1)
-        apart = self.d1 / per_value
-        var = (self.d2 / per_value).addcmul_(apart, apart, value=-1).clamp_min_(0)
+        at_least_some = torch.where(n > 0, n, 1.0)
+        apart = self.d1 / at_least_some
+        var = (self.d2 / at_least_some).addcmul_(apart, apart, value=-1).clamp_min_(0)
         total = torch.addcmul(self.d1, n, self.shift)
         squares = torch.addcmul(self.d2, self.shift, self.d1 + total)
         self.shift.add_(apart)

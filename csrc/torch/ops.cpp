@@ -528,6 +528,14 @@ void normalize_out(TensorList x, TensorList state, TensorList y, const RuleArgs&
   normalize_out_op().call(x, state, y, eps, eps_mode, clip, center);
 }
 
+std::vector<Tensor> moments(TensorList x, int64_t feature_ndim, TensorList mask) {
+  return moments_op().call(x, feature_ndim, mask);
+}
+
+void merge(TensorList state, TensorList other, double keep, double weight) {
+  merge_op().call(state, other, keep, weight);
+}
+
 TORCH_LIBRARY(torchrl_vecnorm, m) {
   m.def(
       "update(Tensor[] x, Tensor(a!)[] state, Tensor(b!)[] y, Tensor[] mask, "

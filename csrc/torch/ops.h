@@ -37,6 +37,11 @@ std::vector<at::Tensor> normalize(at::TensorList x, at::TensorList state,
 void normalize_out(at::TensorList x, at::TensorList state, at::TensorList y,
                    const RuleArgs& rule);
 
+std::vector<at::Tensor> moments(at::TensorList x, int64_t feature_ndim,
+                                at::TensorList mask);
+
+void merge(at::TensorList state, at::TensorList other, double keep, double weight);
+
 // Runs what normalises x into y by the state, and connects those that need gradients.
 void run_with_gradients(at::TensorList x, at::TensorList y, at::TensorList state,
                         const RuleArgs& rule, const std::function<void()>& run);

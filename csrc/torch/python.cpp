@@ -27,6 +27,7 @@
 #include "shared_state.h"
 #include "team.h"
 #include "tensors.h"
+#include "totals.h"
 
 namespace py = pybind11;
 
@@ -84,6 +85,14 @@ std::optional<Tensors> normalized(const Tensors& x, const Tensors& state,
   }
   normalize_out(x, state, *out, rule_args(rule));
   return out;
+}
+
+std::optional<Tensors> moments_of(const Tensors& x, int64_t feature_ndim,
+                                  const Tensors& mask) {
+  if (any_transformed(x)) {
+    return std::nullopt;
+  }
+  return moments(x, feature_ndim, mask);
 }
 
 std::optional<Tensors> scale_returns_and_scale(const Tensors& x, const Tensors& done,
@@ -361,6 +370,27 @@ PYBIND11_MODULE(_C, m) {
   m.def("scale_returns", &scale_returns_and_scale, py::arg("x"), py::arg("done"),
         py::arg("returns"), py::arg("state"), py::arg("mask"), py::arg("gamma"),
         py::arg("clears_before"), py::arg("keep"), py::arg("rule"));
+  m.def("moments", &moments_of, py::arg("x"), py::arg("feature_ndim"), py::arg("mask"));
+  m.def(
+      "merge",
+      [](const Tensors& state, const Tensors& other, double keep, double weight) {
+        merge(state, other, keep, weight);
+      },
+      py::arg("state"), py::arg("other"), py::arg("keep"), py::arg("weight"));
+  m.def(
+      "write_totals",
+      [](const Tensor& buffer, const Tensor& expected, const Tensor& shift,
+         const Tensors& batches, bool asks, bool refused) {
+        write_totals(buffer, expected, shift, batches, asks, refused);
+      },
+      py::arg("buffer"), py::arg("expected"), py::arg("shift"), py::arg("batches"),
+      py::arg("asks"), py::arg("refused"));
+  m.def(
+      "read_totals",
+      [](const Tensor& buffer, const Tensor& shift, const Tensors& like) {
+        return read_totals(buffer, shift, like);
+      },
+      py::arg("buffer"), py::arg("shift"), py::arg("like"));
   // What kernels check, for implementations in plain torch.
   m.def(
       "check_values",

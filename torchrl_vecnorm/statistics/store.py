@@ -93,7 +93,8 @@ class Store:
     def in_shared_memory(self) -> bool:
         """Whether other processes may see the statistics."""
         return self.td is not None and any(
-            sharing.in_shared_memory(moments.sum) for _, moments in self.seen()
+            sharing.in_shared_memory(get_entry(self.td, names.sum))
+            for names in self.names
         )
 
     def add(self, new: dict[StateNames, Moments]) -> None:

@@ -76,9 +76,11 @@ def normalize(
             refusal = error
         states = {e.key.names: e.state for e in entries if e.state is not None}
         for key in sets:
-            state = store.moments(key.names)
+            state = states.get(key.names)
+            if state is None:
+                state = store.moments(key.names)
             if state is not None:
-                states.setdefault(key.names, state)
+                states[key.names] = state
                 features.setdefault(key.names, state.sum.shape)
             elif key.shape is not None:
                 features.setdefault(key.names, key.shape)
