@@ -7,6 +7,7 @@
 
 #include <ATen/EmptyTensor.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "../moments.h"

@@ -17,9 +17,8 @@ namespace vecnorm {
 
 // Puts a call of this rank into the tensor that is reduced.
 //
-//   buffer    [6 + keys + 3 * features, or more]  float64: header, counts, missing, Σ
-//   d,
-//                                                 Σ d², those of all keys after another
+//   buffer    [6 + keys + 3 * features, or more]
+//                         float64: header, counts, missing, Σ d, Σ d², of all keys each
 //   expected  [6]         the header when all is well: its first two elements count on
 //   shift     [features]  d = x - shift
 //   batches   five leaves of each key, as in ops.cpp
