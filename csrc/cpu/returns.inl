@@ -190,11 +190,13 @@ class ScaleReturns {
         by_(by),
         weights_(weights),
         rule_(rule),
-        chunks_(ceil_div(key_.samples, kReturnRows)),
-        shifts_(key_.features),
-        partials_(chunks_ * key_.features),
-        counted_(chunks_),
-        statistics_(key_.features) {}
+        chunks_(ceil_div(key_.samples, kReturnRows)) {
+    const int64_t n = key_.features;
+    shifts_ = workspace(3 * n + chunks_ * (3 * n + 1));
+    counted_ = shifts_ + n;
+    statistics_ = reinterpret_cast<Statistic*>(counted_ + chunks_);
+    partials_ = reinterpret_cast<Partial*>(statistics_ + n);
+  }
 
   void run(RunPhases run) {
     for (int64_t f = 0; f < key_.features; ++f) {
@@ -326,8 +328,8 @@ class ScaleReturns {
 
   void finish() {
     double samples = 0;
-    for (double counted : counted_) {
-      samples += counted;
+    for (int64_t c = 0; c < chunks_; ++c) {
+      samples += counted_[c];
     }
     for (int64_t f = 0; f < key_.features; ++f) {
       Partial sums;
@@ -393,10 +395,11 @@ class ScaleReturns {
   Weights weights_;
   Rule rule_;
   int64_t chunks_;
-  std::vector<double> shifts_;
-  std::vector<Partial> partials_;
-  std::vector<double> counted_;
-  std::vector<Statistic> statistics_;
+  // In the block that the calling thread keeps.
+  double* shifts_;         // [features]
+  double* counted_;        // [chunks]
+  Statistic* statistics_;  // [features]
+  Partial* partials_;      // [chunks, features]
 };
 
 }  // namespace
@@ -405,6 +408,7 @@ void scale_returns(const Returns& of, Discount by, Weights weights, const Rule& 
                    RunPhases run) {
   if (of.key.samples > 0 && of.key.features > 0) {
     ScaleReturns(of, by, weights, rule).run(run);
+    trim_workspace();
   }
 }
 
