@@ -7,8 +7,8 @@
     python examples/ppo_tensors.py
 
 Observations are normalised as they come. Rewards keep their mean: they are divided by
-the deviation of the discounted return, which a state of its own follows. Both states go
-into the checkpoint as they are.
+the deviation of the discounted return, which a module follows. Both states go into the
+checkpoint.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from torchrl_vecnorm import ReturnNorm
 from torchrl_vecnorm import functional as F
 
 PENDULUMS, STEPS, EPISODE = 256, 50, 200
@@ -93,16 +94,16 @@ def train(iterations: int, path: Path) -> list[float]:
     env, model = Pendulums(), ActorCritic()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     observed = F.Moments.zeros([3])
-    returned = F.Moments.zeros([1])
+    returned = ReturnNorm(PENDULUMS, gamma=GAMMA, decay=0.9999)
     episodes, total = [], torch.zeros(PENDULUMS)
-    discounted = torch.zeros(PENDULUMS, 1)
+    no_end = torch.zeros(PENDULUMS, dtype=torch.bool)
     start = time.perf_counter()
 
     for iteration in range(iterations):
         if iteration * STEPS % EPISODE == 0:
             x = F.update_(env.reset(), observed, decay=0.9999)
             total.zero_()
-            discounted.zero_()
+            returned.reset()
         xs, actions, log_probs, rewards = [], [], [], []
         with torch.no_grad():
             for _ in range(STEPS):
@@ -111,16 +112,13 @@ def train(iterations: int, path: Path) -> list[float]:
                 raw, reward = env.step(action)
                 total += reward
                 # The scale of what the value has to learn; the mean stays.
-                discounted = GAMMA * discounted + reward.unsqueeze(-1)
-                F.merge_(returned, F.moments(discounted), decay=0.9999)
+                rewards.append(returned(reward, no_end))
                 xs.append(x)
                 actions.append(action)
                 log_probs.append(policy.log_prob(action))
-                rewards.append(reward)
                 x = F.update_(raw, observed, decay=0.9999)
-            scale = F.loc_scale(returned)[1].float()
             values = model.value(torch.stack([*xs, x])).squeeze(-1)
-            gain = advantages(torch.stack(rewards) / scale, values)
+            gain = advantages(torch.stack(rewards), values)
             target = (gain + values[:-1]).reshape(-1, 1)
             gain = ((gain - gain.mean()) / gain.std()).reshape(-1, 1)
             batch = [torch.cat(v) for v in (xs, actions, log_probs)]
@@ -145,7 +143,11 @@ def train(iterations: int, path: Path) -> list[float]:
             )
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    saved = {"model": model.state_dict(), "observed": observed, "returned": returned}
+    saved = {
+        "model": model.state_dict(),
+        "observed": observed,
+        "returned": returned.state_dict(),
+    }
     torch.save(saved, path)
     return episodes
 

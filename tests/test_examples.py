@@ -61,9 +61,10 @@ def test_ppo_tensors(tmp_path):
     example = load("ppo_tensors")
     example.train(4, tmp_path / "checkpoint.pt")
     saved = torch.load(tmp_path / "checkpoint.pt")
-    for name, calls in (("observed", 201), ("returned", 200)):
+    counts = saved["observed"].count, saved["returned"]["stats.count"][0]
+    for count, calls in zip(counts, (201, 200), strict=True):
         expected = example.PENDULUMS * sum(0.9999**i for i in range(calls))
-        assert saved[name].count.item() == pytest.approx(expected, rel=1e-12)
+        assert count.item() == pytest.approx(expected, rel=1e-12)
     assert -1900 < example.evaluate(tmp_path / "checkpoint.pt") < 0
 
 

@@ -235,6 +235,32 @@ def test_strides():
     step_both(wide[:1, 0].expand(400), flags(400))
 
 
+@pytest.mark.parametrize("clear", ["after", "before"])
+def test_few_bad_values_among_many(clear):
+    """What is asked of each row there, and taken for granted elsewhere."""
+    for dtype, bad in (
+        (torch.float32, torch.nan),
+        (torch.float64, torch.inf),
+        (torch.float64, 1e200),
+    ):
+        exact = Exact(4500, 1, 0.9, clear, 1.0)
+        state, returns = Moments.zeros(()), torch.zeros(4500, dtype=torch.float64)
+        for at in ([], [700, 4499], []):
+            x, done = rewards((4500,), (), dtype), flags(4500)
+            x[at] = bad
+            y = F.scale_returns_(x, done, returns, state, gamma=0.9, clear=clear)
+            # A reward without a square counts as one that is not finite.
+            known = torch.where(x.abs() < 1e100, x.double(), torch.nan)
+            exact.step(known[:, None].numpy(), done.tolist())
+            torch.testing.assert_close(
+                returns.numpy(), np.float64(exact.returns[:, 0]), rtol=1e-13, atol=1e-13
+            )
+        compare(state, exact, ())
+        assert state.nonfinite[1] == 2
+        want = exact.scaled(x[:, None].numpy(), 1e-8, 10.0)[:, 0].astype(np.float64)
+        np.testing.assert_allclose(y.double().numpy(), want, rtol=2e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("envs", [5, 5000, 100_000])
 def test_same_bits_on_any_number_of_threads(envs):
     x, done = rewards((envs,), ()), flags(envs)
@@ -500,6 +526,26 @@ def operator_args(requires_grad=False):
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_opcheck(requires_grad):
     torch.library.opcheck(ops.scale_returns, operator_args(requires_grad))
+
+
+def test_past_the_dispatcher():
+    """Where nothing listens a call does not go through it, and does what it does."""
+    x, done = rewards((50,), ()), flags(50)
+
+    def call():
+        state, returns = Moments.zeros(()), torch.zeros(50, dtype=torch.float64)
+        y = F.scale_returns_(x, done, returns, state)
+        return [y, returns, *state], [t._version for t in (returns, *state)]
+
+    written, versions = call()
+    with torch.profiler.profile() as profile:
+        others, other_versions = call()
+    assert "torchrl_vecnorm::scale_returns" in [e.name for e in profile.events()]
+    assert all(map(torch.equal, written, others)) and versions == other_versions
+    assert versions == [1] * 6
+    with torch.inference_mode():
+        y = F.scale_returns_(x, done, torch.zeros_like(written[1]), Moments.zeros(()))
+    assert y.is_inference() and torch.equal(y, written[0])
 
 
 def test_any_other_device():

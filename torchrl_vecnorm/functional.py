@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from torchrl_vecnorm import _ops, _return_ops, oracle
+from torchrl_vecnorm._load import _C
 from torchrl_vecnorm.groups import Group
 from torchrl_vecnorm.moments import Moments
 from torchrl_vecnorm.ranks import reduced
@@ -88,18 +89,21 @@ def rule_of(eps, eps_mode: str, clip, center: bool) -> RuleArgs:
     return (
         eps if type(eps) is float else number("eps", eps),
         0 if eps_mode == "std_floor" else eps_mode_of(eps_mode),
-        None if clip is None else number("clip", clip),
+        clip if clip is None or type(clip) is float else number("clip", clip),
         True if center is True else bool(center),
     )
 
 
 def leaves_of(states: Sequence[Moments]) -> list[Tensor]:
     """The states as the operators take them: leaf after leaf, none with no elements."""
-    return [
-        state.sum.new_empty(0) if leaf is None else leaf
-        for state in states
-        for leaf in state
-    ]
+    leaves = []
+    for state in states:
+        if state.nonfinite is None or state.central is None:
+            none = state.sum.new_empty(0)
+            leaves += [none if leaf is None else leaf for leaf in state]
+        else:
+            leaves += state
+    return leaves
 
 
 def masks_of(mask, x: list[Tensor]) -> list[Tensor]:
@@ -586,6 +590,11 @@ def scale_returns_with(
     """:func:`scale_returns_` with options as the operator takes them."""
     masks = [] if mask is None else masks_of(mask, [reward])
     try:
+        if not torch.compiler.is_compiling():
+            # As what follows does, without a call that takes a twentieth of the time.
+            ys = _C.scale_returns([reward], [done], [returns], state, masks, *how, rule)
+            if ys is not None:
+                return ys[0]
         (y,) = _return_ops.scale_returns(
             [reward], [done], [returns], state, masks, *how, rule
         )

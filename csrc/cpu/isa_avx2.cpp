@@ -42,6 +42,12 @@ inline void square_root(const double* from, double* to) {
   _mm256_storeu_pd(to, _mm256_sqrt_pd(_mm256_loadu_pd(from)));
 }
 
+// Whether no value is beyond the limit, and none is NaN.
+inline bool all_within(__m256d pack, double limit) {
+  return _mm256_movemask_pd(_mm256_cmp_pd(pack, _mm256_set1_pd(limit), _CMP_LE_OQ)) ==
+         0xf;
+}
+
 inline void from_halves(const uint16_t* from, float* to) {
   const auto* halves = reinterpret_cast<const __m128i*>(from);
   _mm256_storeu_ps(to, _mm256_cvtph_ps(_mm_loadu_si128(halves)));
@@ -93,6 +99,18 @@ inline void widen(const uint16_t* from, uint32_t* to) {
   const auto* bits = reinterpret_cast<const __m128i*>(from);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
                       _mm256_cvtepu16_epi32(_mm_loadu_si128(bits)));
+}
+
+// A byte to 64 bits, a float to a double.
+inline void widen(const uint8_t* from, int64_t* to) {
+  int bytes;
+  std::memcpy(&bytes, from, sizeof(bytes));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                      _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(bytes)));
+}
+
+inline void widen(const float* from, double* to) {
+  _mm256_storeu_pd(to, _mm256_cvtps_pd(_mm_loadu_ps(from)));
 }
 
 inline void narrow(const uint32_t* from, uint16_t* to) {

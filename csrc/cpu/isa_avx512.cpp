@@ -26,6 +26,7 @@
 #else
 // GCC 12 warns about its own intrinsics (GCC bug 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #endif
@@ -43,6 +44,11 @@ inline void flush_stream() { _mm_sfence(); }
 
 inline void square_root(const double* from, double* to) {
   _mm512_storeu_pd(to, _mm512_sqrt_pd(_mm512_loadu_pd(from)));
+}
+
+// Whether no value is beyond the limit, and none is NaN.
+inline bool all_within(__m512d pack, double limit) {
+  return _mm512_cmp_pd_mask(pack, _mm512_set1_pd(limit), _CMP_LE_OQ) == 0xff;
 }
 
 inline void from_halves(const uint16_t* from, float* to) {
@@ -90,6 +96,16 @@ inline void from_integers(const int16_t* from, double* to) {
 inline void widen(const uint16_t* from, uint32_t* to) {
   const auto* bits = reinterpret_cast<const __m256i*>(from);
   _mm512_storeu_si512(to, _mm512_cvtepu16_epi32(_mm256_loadu_si256(bits)));
+}
+
+// A byte to 64 bits, a float to a double.
+inline void widen(const uint8_t* from, int64_t* to) {
+  const auto* bytes = reinterpret_cast<const __m128i*>(from);
+  _mm512_storeu_si512(to, _mm512_cvtepu8_epi64(_mm_loadl_epi64(bytes)));
+}
+
+inline void widen(const float* from, double* to) {
+  _mm512_storeu_pd(to, _mm512_cvtps_pd(_mm256_loadu_ps(from)));
 }
 
 inline void narrow(const uint32_t* from, uint16_t* to) {

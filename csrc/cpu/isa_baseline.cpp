@@ -32,6 +32,10 @@ inline void flush_stream() { _mm_sfence(); }
 inline void square_root(const double* from, double* to) {
   _mm_storeu_pd(to, _mm_sqrt_pd(_mm_loadu_pd(from)));
 }
+// Whether no value is beyond the limit, and none is NaN.
+inline bool all_within(__m128d pack, double limit) {
+  return _mm_movemask_pd(_mm_cmple_pd(pack, _mm_set1_pd(limit))) == 0x3;
+}
 #else
 template <typename C, typename Pack>
 inline void stream(C* to, Pack y) {
@@ -42,6 +46,14 @@ inline void square_root(const double* from, double* to) {
   for (int64_t j = 0; j < kPackBytes / 8; ++j) {
     to[j] = std::sqrt(from[j]);
   }
+}
+template <typename Pack>
+inline bool all_within(Pack pack, double limit) {
+  bool all = true;
+  for (int64_t j = 0; j < kPackBytes / 8; ++j) {
+    all &= pack[j] <= limit;
+  }
+  return all;
 }
 #endif
 
@@ -67,6 +79,12 @@ inline void from_integers(const T* from, C* to) {
 // 16 bits to 32 and back.
 inline void widen(const uint16_t* from, uint32_t* to) {
   std::copy(from, from + kPackBytes / 4, to);
+}
+
+// A byte to 64 bits, a float to a double.
+template <typename From, typename To>
+inline void widen(const From* from, To* to) {
+  std::copy(from, from + kPackBytes / 8, to);
 }
 
 inline void narrow(const uint32_t* from, uint16_t* to) {

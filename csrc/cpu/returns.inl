@@ -22,17 +22,26 @@ namespace {
 
 // Rows of a chunk. A function of nothing: results are the same on any team.
 constexpr int64_t kReturnRows = 4096;
-// Rows that are converted at a time, and stay in the L1 cache.
+// Rows that are converted at a time, where rewards or returns are not dense doubles or
+// floats. Whole groups of packs, so that sums are the same.
 constexpr int64_t kReturnBlock = 256;
 // Packs whose sums do not wait for each other.
 constexpr int64_t kReturnPacks = 4;
 
 typedef int64_t Flags __attribute__((vector_size(kPackBytes)));
 
-inline Flags load_flags(const int64_t* at) {
+inline Flags load_flags(const uint8_t* at) {
   Flags flags;
-  std::memcpy(&flags, at, sizeof(flags));
+  widen(at, reinterpret_cast<int64_t*>(&flags));
   return flags != 0;
+}
+
+inline Pack<double> load_wide(const double* at) { return load_pack<double>(at); }
+
+inline Pack<double> load_wide(const float* at) {
+  Pack<double> pack;
+  widen(at, reinterpret_cast<double*>(&pack));
+  return pack;
 }
 
 struct InDouble {
@@ -54,93 +63,123 @@ struct InFloat {
 
 inline Partial& operator+=(Partial& a, const Partial& b) { return a = combine(a, b); }
 
-// Some rows of one feature. Converted by loops that do nothing else, which compilers
-// turn into packs.
-struct Block {
-  double reward[kReturnBlock];
-  int64_t done[kReturnBlock];
-  int64_t counts[kReturnBlock];
+// Some rows of one feature, dense. `counts` is null where all do.
+template <typename T>
+struct RewardRows {
+  const T* reward;
+  const uint8_t* done;
+  const uint8_t* counts;
+  double* returns;
+  int64_t size;
 };
 
-// The returns of a block go on, to `left`, and are summed as if all rewards were
-// finite: in a third of the time that it takes to ask each. If one was not, or has no
-// square, the sums say so (n is 0 then), and all has to be done again.
-template <bool kClearsBefore>
-Partial step_finite_rows(const Block& block, const double* returns, double* left,
-                         int64_t rows, double shift, double gamma) {
-  constexpr int64_t kRows = kReturnPacks * kPack<double>;
-  Pack<double> d1[kReturnPacks] = {};
-  Pack<double> d2[kReturnPacks] = {};
+// The sums of a feature's rows in a chunk: those in packs, and those at the end.
+struct ReturnSums {
+  Sums<double, Pack<double>> packs[kReturnPacks];
+  Partial rest;
+
+  Partial total() const {
+    Partial all = rest;
+    for (const Sums<double, Pack<double>>& s : packs) {
+      for (int64_t j = 0; j < kPack<double>; ++j) {
+        all += {s.n.value[j], s.d1[j], s.d2[j]};
+      }
+    }
+    return all;
+  }
+};
+
+// Rows that are looked at together.
+constexpr int64_t kReturnGroup = kReturnPacks * kPack<double>;
+
+// From row r on the returns go on, and are summed, group by group, as if all of them
+// could be: in a third of the time that it takes to ask each. Up to a group where one
+// is not finite, or has no square, which the sums say; nothing has happened to that.
+template <bool kClearsBefore, typename T>
+int64_t step_usable(const RewardRows<T>& rows, int64_t r, Pack<double> shift,
+                    double gamma, Sums<double, Pack<double>>* sums) {
   const Pack<double> zero{};
-  int64_t r = 0;
-  for (; r + kRows <= rows; r += kRows) {
+  Pack<double> d1[kReturnPacks];
+  Pack<double> d2[kReturnPacks];
+  for (int64_t p = 0; p < kReturnPacks; ++p) {
+    d1[p] = sums[p].d1;
+    d2[p] = sums[p].d2;
+  }
+  for (; r + kReturnGroup <= rows.size; r += kReturnGroup) {
+    Pack<double> value[kReturnPacks];
+    Pack<double> squares[kReturnPacks];
+    Pack<double> all;
     for (int64_t p = 0; p < kReturnPacks; ++p) {
       const int64_t i = r + p * kPack<double>;
-      const Flags done = load_flags(block.done + i);
-      const Pack<double> past = load_pack<double>(returns + i) * gamma;
-      const Pack<double> value = (kClearsBefore ? (done ? zero : past) : past) +
-                                 load_pack<double>(block.reward + i);
-      store_pack<double>(left + i, kClearsBefore ? value : (done ? zero : value));
-      const Pack<double> d = value - shift;
-      d1[p] += d;
-      d2[p] += d * d;
+      const Pack<double> past = load_pack<double>(rows.returns + i) * gamma;
+      value[p] = (kClearsBefore ? (load_flags(rows.done + i) ? zero : past) : past) +
+                 load_wide(rows.reward + i);
+      const Pack<double> d = value[p] - shift;
+      squares[p] = d2[p] + d * d;
+      all = p == 0 ? squares[p] : all + squares[p];
     }
-  }
-  Partial total;
-  for (; r < rows; ++r) {
-    const bool done = block.done[r] != 0;
-    const double past = returns[r] * gamma;
-    const double value = (kClearsBefore && done ? 0. : past) + block.reward[r];
-    left[r] = !kClearsBefore && done ? 0. : value;
-    const double d = value - shift;
-    total.d1 += d;
-    total.d2 += d * d;
+    // Far below what usable() asks for, with a shift of 1e140 too.
+    if (!all_within(all, 1e280)) {
+      break;
+    }
+    for (int64_t p = 0; p < kReturnPacks; ++p) {
+      const int64_t i = r + p * kPack<double>;
+      store_pack<double>(
+          rows.returns + i,
+          kClearsBefore ? value[p] : (load_flags(rows.done + i) ? zero : value[p]));
+      d1[p] += value[p] - shift;
+      d2[p] = squares[p];
+    }
   }
   for (int64_t p = 0; p < kReturnPacks; ++p) {
-    for (int64_t j = 0; j < kPack<double>; ++j) {
-      total += {0, d1[p][j], d2[p][j]};
-    }
+    sums[p].d1 = d1[p];
+    sums[p].d2 = d2[p];
   }
-  // Far below what usable() asks for, whatever the shift.
-  total.n =
-      std::fabs(shift) <= 1e140 && total.d2 <= 1e280 ? static_cast<double>(rows) : 0.;
-  return total;
+  return r;
 }
 
 // The same with each row asked: whether it counts, and whether it can be summed.
-template <typename Round, bool kMasked>
-Partial step_rows(const Block& block, double* returns, int64_t rows, double shift,
-                  Discount by) {
-  constexpr int64_t kRows = kReturnPacks * kPack<double>;
-  Sums<double, Pack<double>> sums[kReturnPacks];
+template <typename Round, typename T>
+void step_each(const RewardRows<T>& rows, int64_t r, Pack<double> shift, Discount by,
+               Sums<double, Pack<double>>* sums) {
+  for (int64_t p = 0; p < kReturnPacks; ++p) {
+    const int64_t i = r + p * kPack<double>;
+    const ReturnStep<Pack<double>> step =
+        step_return(load_pack<double>(rows.returns + i), load_wide(rows.reward + i),
+                    load_flags(rows.done + i),
+                    rows.counts != nullptr ? load_flags(rows.counts + i) : Flags{} == 0,
+                    by, Round());
+    store_pack<double>(rows.returns + i, step.left);
+    sums[p].add(step.seen, shift);
+  }
+}
+
+// Adds the rows to the sums. What comes before `rows` in a chunk are whole groups.
+template <typename Round, bool kClearsBefore, typename T>
+void step_rows(const RewardRows<T>& rows, double shift, Discount by, ReturnSums* to) {
   const Pack<double> shifts = Pack<double>{} + shift;
-  const Flags all = Flags{} == 0;
+  const bool may_be_usable = std::is_same_v<Round, InDouble> &&
+                             rows.counts == nullptr && std::fabs(shift) <= 1e140;
   int64_t r = 0;
-  for (; r + kRows <= rows; r += kRows) {
-    for (int64_t p = 0; p < kReturnPacks; ++p) {
-      const int64_t i = r + p * kPack<double>;
-      const ReturnStep<Pack<double>> step =
-          step_return(load_pack<double>(returns + i),
-                      load_pack<double>(block.reward + i), load_flags(block.done + i),
-                      kMasked ? load_flags(block.counts + i) : all, by, Round());
-      store_pack<double>(returns + i, step.left);
-      sums[p].add(step.seen, shifts);
+  for (; r + kReturnGroup <= rows.size; r += kReturnGroup) {
+    if (may_be_usable) {
+      const int64_t end =
+          step_usable<kClearsBefore>(rows, r, shifts, by.gamma, to->packs);
+      to->rest.n += static_cast<double>(end - r);
+      r = end;
+      if (r + kReturnGroup > rows.size) {
+        break;
+      }
     }
+    step_each<Round>(rows, r, shifts, by, to->packs);
   }
-  Partial total;
-  for (; r < rows; ++r) {
-    const ReturnStep<double> step =
-        step_return(returns[r], block.reward[r], block.done[r] != 0,
-                    !kMasked || block.counts[r] != 0, by, Round());
-    returns[r] = step.left;
-    total = reduce(total, step.seen, shift);
+  for (; r < rows.size; ++r) {
+    const ReturnStep<double> step = step_return(
+        rows.returns[r], static_cast<double>(rows.reward[r]), rows.done[r] != 0,
+        rows.counts == nullptr || rows.counts[r] != 0, by, Round());
+    rows.returns[r] = step.left;
+    to->rest = reduce(to->rest, step.seen, shift);
   }
-  for (const Sums<double, Pack<double>>& s : sums) {
-    for (int64_t j = 0; j < kPack<double>; ++j) {
-      total += {s.n.value[j], s.d1[j], s.d2[j]};
-    }
-  }
-  return total;
 }
 
 class ScaleReturns {
@@ -151,39 +190,34 @@ class ScaleReturns {
         by_(by),
         weights_(weights),
         rule_(rule),
-        chunks_(ceil_div(key_.samples, kReturnRows)),
-        shifts_(key_.features),
-        partials_(chunks_ * key_.features),
-        counted_(chunks_),
-        statistics_(key_.features) {}
+        chunks_(ceil_div(key_.samples, kReturnRows)) {
+    const int64_t n = key_.features;
+    shifts_ = workspace(3 * n + chunks_ * (3 * n + 1));
+    counted_ = shifts_ + n;
+    statistics_ = reinterpret_cast<Statistic*>(counted_ + chunks_);
+    partials_ = reinterpret_cast<Partial*>(statistics_ + n);
+  }
 
   void run(RunPhases run) {
     for (int64_t f = 0; f < key_.features; ++f) {
       shifts_[f] = shift_of_returns(key_, f, first_reward(f), weights_);
     }
-    const Phase step{chunks_, [this](int64_t begin, int64_t end) {
-                       for (int64_t c = begin; c < end; ++c) {
-                         this->step(c);
-                       }
-                     }};
-    const Phase finish{1, [this](int64_t begin, int64_t end) {
-                         if (begin < end) {
-                           this->finish();
-                         }
-                       }};
-    const Phase scale{chunks_, [this](int64_t begin, int64_t end) {
-                        for (int64_t c = end - 1; c >= begin; --c) {
-                          this->scale(c);
-                        }
-                      }};
-    const std::vector<Phase> phases{step, finish, scale};
     const int64_t values = key_.samples * key_.features;
-    if (values >= kSerialValues) {
-      return run(phases, values);
+    if (values < kSerialValues) {
+      step_chunks(0, chunks_);
+      finish();
+      scale_chunks(0, chunks_);
+      return;
     }
-    for (const Phase& phase : phases) {
-      phase.body(0, phase.parts);
-    }
+    run({{chunks_, [this](int64_t begin, int64_t end) { step_chunks(begin, end); }},
+         {1,
+          [this](int64_t begin, int64_t end) {
+            if (begin < end) {
+              finish();
+            }
+          }},
+         {chunks_, [this](int64_t begin, int64_t end) { scale_chunks(begin, end); }}},
+        values);
   }
 
  private:
@@ -201,6 +235,18 @@ class ScaleReturns {
     return reward;
   }
 
+  void step_chunks(int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      step(c);
+    }
+  }
+
+  void scale_chunks(int64_t begin, int64_t end) const {
+    for (int64_t c = end - 1; c >= begin; --c) {
+      scale(c);
+    }
+  }
+
   void step(int64_t chunk) {
     const Range rows = rows_of_chunk(chunk);
     const bool* mask = key_.mask;
@@ -208,63 +254,61 @@ class ScaleReturns {
         mask != nullptr ? std::count(mask + rows.begin, mask + rows.end, true)
                         : rows.size());
     for (int64_t f = 0; f < key_.features; ++f) {
-      for (int64_t at = rows.begin; at < rows.end; at += kReturnBlock) {
-        const Range block{at, std::min(at + kReturnBlock, rows.end)};
-        partials_[chunk * key_.features + f] +=
-            of_.returns.dtype == Dtype::kFloat64
-                ? step_block<double, InDouble>(block, f)
-                : step_block<float, InFloat>(block, f);
-      }
+      ReturnSums sums;
+      dispatch_any(key_.x.dtype, [&](auto type) {
+        using T = typename decltype(type)::type;
+        const T* reward = static_cast<const T*>(key_.x.data) +
+                          rows.begin * key_.x.row_stride + f * key_.x.feature_stride;
+        if (of_.returns.dtype == Dtype::kFloat64) {
+          step_feature<double, InDouble>(rows, f, reward, &sums);
+        } else {
+          step_feature<float, InFloat>(rows, f, reward, &sums);
+        }
+      });
+      partials_[chunk * key_.features + f] = sums.total();
     }
   }
 
-  template <typename G, typename Round>
-  Partial step_block(Range rows, int64_t f) const {
-    const int64_t n = rows.size();
-    Block block;
-    dispatch_any(key_.x.dtype, [&](auto type) {
-      using T = typename decltype(type)::type;
-      const T* from = static_cast<const T*>(key_.x.data) +
-                      rows.begin * key_.x.row_stride + f * key_.x.feature_stride;
-      convert(from, key_.x.row_stride, n, block.reward);
-    });
-    convert(bytes(of_.done + rows.begin), 1, n, block.done);
-    if (key_.mask != nullptr) {
-      convert(bytes(key_.mask + rows.begin), 1, n, block.counts);
-    }
-    const auto step = [&](double* returns) {
-      if (std::is_same_v<Round, InDouble> && key_.mask == nullptr) {
-        double left[kReturnBlock];
-        const auto step_finite =
-            by_.clears_before ? step_finite_rows<true> : step_finite_rows<false>;
-        const Partial sums =
-            step_finite(block, returns, left, n, shifts_[f], by_.gamma);
-        if (sums.n > 0) {
-          std::copy_n(left, n, returns);
-          return sums;
-        }
-      }
-      return key_.mask != nullptr
-                 ? step_rows<Round, true>(block, returns, n, shifts_[f], by_)
-                 : step_rows<Round, false>(block, returns, n, shifts_[f], by_);
-    };
+  template <typename G, typename Round, typename T>
+  void step_feature(Range rows, int64_t f, const T* reward, ReturnSums* sums) const {
+    const uint8_t* done = bytes(of_.done + rows.begin);
+    const uint8_t* counts =
+        key_.mask != nullptr ? bytes(key_.mask + rows.begin) : nullptr;
     G* const returns =
         static_cast<G*>(of_.returns.data) + rows.begin * key_.features + f;
-    if constexpr (std::is_same_v<G, double>) {
-      if (key_.features == 1) {
-        return step(returns);
+    if constexpr (std::is_same_v<G, double> &&
+                  (std::is_same_v<T, float> || std::is_same_v<T, double>)) {
+      if (key_.features == 1 && key_.x.row_stride == 1) {
+        step_some<Round>(RewardRows<T>{reward, done, counts, returns, rows.size()}, f,
+                         sums);
+        return;
       }
     }
+    double wide_reward[kReturnBlock];
     double wide[kReturnBlock];
-    convert(returns, key_.features, n, wide);
-    const Partial sums = step(wide);
-    for (int64_t r = 0; r < n; ++r) {
-      returns[r * key_.features] = static_cast<G>(wide[r]);
+    for (int64_t at = 0; at < rows.size(); at += kReturnBlock) {
+      const int64_t n = std::min(kReturnBlock, rows.size() - at);
+      convert(reward + at * key_.x.row_stride, key_.x.row_stride, n, wide_reward);
+      convert(returns + at * key_.features, key_.features, n, wide);
+      step_some<Round>(
+          RewardRows<double>{wide_reward, done + at,
+                             counts != nullptr ? counts + at : nullptr, wide, n},
+          f, sums);
+      for (int64_t r = 0; r < n; ++r) {
+        returns[(at + r) * key_.features] = static_cast<G>(wide[r]);
+      }
     }
-    return sums;
   }
 
-  // Loops over bools do not become packs.
+  template <typename Round, typename T>
+  void step_some(const RewardRows<T>& rows, int64_t f, ReturnSums* sums) const {
+    if (by_.clears_before) {
+      step_rows<Round, true>(rows, shifts_[f], by_, sums);
+    } else {
+      step_rows<Round, false>(rows, shifts_[f], by_, sums);
+    }
+  }
+
   static const uint8_t* bytes(const bool* flags) {
     return reinterpret_cast<const uint8_t*>(flags);
   }
@@ -284,8 +328,8 @@ class ScaleReturns {
 
   void finish() {
     double samples = 0;
-    for (double counted : counted_) {
-      samples += counted;
+    for (int64_t c = 0; c < chunks_; ++c) {
+      samples += counted_[c];
     }
     for (int64_t f = 0; f < key_.features; ++f) {
       Partial sums;
@@ -351,10 +395,11 @@ class ScaleReturns {
   Weights weights_;
   Rule rule_;
   int64_t chunks_;
-  std::vector<double> shifts_;
-  std::vector<Partial> partials_;
-  std::vector<double> counted_;
-  std::vector<Statistic> statistics_;
+  // In the block that the calling thread keeps.
+  double* shifts_;         // [features]
+  double* counted_;        // [chunks]
+  Statistic* statistics_;  // [features]
+  Partial* partials_;      // [chunks, features]
 };
 
 }  // namespace
@@ -363,6 +408,7 @@ void scale_returns(const Returns& of, Discount by, Weights weights, const Rule& 
                    RunPhases run) {
   if (of.key.samples > 0 && of.key.features > 0) {
     ScaleReturns(of, by, weights, rule).run(run);
+    trim_workspace();
   }
 }
 

@@ -18,17 +18,12 @@
 #include "team.h"
 
 namespace vecnorm {
-namespace {
 
-// Whether the dispatcher would do nothing but call the kernel: no mode, no trace, no
-// transform, no profiler.
 bool nobody_listens() {
   return c10::impl::tls_local_dispatch_key_set().included_ ==
              c10::default_included_set &&
          !at::getStepCallbacksUnlessEmpty(at::RecordScope::FUNCTION).has_value();
 }
-
-}  // namespace
 
 std::optional<Direct> Direct::of(TensorList state) {
   const auto on_cpu = [](const Tensor& t) { return t.device().is_cpu(); };

@@ -20,6 +20,10 @@
 
 namespace vecnorm {
 
+// Whether the dispatcher would do nothing but call the kernel: no mode, no trace, no
+// transform, no profiler.
+bool nobody_listens();
+
 // States on the CPU, checked once.
 class Direct {
  public:

@@ -25,18 +25,17 @@ struct ReturnsArgs {
 };
 
 inline void check_apart_from(const Tensor& t, size_t i, const char* what,
-                             const Tensor& returns, size_t j) {
-  TORCH_CHECK_VALUE(!Span(t).meets(Span(returns), t), "key ", i, ": expected ", what,
+                             const Span& returns, size_t j) {
+  TORCH_CHECK_VALUE(!Span(t).meets(returns, t), "key ", i, ": expected ", what,
                     " apart from the returns of key ", j, ", got memory of them");
 }
 
 // All that can be wrong with a call, before anything is written.
 inline void check_returns(const ReturnsArgs& a, double gamma, double keep) {
   TORCH_CHECK_VALUE(0 <= gamma && gamma <= 1, "expected gamma in [0, 1], got ", gamma);
-  check_update(a.x, a.y, a.mask, a.state, keep, 1);
+  const Apart apart = check_update(a.x, a.y, a.mask, a.state, keep, 1);
   check_length(a.done, a.x.size(), "done", false);
   check_length(a.returns, a.x.size(), "returns", false);
-  const Apart apart(a.state);
   for (size_t i = 0; i < a.x.size(); ++i) {
     const Tensor& returns = a.returns[i];
     check_leaf(returns, i, "returns");
@@ -55,18 +54,19 @@ inline void check_returns(const ReturnsArgs& a, double gamma, double keep) {
       apart.check(a.mask[i], i, "a mask");
     }
   }
-  for (size_t i = 0; i < a.x.size(); ++i) {
-    for (size_t j = 0; j < a.x.size(); ++j) {
-      check_apart_from(a.x[i], i, "rewards", a.returns[j], j);
-      check_apart_from(a.done[i], i, "dones", a.returns[j], j);
+  for (size_t j = 0; j < a.x.size(); ++j) {
+    const Span returns(a.returns[j]);
+    for (size_t i = 0; i < a.x.size(); ++i) {
+      check_apart_from(a.x[i], i, "rewards", returns, j);
+      check_apart_from(a.done[i], i, "dones", returns, j);
       if (has(a.y, i)) {
-        check_apart_from(a.y[i], i, "an output", a.returns[j], j);
+        check_apart_from(a.y[i], i, "an output", returns, j);
       }
       if (has(a.mask, i)) {
-        check_apart_from(a.mask[i], i, "a mask", a.returns[j], j);
+        check_apart_from(a.mask[i], i, "a mask", returns, j);
       }
       if (i != j) {
-        check_apart_from(a.returns[i], i, "returns", a.returns[j], j);
+        check_apart_from(a.returns[i], i, "returns", returns, j);
       }
     }
   }
@@ -75,7 +75,6 @@ inline void check_returns(const ReturnsArgs& a, double gamma, double keep) {
 // The keys of a call for the kernels.
 struct ReturnsKeys {
   Keys values;
-  std::vector<Tensor> dones;
   std::vector<Returns> keys;
 
   explicit ReturnsKeys(const ReturnsArgs& a)
@@ -83,8 +82,8 @@ struct ReturnsKeys {
     for (size_t i = 0; i < keys.size(); ++i) {
       keys[i].key = values.keys[i];
       keys[i].returns = leaf_of(a.returns[i]);
-      dones.push_back(a.done[i].contiguous());
-      keys[i].done = dones.back().data_ptr<bool>();
+      const Tensor& done = values.alive.emplace_back(a.done[i].contiguous());
+      keys[i].done = done.data_ptr<bool>();
     }
   }
 };

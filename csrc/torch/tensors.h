@@ -342,18 +342,20 @@ inline void check_masks(TensorList mask, TensorList x, const States& s) {
   }
 }
 
-inline void check_update(TensorList x, TensorList y, TensorList mask, const States& s,
-                         double keep, double weight) {
+// Returns what else has to lie apart from the states.
+inline Apart check_update(TensorList x, TensorList y, TensorList mask, const States& s,
+                          double keep, double weight) {
   check_weights(keep, weight);
   check_values(x, y, s);
   check_masks(mask, x, s);
-  const Apart apart(s);
+  Apart apart(s);
   for (size_t i = 0; i < x.size(); ++i) {
     apart.check(x[i], i, "values");
     if (!y.empty()) {
       apart.check(y[i], i, "an output");
     }
   }
+  return apart;
 }
 
 inline void check_output(TensorList x, TensorList y, const States& s) {
@@ -508,7 +510,7 @@ struct Keys {
 
   Keys(TensorList x, TensorList y, TensorList mask, const States& s) {
     keys.resize(x.size());
-    alive.reserve(3 * x.size());  // references to it stay good
+    alive.reserve(4 * x.size());  // references to it stay good
     for (size_t i = 0; i < x.size(); ++i) {
       Key& key = keys[i];
       const Tensor& value = x[i];
