@@ -19,7 +19,12 @@ def pytest_configure(config):
         assert "libasan" in loaded
 
 
+#: What takes longest, first: at the end one worker would wait for the other.
+LONG = ("test_cuda_host.py", "test_cpu_host.py", "test_examples.py", "test_long_run.py")
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONG)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA GPU")

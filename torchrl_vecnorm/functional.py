@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 from torchrl_vecnorm import _ops, _return_ops, oracle
-from torchrl_vecnorm._load import _C
 from torchrl_vecnorm.groups import Group
 from torchrl_vecnorm.moments import Moments
 from torchrl_vecnorm.ranks import reduced
@@ -590,11 +589,6 @@ def scale_returns_with(
     """:func:`scale_returns_` with options as the operator takes them."""
     masks = [] if mask is None else masks_of(mask, [reward])
     try:
-        if not torch.compiler.is_compiling():
-            # As what follows does, without a call that takes a twentieth of the time.
-            ys = _C.scale_returns([reward], [done], [returns], state, masks, *how, rule)
-            if ys is not None:
-                return ys[0]
         (y,) = _return_ops.scale_returns(
             [reward], [done], [returns], state, masks, *how, rule
         )
