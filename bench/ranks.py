@@ -37,7 +37,7 @@ from torchrl_vecnorm import RunningNorm
 SHAPES = [(64, 32), (4096, 64)]
 RANKS = [2, 4]
 #: At so many features the ranks are compared in the picture, of 64 samples each.
-FEATURES, GROWTH_RANKS = [8, 64, 512, 4096], [1, 2, 4, 8]
+FEATURES, GROWTH_RANKS = [8, 64, 512, 4096], [1, 2, 4]
 #: The call with a group may take so many all-reduces more than one without.
 MOST_ALL_REDUCES = 1.3
 #: How many times faster than rsl_rl's update and forward it is to be.
