@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -110,8 +111,11 @@ def planner() -> Path:
     if not target.exists() or target.stat().st_mtime < newest:
         target.parent.mkdir(exist_ok=True)
         compiler = shutil.which("c++") or shutil.which("g++") or "c++"
-        command = [compiler, "-std=c++17", "-O1", *map(str, sources), "-o", str(target)]
+        # Beside it, and then in its place: another process may be running it.
+        made = target.with_suffix(f".{os.getpid()}")
+        command = [compiler, "-std=c++17", "-O1", *map(str, sources), "-o", str(made)]
         subprocess.run(command, check=True)
+        made.replace(target)
     return target
 
 
