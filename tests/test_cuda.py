@@ -6,6 +6,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from common import PATIENCE, count, started, through_a_file
 from samples import FLOATS, INTEGERS, LAYOUTS, SHAPES, data, op_samples
 from tensordict import TensorDict
@@ -13,7 +14,7 @@ from test_ops import TOLERANCE, assert_same, check, clone
 from test_returns import flags, rewards, step_both
 from torch import multiprocessing as mp
 
-from torchrl_vecnorm import _C, Moments, VecNorm, _build, _ops
+from torchrl_vecnorm import _C, Moments, RunningNorm, VecNorm, _build, _ops
 from torchrl_vecnorm import functional as F
 from torchrl_vecnorm.rule import Rule
 
@@ -540,6 +541,36 @@ def test_returns_in_a_graph(envs):
 
 
 # ------------------------------------------------------------------ several processes
+
+
+def test_a_group_of_one_rank_in_a_graph(tmp_path):
+    """With NCCL: replays give what calls give, and these what calls without it give."""
+    dist.init_process_group(
+        "nccl", init_method=f"file://{tmp_path}/ranks", rank=0, world_size=1
+    )
+    try:
+        x = torch.randn(512, 17, dtype=torch.float64, device="cuda")
+        alone, eager, captured = (
+            RunningNorm(17, group=group, device="cuda")
+            for group in (None, "world", "world")
+        )
+        for norm in (alone, eager, captured):
+            norm(x)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = captured(x)
+        for _ in range(100):
+            x.copy_(torch.randn_like(x))
+            graph.replay()
+            want = eager(x)
+            torch.testing.assert_close(want, alone(x))
+        assert torch.equal(y, want)
+        assert torch.equal(captured.mean, eager.mean)
+        assert torch.equal(captured.count, eager.count)
+        torch.testing.assert_close(eager.var, alone.var, rtol=1e-12, atol=0)
+    finally:
+        dist.destroy_process_group()
 
 
 def is_refused(queue, results):
