@@ -123,7 +123,7 @@ sanitize: build $(VENV)/tools
 	$(call instrumented,sanitized,$(sanitizers))
 	$(MAKE) sanitized PACKAGES=build/sanitized
 
-# For a package that was compiled already, in the folder PACKAGES, with what the second prints.
+# With a package in the folder PACKAGES that was compiled with what `make sanitizers` prints.
 # The interpreter and torch leak what they keep until the end: that is not looked at.
 sanitized: $(VENV)/tools
 	libraries=$$($(CXX) -print-file-name=libasan.so):$$($(CXX) -print-file-name=libstdc++.so); \

@@ -103,10 +103,8 @@ inline void widen(const uint16_t* from, uint32_t* to) {
 
 // A byte to 64 bits, a float to a double.
 inline void widen(const uint8_t* from, int64_t* to) {
-  int bytes;
-  std::memcpy(&bytes, from, sizeof(bytes));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
-                      _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(bytes)));
+                      _mm256_cvtepu8_epi64(four_bytes(from)));
 }
 
 inline void widen(const float* from, double* to) {

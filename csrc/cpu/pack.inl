@@ -43,6 +43,8 @@ inline Pack<C> load_pack(const T* at) {
     // Pixels, above all. Left to the vectoriser, a pack went through memory in parts.
     using Integer = std::conditional_t<std::is_same_v<T, bool>, uint8_t, T>;
     from_integers(reinterpret_cast<const Integer*>(at), reinterpret_cast<C*>(&pack));
+  } else if constexpr (std::is_same_v<T, float> && std::is_same_v<C, double>) {
+    widen(at, reinterpret_cast<double*>(&pack));
   } else {
     for (int64_t j = 0; j < kPack<C>; ++j) {
       pack[j] = load<C>(at[j]);

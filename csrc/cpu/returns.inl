@@ -36,14 +36,6 @@ inline Flags load_flags(const uint8_t* at) {
   return flags != 0;
 }
 
-inline Pack<double> load_wide(const double* at) { return load_pack<double>(at); }
-
-inline Pack<double> load_wide(const float* at) {
-  Pack<double> pack;
-  widen(at, reinterpret_cast<double*>(&pack));
-  return pack;
-}
-
 struct InDouble {
   template <typename T>
   inline T operator()(T x) const {
@@ -113,7 +105,7 @@ int64_t step_usable(const RewardRows<T>& rows, int64_t r, Pack<double> shift,
       const int64_t i = r + p * kPack<double>;
       const Pack<double> past = load_pack<double>(rows.returns + i) * gamma;
       value[p] = (kClearsBefore ? (load_flags(rows.done + i) ? zero : past) : past) +
-                 load_wide(rows.reward + i);
+                 load_pack<double>(rows.reward + i);
       const Pack<double> d = value[p] - shift;
       squares[p] = d2[p] + d * d;
       all = p == 0 ? squares[p] : all + squares[p];
@@ -145,8 +137,8 @@ void step_each(const RewardRows<T>& rows, int64_t r, Pack<double> shift, Discoun
   for (int64_t p = 0; p < kReturnPacks; ++p) {
     const int64_t i = r + p * kPack<double>;
     const ReturnStep<Pack<double>> step =
-        step_return(load_pack<double>(rows.returns + i), load_wide(rows.reward + i),
-                    load_flags(rows.done + i),
+        step_return(load_pack<double>(rows.returns + i),
+                    load_pack<double>(rows.reward + i), load_flags(rows.done + i),
                     rows.counts != nullptr ? load_flags(rows.counts + i) : Flags{} == 0,
                     by, Round());
     store_pack<double>(rows.returns + i, step.left);
