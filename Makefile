@@ -176,11 +176,13 @@ build/interop/installed: $(VENV)/tools tests/interop/requirements.txt tests/inte
 		--target build/interop/aside ray==2.60.0
 	touch $@
 
-# mjlab with all that it wants, but for torch: that of .venv.
+# mjlab with all that it wants, but for torch: that of .venv. Without a word about that its
+# rsl_rl would have the newest torchvision, and with it another torch.
 build/mjlab/installed: $(VENV)/tools pyproject.toml
 	@echo "installing mjlab into build/mjlab"
 	$(call environment,build/mjlab)
-	build/mjlab/bin/python -m pip install --quiet --disable-pip-version-check mjlab==1.6.0
+	build/mjlab/bin/python -m pip install --quiet --disable-pip-version-check mjlab==1.6.0 \
+		$$(grep '^torch==' requirements.txt)
 	touch $@
 
 build/soak: tests/shared_host/check.cpp $(wildcard csrc/shared/*)

@@ -68,6 +68,6 @@ def pytest_addoption(parser):
     parser.addoption(
         "--mutations",
         type=int,
-        default=4_000,
-        help="how many damaged checkpoints are loaded; CI takes 30,000",
+        default=1_000,
+        help="how many damaged checkpoints are loaded; test-all takes 4,000",
     )

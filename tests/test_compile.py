@@ -134,6 +134,7 @@ def test_keys_of_one_name(backend):
 
 
 @SLOW_INDUCTOR
+@pytest.mark.slow
 def test_keys_and_numbers_that_are_set_later(backend):
     eager, other = VecNorm(["observation"]), VecNorm(["observation"])
     compiled = torch.compile(other, fullgraph=True, backend=backend)

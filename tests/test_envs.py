@@ -783,6 +783,7 @@ def test_a_worker_that_is_killed_stops_nobody():
         env._workers[2].kill()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_from_before_the_workers_started():
     source = integers()
     source.rollout(99)

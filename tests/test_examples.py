@@ -48,6 +48,7 @@ def load(name: str):
     return module
 
 
+@pytest.mark.slow
 def test_workers():
     output = run("workers", "--workers", 2, "--steps", 100)
     steps = re.search(r"2 workers, one killed half-way: (\d+) steps", output)

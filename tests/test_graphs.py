@@ -90,7 +90,15 @@ TRANSFORMS = {
 
 
 @SLOW_INDUCTOR
-@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name, marks=[pytest.mark.slow] * (name not in ("jvp", "vmap of grad"))
+        )
+        for name in TRANSFORMS
+    ],
+)
 @pytest.mark.parametrize("what", ["normalize", "denormalize", "update_"])
 def test_functorch_in_a_graph(backend, what, name):
     if what == "update_" and "vmap" in name:
@@ -208,8 +216,13 @@ def test_activation_checkpointing(backend, reentrant):
 @pytest.mark.parametrize(
     "name,backend",
     [
-        *((name, "aot_eager") for name in CHANGING),
-        pytest.param("loc_scale", "aot_eager", marks=NUMBERS_ARE_INPUTS),
+        *(
+            pytest.param(name, "aot_eager", marks=[pytest.mark.slow] * (name != "all"))
+            for name in CHANGING
+        ),
+        pytest.param(
+            "loc_scale", "aot_eager", marks=[NUMBERS_ARE_INPUTS, pytest.mark.slow]
+        ),
         pytest.param("all", "inductor", marks=pytest.mark.slow),
     ],
     indirect=["backend"],

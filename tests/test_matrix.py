@@ -42,6 +42,7 @@ def test_what_became_of_tests(tmp_path):
     assert matrix.counts(tests) == "1 passed, 2 failed, 2 skipped"
 
 
+@pytest.mark.slow
 def test_a_file_that_cannot_be_imported_fails(tmp_path, monkeypatch):
     """pytest counts it as an error of no test."""
     monkeypatch.setattr(matrix, "FOLDER", tmp_path)

@@ -125,6 +125,7 @@ def passes(result: subprocess.CompletedProcess) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 def test_crash_points(programs, run):
     """Dead at each of them, and the next one dead at each too."""
     output = passes(run(programs["crash points"], "crash"))

@@ -418,7 +418,12 @@ def work_as_printed(queue, results):
 
 
 @pytest.mark.parametrize(
-    ("method", "memmap"), [("fork", False), ("fork", True), ("spawn", False)]
+    ("method", "memmap"),
+    [
+        ("fork", False),
+        ("fork", True),
+        pytest.param("spawn", False, marks=pytest.mark.slow),
+    ],
 )
 def test_the_documented_example(method, memmap):
     context = mp.get_context(method)
@@ -548,6 +553,7 @@ def test_no_update_is_lost_under_a_users_lock(updates, method="fork"):
     assert_exact(td, len(arguments), updates)
 
 
+@pytest.mark.slow
 def test_a_transform_that_is_sent_to_workers(updates, method="spawn"):
     # Whole, with its lock.
     context = mp.get_context(method)

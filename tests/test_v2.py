@@ -472,7 +472,7 @@ def test_batched_envs():
 # --------------------------------------------------------------------------- compiled
 
 
-@pytest.mark.parametrize("reduced", [False, True])
+@pytest.mark.parametrize("reduced", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compiled_whole(reduced):
     """Also the first call."""
     torch._dynamo.reset()

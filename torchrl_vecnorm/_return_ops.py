@@ -100,14 +100,15 @@ def scale_returns(
     rule: RuleArgs,
 ) -> list[Tensor]:
     """The returns go on by a step, the state takes them in, and x is scaled by it."""
-    how = gamma, clears_before, keep
     if not torch.compiler.is_compiling():
-        y = _C.scale_returns(x, done, returns, state, mask, *how, rule)
+        y = _C.scale_returns(
+            x, done, returns, state, mask, gamma, clears_before, keep, rule
+        )
         if y is not None:
             return y
-        plain = [v.detach() for v in x]
-    else:
-        plain = [v.detach() for v in x]
+    how = gamma, clears_before, keep
+    plain = [v.detach() for v in x]
+    if torch.compiler.is_compiling():
         if _ops.change(gamma, keep) or _ops.rule_changes(rule):
             check_gamma(gamma)
             _ops.check_numbers(keep, rule=rule)

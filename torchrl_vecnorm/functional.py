@@ -87,7 +87,7 @@ def rule_of(eps, eps_mode: str, clip, center: bool) -> RuleArgs:
     """What a user says about eps, a clip and centring, as the operators take it."""
     return (
         eps if type(eps) is float else number("eps", eps),
-        0 if eps_mode == "std_floor" else eps_mode_of(eps_mode),
+        eps_mode_of(eps_mode),
         clip if clip is None or type(clip) is float else number("clip", clip),
         True if center is True else bool(center),
     )
@@ -97,8 +97,9 @@ def leaves_of(states: Sequence[Moments]) -> list[Tensor]:
     """The states as the operators take them: leaf after leaf, none with no elements."""
     leaves = []
     for state in states:
-        if state.nonfinite is None or state.central is None:
-            none = state.sum.new_empty(0)
+        total, _, _, nonfinite, central = state
+        if nonfinite is None or central is None:
+            none = total.new_empty(0)
             leaves += [none if leaf is None else leaf for leaf in state]
         else:
             leaves += state
@@ -572,8 +573,10 @@ def scale_returns_(
         returns,
         leaves_of([state]),
         mask,
-        (number("gamma", gamma), clears_before(clear), number("decay", decay)),
-        rule_of(eps, eps_mode, clip, center=False),
+        gamma if type(gamma) is float else number("gamma", gamma),
+        clears_before(clear),
+        decay if type(decay) is float else number("decay", decay),
+        rule_of(eps, eps_mode, clip, False),
     )
 
 
@@ -583,14 +586,16 @@ def scale_returns_with(
     returns: Tensor,
     state: list[Tensor],
     mask: Tensor | None,
-    how: tuple[float, bool, float],
+    gamma: float,
+    clears_before: bool,
+    decay: float,
     rule: RuleArgs,
 ) -> Tensor:
     """:func:`scale_returns_` with options as the operator takes them."""
     masks = [] if mask is None else masks_of(mask, [reward])
     try:
         (y,) = _return_ops.scale_returns(
-            [reward], [done], [returns], state, masks, *how, rule
+            [reward], [done], [returns], state, masks, gamma, clears_before, decay, rule
         )
     except (AttributeError, TypeError):
         # Asked only now: it takes as long as all else that Python does here.

@@ -126,7 +126,9 @@ class ReturnNorm(nn.Module):
             self._buffers["returns"],  # as self.returns, in a tenth of the time
             self._leaves(),
             mask,
-            (self.gamma, self.clears_before, self.decay),
+            self.gamma,
+            self.clears_before,
+            self.decay,
             self.rule,
         )
 

@@ -65,8 +65,9 @@ class Rule(NamedTuple):
 
 def eps_mode_of(name: str) -> int:
     """The number of a mode."""
-    if name not in EPS_MODES:
+    try:
+        return EPS_MODES.index(name)
+    except ValueError:
         raise ValueError(
             f"expected eps_mode as one of {', '.join(EPS_MODES)}, got {name!r}"
-        )
-    return EPS_MODES.index(name)
+        ) from None
