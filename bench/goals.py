@@ -30,6 +30,11 @@ SHAPES = {(1, 8): 5.0, (64, 8): 5.0, (1, 64): 5.0, (64, 64): 5.0, (1, 376): 5.0}
 EVERYWHERE = 3.0
 # Other busy processes: the mean in medians of a quiet machine at most.
 BUSY = {1: 2.5, 2: 3.5, 4: 6.0}
+# Our VecNormV2, times faster than torchrl's at least: of two keys, eager, N and F; and of
+# one, [1, 8], than torchrl's compiled. And in steps of our own VecNorm at most.
+V2 = {(1, 8): 60.0, (4096, 64): 8.0}
+V2_COMPILED = 8.0
+V2_OF_OURS = 1.15
 WHOLE_STEP = 1.0  # a compiled step with torchrl's VecNormV2 / with ours, at least
 COLD = 2.0  # a cold call of three keys in cold copy_s of one, at most
 COLD_TORCHRL = 10.0  # and times faster than torchrl's
@@ -127,7 +132,8 @@ def _cpu(records: list[dict]) -> list[Goal]:
             ),
         ]:
             goals.append(Goal(f"{size}: {what}", limit, at_least, value))
-    goals += _shapes(records) + _whole_steps(records) + _conditions(records)
+    goals += _shapes(records) + _v2(records) + _whole_steps(records)
+    goals += _conditions(records)
     at = {"section": PAIR, "samples": 1, "features": 8}
     faster = _ratio(
         find(records, name=peers.TORCHRL, **at),
@@ -155,6 +161,27 @@ def _shapes(records: list[dict]) -> list[Goal]:
         what = f"{n} × {f}: VecNorm._call, times faster than torchrl's"
         found.append(Goal(what, SHAPES.get((n, f), EVERYWHERE), True, faster))
     return found
+
+
+def _v2(records: list[dict]) -> list[Goal]:
+    found = []
+    for (n, f), limit in V2.items():
+        at = {"section": PAIR, "samples": n, "features": f}
+        ours, theirs = (
+            find(records, name=name, **at) for name in (peers.OURS_V2, peers.TORCHRL_V2)
+        )
+        what = f"[{n}, {f}] and reward: VecNormV2._step, times faster than torchrl's"
+        found.append(Goal(what, limit, True, _ratio(theirs, ours)))
+        what = f"[{n}, {f}] and reward: VecNormV2._step / VecNorm._step"
+        of_ours = _ratio(ours, find(records, name=peers.STEP, **at))
+        found.append(Goal(what, V2_OF_OURS, False, of_ours))
+    at = {"section": MAIN, "samples": 1, "features": 8}
+    faster = _ratio(
+        find(records, name=peers.COMPILED_V2, **at),
+        find(records, name=peers.OURS_V2, **at),
+    )
+    what = "1 × 8: VecNormV2._step, times faster than torchrl's compiled"
+    return [*found, Goal(what, V2_COMPILED, True, faster)]
 
 
 def _whole_steps(records: list[dict]) -> list[Goal]:

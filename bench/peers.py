@@ -36,6 +36,7 @@ COPY = "copy_"
 OPERATOR = "update_ (ours)"
 TRANSFORM = "VecNorm._call (ours)"
 FORWARD = "VecNorm() (ours)"
+STEP = "VecNorm._step (ours)"
 OURS_V2 = "VecNormV2 (ours)"
 TORCHRL = "torchrl VecNorm"
 TORCHRL_V2 = "torchrl VecNormV2"
@@ -175,8 +176,8 @@ def ours_v2(keys=None, out_keys=None) -> VecNormV2:
     return VecNormV2(keys, out_keys, decay=DECAY, eps=EPS, reduce_batch_dims=True)
 
 
-def v2(make: Callable, compiled: bool, xs: Tensors, ys: Tensors) -> Run:
-    """The class of torchrl has no ``_call``: environments call ``_step``. It waits for the GPU."""
+def stepped(make: Callable, compiled: bool, xs: Tensors, ys: Tensors) -> Run:
+    """What environments call. torchrl's V2 has no ``_call``, and waits for the GPU."""
     keys, out_keys = _names(xs)
     transform, td = make(keys, out_keys), _tensordict(xs)
     step = transform._step
@@ -349,10 +350,11 @@ PEERS = [
     Peer(OPERATOR, operator, _DECAYED),
     Peer(TRANSFORM, partial(ours, "_call"), _DECAYED),
     Peer(FORWARD, partial(ours, "__call__")),
-    Peer(OURS_V2, partial(v2, ours_v2, False), _OURS_V2),
+    Peer(STEP, partial(stepped, vecnorm, False)),
+    Peer(OURS_V2, partial(stepped, ours_v2, False), _OURS_V2),
     Peer(TORCHRL, torchrl, _DECAYED, "torchrl"),
-    Peer(TORCHRL_V2, partial(v2, torchrl_v2, False), _V2, "torchrl"),
-    Peer(COMPILED_V2, partial(v2, torchrl_v2, True), _V2, "torchrl"),
+    Peer(TORCHRL_V2, partial(stepped, torchrl_v2, False), _V2, "torchrl"),
+    Peer(COMPILED_V2, partial(stepped, torchrl_v2, True), _V2, "torchrl"),
     Peer(BATCH_NORM, batch_norm, Formula(_under_the_root(1e-5), decay=0.0), "torch"),
     Peer("rsl_rl", rsl_rl, Formula(_plus(1e-2)), "rsl-rl-lib"),
     Peer("skrl", skrl, Formula(_plus(1e-8), prior=1.0, unbiased=True, clip=5), "skrl"),

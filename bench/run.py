@@ -257,7 +257,7 @@ def peak_memory(n: int, features: int, device: str) -> list[dict]:
     x = measure.random(n, features, torch.float32, device)
     ys = [torch.empty_like(x)]
     records = []
-    for peer in peers.without(peers.FORWARD, peers.COMPILED_V2):
+    for peer in peers.without(peers.FORWARD, peers.STEP, peers.COMPILED_V2):
         record = {"section": "memory", "samples": n, "features": features}
         record["name"] = peer.name
         try:
@@ -408,7 +408,7 @@ def tasks(plan: Plan, device: str) -> list[Task]:
             for path in which:
                 label = f"{n} × {f} {dtype} {path}"
                 add("correctness", label, correct, n, f, dtype, path, device)
-    one_key = peers.without(peers.FORWARD)
+    one_key = peers.without(peers.FORWARD, peers.STEP)
     for n, f in plan.sizes:
         add("main", f"{n} × {f}", timed, plan, "main", [(n, f)], device, who=one_key)
     usual = peers.select(
@@ -417,6 +417,7 @@ def tasks(plan: Plan, device: str) -> list[Task]:
     transforms = peers.select(
         peers.TRANSFORM,
         peers.FORWARD,
+        peers.STEP,
         peers.OURS_V2,
         peers.TORCHRL,
         peers.TORCHRL_V2,

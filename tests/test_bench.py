@@ -157,13 +157,16 @@ def test_goals_on_the_cpu():
     ]
     beside = {"processes": 2, "quiet": 10.0}
     found = {g.what: g for g in goals.evaluate(records, "cpu")}
-    cold = 2
-    assert len(found) == 3 * len(goals.CPU) + len(race.sizes()) + cold + 3
+    cold, v2 = 2, 2 * len(goals.V2) + 1
+    assert len(found) == 3 * len(goals.CPU) + len(race.sizes()) + v2 + cold + 3
     verdicts = [g.verdict for g in found.values()]
     assert verdicts[:3] == ["met", "met", "misses by 0.5 (14%)"]
     assert set(verdicts[3:-3]) == {"not measured"}
     assert verdicts[-3:] == ["misses by 0.1 (0%)", "met", "not measured"]
     more = [
+        timing("pair", at, peers.STEP, 10.0),
+        timing("pair", at, peers.OURS_V2, 12.0),
+        timing("pair", at, peers.TORCHRL_V2, 96.0),
         timing("busy", at, peers.OPERATOR, 36.0, **beside),
         timing("shapes", (1, 28224), peers.TORCHRL, 31.0, kind="update"),
         timing("shapes", (1, 28224), peers.TRANSFORM, 10.0, kind="update"),
@@ -173,6 +176,10 @@ def test_goals_on_the_cpu():
         "miss"
     )
     assert found["1 × 28224: VecNorm._call, times faster than torchrl's"] == "met"
+    of_v2 = [
+        v for what, v in found.items() if "VecNormV2._step" in what and "4096" in what
+    ]
+    assert of_v2 == ["met", "misses by 0.05 (4%)"]
 
 
 def test_a_nan_misses_the_goal_of_precision():

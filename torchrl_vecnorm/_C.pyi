@@ -1,5 +1,6 @@
 """The compiled module. Lists hold one tensor for each key, states five; see csrc/torch/ops.cpp."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -67,6 +68,19 @@ def scale_returns(
 
     None as update does.
     """
+
+def scale_returns_of_one(
+    x: Tensor,
+    done: Tensor,
+    returns: Tensor,
+    state: Sequence[Tensor],
+    mask: Sequence[Tensor],
+    gamma: float,
+    clears_before: bool,
+    keep: float,
+    rule: tuple[float, int, float | None, bool],
+) -> Tensor | None:
+    """The same of one key."""
 
 def check_values(x: list[Tensor], y: list[Tensor], state: list[Tensor]) -> None:
     """Refuses what the compiled operators refuse, for those in plain torch."""

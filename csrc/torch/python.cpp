@@ -36,8 +36,8 @@ namespace {
 
 using Tensors = std::vector<Tensor>;
 
-// A list of tensors as an argument. As Tensors, a call's lists would take a tenth of
-// the time of one of few values.
+// A list or tuple of tensors as an argument. As Tensors, a call's lists would take a
+// tenth of the time of one of few values.
 struct Listed {
   c10::SmallVector<Tensor, 5> tensors;
 
@@ -112,6 +112,21 @@ std::optional<Tensors> scale_returns_and_scale(const Listed& x, const Listed& do
     return std::nullopt;
   }
   Tensors y = outputs_like(x);
+  scale_returns(x, done, returns, state, y, mask, gamma, clears_before, keep,
+                rule_args(rule));
+  return y;
+}
+
+// The same of one key, without lists on the way.
+std::optional<Tensor> scale_returns_of_one(const Tensor& x, const Tensor& done,
+                                           const Tensor& returns, const Listed& state,
+                                           const Listed& mask, double gamma,
+                                           bool clears_before, double keep,
+                                           const py::tuple& rule) {
+  if (is_transformed(x)) {
+    return std::nullopt;
+  }
+  Tensor y = output_like(x);
   scale_returns(x, done, returns, state, y, mask, gamma, clears_before, keep,
                 rule_args(rule));
   return y;
@@ -373,20 +388,20 @@ namespace pybind11::detail {
 
 template <>
 struct type_caster<vecnorm::Listed> {
-  PYBIND11_TYPE_CASTER(vecnorm::Listed, const_name("list[Tensor]"));
+  PYBIND11_TYPE_CASTER(vecnorm::Listed, const_name("Sequence[Tensor]"));
 
   bool load(handle from, bool) {
-    if (!PyList_Check(from.ptr())) {
+    if (!PyList_Check(from.ptr()) && !PyTuple_Check(from.ptr())) {
       return false;
     }
-    const Py_ssize_t size = PyList_GET_SIZE(from.ptr());
+    const Py_ssize_t size = PySequence_Fast_GET_SIZE(from.ptr());
+    PyObject** const items = PySequence_Fast_ITEMS(from.ptr());
     value.tensors.reserve(size);
     for (Py_ssize_t i = 0; i < size; ++i) {
-      PyObject* item = PyList_GET_ITEM(from.ptr(), i);
-      if (!THPVariable_Check(item)) {
+      if (!THPVariable_Check(items[i])) {
         return false;
       }
-      value.tensors.push_back(THPVariable_Unpack(item));
+      value.tensors.push_back(THPVariable_Unpack(items[i]));
     }
     return true;
   }
@@ -403,6 +418,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("normalize", &normalized, py::arg("x"), py::arg("state"), py::arg("out"),
         py::arg("rule"));
   m.def("scale_returns", &scale_returns_and_scale, py::arg("x"), py::arg("done"),
+        py::arg("returns"), py::arg("state"), py::arg("mask"), py::arg("gamma"),
+        py::arg("clears_before"), py::arg("keep"), py::arg("rule"));
+  m.def("scale_returns_of_one", &scale_returns_of_one, py::arg("x"), py::arg("done"),
         py::arg("returns"), py::arg("state"), py::arg("mask"), py::arg("gamma"),
         py::arg("clears_before"), py::arg("keep"), py::arg("rule"));
   m.def("moments", &moments_of, py::arg("x"), py::arg("feature_ndim"), py::arg("mask"));

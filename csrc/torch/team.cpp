@@ -98,7 +98,7 @@ void run_phases(const std::vector<cpu::Phase>& phases, int64_t values) {
 }
 
 void leave_the_pool_after_fork() {
-  if (forked.exchange(false)) {
+  if (forked.load() && forked.exchange(false)) {
     at::set_num_threads(1);
   }
 }

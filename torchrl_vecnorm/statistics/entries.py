@@ -28,7 +28,7 @@ def get_entry(td: TensorDictBase, key: NestedKey) -> Any:
     # The public `get` spends a microsecond on what is already known here: that the key
     # is in its canonical form.
     if type(td) is TensorDict and not is_compiling():
-        return td._get_str(key, None)
+        return td._tensordict.get(key)
     return td.get(key, None)
 
 
