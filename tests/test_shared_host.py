@@ -130,7 +130,7 @@ def test_crash_points(programs, run):
     """Dead at each of them, and the next one dead at each too."""
     output = passes(run(programs["crash points"], "crash"))
     deaths = re.findall(r"(?:memory|file): (\d+) deaths", output)
-    assert len(deaths) == 2
+    assert len(deaths) == 4
     assert all(int(n) > 1000 for n in deaths)
 
 
@@ -190,7 +190,7 @@ def check_is_caught(programs, run, tmp_path, lock, what, name, old, new):
 
 LOCK_MADE_ANEW = """\
       header_->lock.init();
-      VECNORM_CRASH(12);
+      VECNORM_CRASH(16);
       header_->identity.store(identity);"""
 
 # What is planted is an error of one kind of lock.
@@ -240,10 +240,24 @@ def test_harness_catches_record_locks(programs, run, tmp_path, old, new):
         ),
         pytest.param("crash", "control.cpp", "    recover();", "", id="no recovery"),
         pytest.param(
+            "crash",
+            "control.cpp",
+            "VECNORM_CRASH(13);\n  header_->state.store(kCommitted",
+            "VECNORM_CRASH(13);\n  header_->state.store(kReplaced",
+            id="entries are written that nobody puts back",
+        ),
+        pytest.param(
+            "crash",
+            "control.cpp",
+            "header_->state.store(kReplaced, std::memory_order_release);",
+            "",
+            id="an update that is finished is put back",
+        ),
+        pytest.param(
             "identity",
             "control.cpp",
-            "!= kClean) {\n    recover();",
-            "!= kClean) {",
+            "== kCommitted) {\n    recover();",
+            "== kCommitted) {",
             id="no recovery of a copy",
         ),
         pytest.param(

@@ -390,3 +390,22 @@ def test_states_that_make_no_sense():
     bad["stats.count"] = -bad["stats.count"]
     with pytest.raises(ValueError, match=r"'stats.count'.*not negative"):
         merge_states([state(1), bad])
+
+
+@pytest.mark.parametrize("kind", ["VecNorm", "VecNormV2", "RunningNorm"])
+def test_what_is_noted_of_a_call_takes_no_operators(kind):
+    """A run that goes on from a checkpoint is as fast as one that begins."""
+
+    def operators(norm) -> list[str]:
+        for _ in range(3):
+            feed(norm, [(1.0, 2.0), (3.0, 5.0)])
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU]
+        ) as profile:
+            feed(norm, [(1.0, 2.0), (3.0, 5.0)])
+        return sorted(event.name for event in profile.events())
+
+    begins, goes_on = make(kind, 0.9), make(kind, 0.9)
+    feed(begins, [(1.0, 2.0), (4.0, 6.0)])
+    load(goes_on, state_of(begins))
+    assert operators(goes_on) == operators(begins)

@@ -82,6 +82,9 @@ def scale_returns_of_one(
 ) -> Tensor | None:
     """The same of one key."""
 
+def note_call(kept: Tensor, count: Tensor, keep: float, samples: float) -> None:
+    """``kept *= keep`` and ``count = keep * count + samples``, on the CPU."""
+
 def check_values(x: list[Tensor], y: list[Tensor], state: list[Tensor]) -> None:
     """Refuses what the compiled operators refuse, for those in plain torch."""
 
@@ -132,6 +135,7 @@ class Binding:
         dtypes: list[torch.dtype],
         state: list[Tensor],
         shared: SharedState | None,
+        entries: list[Tensor],
         watched: list[tuple[Any, Any]],
     ) -> None: ...
     def call(

@@ -22,7 +22,9 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.compiler import is_compiling
 
+from torchrl_vecnorm._load import _C
 from torchrl_vecnorm.groups import (
     Group,
     check_group,
@@ -47,6 +49,7 @@ class Since:
         base: the statistics, S0: a copy.
         kept: ``decay**k``, float64 ``[]``: what the calls since have multiplied them by.
         count: what these calls have made of their count, to know of others.
+        features: how many elements of a value are one sample; 1 where there are none.
         is_told: whether a state_dict says ``kept``, for :func:`torchrl_vecnorm.merge_states`:
             where it was loaded from one that does. Others are what they were without it.
     """
@@ -59,10 +62,13 @@ class Since:
             self.kept = torch.ones((), dtype=torch.float64)
             self.count = self.base.samples().double().cpu().clone()
         self.is_told = False
+        self.features = max(self.base.sum.numel(), 1)
 
     def note(self, keep: float, samples: int | Tensor) -> None:
         """Notes a call that has multiplied them by ``keep``, unless it had no samples."""
-        if isinstance(samples, Tensor):  # no read waits for the device
+        if type(samples) is int and samples and not is_compiling() and self.kept.is_cpu:
+            _C.note_call(self.kept, self.count, keep, samples)
+        elif isinstance(samples, Tensor):  # no read waits for the device
             self.kept = self.kept.to(samples.device)
             self.count = self.count.to(samples.device)
             factor = torch.where(samples > 0, keep, 1.0)

@@ -8,6 +8,7 @@
 #include <pthread.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <new>
@@ -32,7 +33,7 @@ namespace shared {
 constexpr uint64_t kMagic = 0x76656e6f726d0003u;
 constexpr uint64_t kByteOrder = 0x0102030405060708u;
 
-enum State : uint64_t { kClean = 0, kCommitted = 1 };
+enum State : uint64_t { kClean = 0, kCommitted = 1, kReplaced = 2 };
 
 // What follows it in memory: the note, then the journal, a sequence of records.
 struct Control::Header {
@@ -102,6 +103,18 @@ void copy(void* to, const void* from, size_t bytes) {
   }
 }
 
+// Into memory that nobody reads meanwhile. What is there already, as counters that
+// rarely change, is not written again.
+void keep(char* to, const char* from, size_t bytes) {
+  constexpr size_t kBlock = 4096;
+  for (size_t at = 0; at < bytes; at += kBlock) {
+    const size_t n = std::min(kBlock, bytes - at);
+    if (std::memcmp(to + at, from + at, n) != 0) {
+      std::memcpy(to + at, from + at, n);
+    }
+  }
+}
+
 // getpid() is a system call: twice what the mutex costs.
 int64_t process() {
   static std::atomic<int64_t> pid{[] {
@@ -166,7 +179,7 @@ Control::Control(void* memory, size_t bytes, std::vector<Entry> entries)
     const FileLock one_at_a_time;
     if (is_elsewhere()) {
       header_->lock.init();
-      VECNORM_CRASH(12);
+      VECNORM_CRASH(16);
       header_->identity.store(identity);
     }
   }
@@ -191,7 +204,7 @@ bool Control::taken(Taken how) {
     header_->lock.recovered();
   }
   header_->owner.store(process(), std::memory_order_relaxed);
-  if (header_->state.load(std::memory_order_acquire) != kClean) {
+  if (header_->state.load(std::memory_order_acquire) == kCommitted) {
     recover();
   }
   return true;
@@ -215,15 +228,19 @@ void Control::unlock() {
 
 bool Control::has_room() const { return needed_ <= header_->journal_bytes; }
 
-void Control::commit(const std::vector<const void*>& values) {
-  if (entries_.empty()) {
-    return;
-  }
-  if (header_->state.load(std::memory_order_relaxed) != kClean) {
+void Control::expect_finished() const {
+  if (header_->state.load(std::memory_order_relaxed) == kCommitted) {
     throw std::runtime_error(
         "a process died in an update of statistics that are not known here: one that "
         "has all of them must finish it first");
   }
+}
+
+void Control::commit(const std::vector<const void*>& values) {
+  if (entries_.empty()) {
+    return;
+  }
+  expect_finished();
   if (!has_room()) {
     for (size_t i = 0; i < entries_.size(); ++i) {
       copy(entries_[i].data, values[i], entries_[i].bytes);
@@ -246,6 +263,36 @@ void Control::commit(const std::vector<const void*>& values) {
   VECNORM_CRASH(6);
   publish();
 }
+
+bool Control::begin() {
+  if (entries_.empty() || !has_room()) {
+    return false;
+  }
+  expect_finished();
+  char* at = header_->journal();
+  for (size_t i = 0; i < entries_.size(); ++i) {
+    const Record record{names_[i], entries_[i].bytes};
+    std::memcpy(at, &record, sizeof(record));
+    keep(at + sizeof(record), static_cast<const char*>(entries_[i].data), record.bytes);
+    at += sizeof(record) + up_to_8(record.bytes);
+    VECNORM_CRASH(12);
+  }
+  header_->used.store(needed_, std::memory_order_relaxed);
+  VECNORM_CRASH(13);
+  header_->state.store(kCommitted, std::memory_order_release);
+  // The entries are not written before.
+  std::atomic_signal_fence(std::memory_order_seq_cst);
+  VECNORM_CRASH(14);
+  return true;
+}
+
+void Control::end() {
+  std::atomic_signal_fence(std::memory_order_seq_cst);
+  header_->state.store(kReplaced, std::memory_order_release);
+  VECNORM_CRASH(15);
+}
+
+void Control::undo() { publish(); }
 
 // Calls f(entry, contents) for the records of the journal. Entries that this process
 // does not know are another's own.
@@ -283,6 +330,9 @@ void Control::recover() {
 
 std::string Control::lost() const {
   std::string name;
+  if (header_->state.load(std::memory_order_relaxed) == kReplaced) {
+    return name;
+  }
   for_each_record([&](const Entry& entry, const char* committed) {
     bool differs = false;
     bool to_zero = true;

@@ -18,6 +18,17 @@
 // keys happens whole or not at all, at whatever instruction a process dies. The lock
 // (lock.h) is the next one's when its owner dies.
 //
+// Of many features the copies take longer than the update. It may work on the entries
+// instead:
+//
+//   1. begin     what the entries have goes into the journal, whose state then becomes
+//                kCommitted: who finds it so puts that back, and nothing has happened
+//   2. the entries are updated where they are
+//   3. end       the state becomes kReplaced: the update has happened
+//
+// The journal does not have what the entries have then, so that lost() knows nothing:
+// for memory that is no file's.
+//
 // A file can be copied, or outlive the machine's uptime, while its lock is held. The
 // block remembers where it lives (identity.h), and is given a new lock elsewhere.
 
@@ -71,6 +82,13 @@ class Control {
   // the journal has room for them.
   void commit(const std::vector<const void*>& values);
 
+  // With the lock held: opens all entries to an update where they are; false where
+  // there is no journal for them. Until end() whoever takes the lock after this process
+  // has died puts back what they had, as undo() does.
+  bool begin();
+  void end();
+  void undo();
+
   // With the lock held: the name of an entry that has lost what was last committed to
   // it, as the end of a file does that was truncated and is mapped as long as before.
   // Empty if there is none. Other values, of a program that has no journal, are not a
@@ -82,6 +100,7 @@ class Control {
   bool taken(Taken how);
   void recover();
   void publish();
+  void expect_finished() const;
   template <typename F>
   void for_each_record(const F& f) const;
 

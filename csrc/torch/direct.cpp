@@ -111,10 +111,10 @@ std::optional<Direct::Call> Direct::prepare(const std::vector<Tensor>& x,
   return call;
 }
 
-std::optional<std::vector<Tensor>> Direct::update(const std::vector<Tensor>& x,
-                                                  const std::vector<Tensor>& mask,
-                                                  double keep, double weight,
-                                                  double eps) const {
+std::optional<Direct::Call> Direct::prepare_update(const std::vector<Tensor>& x,
+                                                   const std::vector<Tensor>& mask,
+                                                   double keep, double weight,
+                                                   double eps) const {
   if (!(0 < keep && keep <= 1) || !(0 < weight) || !std::isfinite(weight) ||
       torch::autograd::get_current_graph_task_id() != -1) {
     return std::nullopt;
@@ -126,15 +126,19 @@ std::optional<std::vector<Tensor>> Direct::update(const std::vector<Tensor>& x,
   if (!call.has_value() || !std::all_of(x.begin(), x.end(), is_left_out_or_apart)) {
     return std::nullopt;
   }
+  return call;
+}
+
+void Direct::run_update(const Call& call, const std::vector<Tensor>& x, double keep,
+                        double weight, double eps) const {
   leave_the_pool_after_fork();
-  cpu::update(call->keys, {keep, weight}, Rule::of(eps), run_phases);
+  cpu::update(call.keys, {keep, weight}, Rule::of(eps), run_phases);
   // What a graph has saved must not be used by its backward pass any more.
   for (size_t l = 0; l < leaves_.size(); ++l) {
     if (x[l / States::kLeaves].defined() && !leaves_[l].is_inference()) {
       leaves_[l].unsafeGetTensorImpl()->bump_version();
     }
   }
-  return std::move(call->y);
 }
 
 std::optional<std::vector<Tensor>> Direct::normalize(const std::vector<Tensor>& x,

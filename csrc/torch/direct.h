@@ -34,10 +34,20 @@ class Direct {
   // from there, or say what is wrong. Nothing has happened then. A value that is not
   // defined is left out, as its result is; of the masks, those that are say which
   // samples count.
+  // `open` is called right before the state is written, which is left as it is where it
+  // says no.
+  template <typename Open>
   std::optional<std::vector<Tensor>> update(const std::vector<Tensor>& x,
                                             const std::vector<Tensor>& mask,
-                                            double keep, double weight,
-                                            double eps) const;
+                                            double keep, double weight, double eps,
+                                            const Open& open) const {
+    std::optional<Call> call = prepare_update(x, mask, keep, weight, eps);
+    if (!call.has_value() || !open()) {
+      return std::nullopt;
+    }
+    run_update(*call, x, keep, weight, eps);
+    return std::move(call->y);
+  }
   std::optional<std::vector<Tensor>> normalize(const std::vector<Tensor>& x,
                                                double eps) const;
 
@@ -56,6 +66,11 @@ class Direct {
   bool is_usual(const Tensor& x, size_t i) const;
   std::optional<Call> prepare(const std::vector<Tensor>& x,
                               const std::vector<Tensor>& mask, double eps) const;
+  std::optional<Call> prepare_update(const std::vector<Tensor>& x,
+                                     const std::vector<Tensor>& mask, double keep,
+                                     double weight, double eps) const;
+  void run_update(const Call& call, const std::vector<Tensor>& x, double keep,
+                  double weight, double eps) const;
 
   std::vector<Tensor> leaves_;
   std::vector<State> states_;

@@ -132,6 +132,20 @@ std::optional<Tensor> scale_returns_of_one(const Tensor& x, const Tensor& done,
   return y;
 }
 
+// Since.note() of torchrl_vecnorm/syncing.py, of numbers on the CPU: three operators of
+// torch would take twice as long as the call that is noted.
+void note_call(const Tensor& kept, const Tensor& count, double keep, double samples) {
+  for (const Tensor& t : {kept, count}) {
+    TORCH_CHECK_VALUE(t.device().is_cpu() && t.scalar_type() == at::kDouble &&
+                          t.numel() == 1,
+                      "expected one float64 number on the CPU, got ", t.scalar_type(),
+                      " ", t.sizes(), " on ", t.device());
+  }
+  *kept.mutable_data_ptr<double>() *= keep;
+  double* const total = count.mutable_data_ptr<double>();
+  *total = *total * keep + samples;
+}
+
 // An entry of nested tensordicts, as the dictionaries that hold it. Only plain
 // TensorDicts have them; others answer by their methods, which is Python's business.
 struct Path {
@@ -155,6 +169,7 @@ class Binding {
           std::vector<py::tuple> in_keys, std::vector<py::tuple> out_keys,
           std::vector<std::optional<int64_t>> ndims, std::vector<py::object> dtypes,
           Tensors state, std::shared_ptr<shared::SharedState> shared,
+          const Tensors& entries,
           std::vector<std::pair<py::object, py::object>> watched)
       : td_(std::move(td)),
         parts_(std::move(parts)),
@@ -166,6 +181,7 @@ class Binding {
         shared_(std::move(shared)),
         watched_(std::move(watched)),
         direct_(Direct::of(state_)),
+        in_place_(entries.empty() ? std::nullopt : Direct::of(entries)),
         default_dtype_(c10::get_default_dtype_as_scalartype()) {
     for (const py::object& dtype : dtypes) {
       dtypes_.push_back(reinterpret_cast<THPDtype*>(dtype.ptr())->scalar_type);
@@ -220,18 +236,23 @@ class Binding {
     std::optional<Tensors> y;
     shared::Guard guard(shared_.get(), timeout);
     try {
-      if (shared_ != nullptr) {
-        shared_->load();
-        if (!updating) {
-          guard.release();
-        }
+      if (updating && in_place_.has_value()) {
+        y = updated_in_place(x, mask, keep, weight, eps);
       }
-      y = updating ? updated(x, mask, keep, weight, eps) : normalized(x, eps);
       if (!y.has_value()) {
-        return false;
-      }
-      if (updating && shared_ != nullptr) {
-        shared_->commit();
+        if (shared_ != nullptr) {
+          shared_->load();
+          if (!updating) {
+            guard.release();
+          }
+        }
+        y = updating ? updated(x, mask, keep, weight, eps) : normalized(x, eps);
+        if (!y.has_value()) {
+          return false;
+        }
+        if (updating && shared_ != nullptr) {
+          shared_->commit();
+        }
       }
       guard.release();
     } catch (const c10::ValueError&) {
@@ -259,7 +280,9 @@ class Binding {
   std::optional<Tensors> updated(const Tensors& x, Tensors mask, double keep,
                                  double weight, double eps) const {
     if (direct_.has_value()) {
-      if (auto y = direct_->update(x, mask, keep, weight, eps); y.has_value()) {
+      const auto always = [] { return true; };
+      auto y = direct_->update(x, mask, keep, weight, eps, always);
+      if (y.has_value()) {
         return y;
       }
     }
@@ -274,6 +297,26 @@ class Binding {
     Tensors y = outputs_like(x);
     update(x, state_, y, mask, keep, weight, {eps});
     return y;
+  }
+
+  // Shared statistics where they are, without copies; none where something is special.
+  std::optional<Tensors> updated_in_place(const Tensors& x, const Tensors& mask,
+                                          double keep, double weight,
+                                          double eps) const {
+    bool is_open = false;
+    try {
+      auto y = in_place_->update(x, mask, keep, weight, eps,
+                                 [&] { return is_open = shared_->begin(); });
+      if (is_open) {
+        shared_->end();
+      }
+      return y;
+    } catch (...) {
+      if (is_open) {
+        shared_->undo();
+      }
+      throw;
+    }
   }
 
   std::optional<Tensors> normalized(const Tensors& x, double eps) const {
@@ -378,7 +421,8 @@ class Binding {
   std::shared_ptr<shared::SharedState> shared_;  // where others update: its copies
   std::vector<std::pair<py::object, py::object>> watched_;  // now, and as they were
   std::optional<Direct> direct_;
-  at::ScalarType default_dtype_;  // what integers come out in
+  std::optional<Direct> in_place_;  // of the shared entries themselves, in memory
+  at::ScalarType default_dtype_;    // what integers come out in
 };
 
 }  // namespace
@@ -423,6 +467,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("scale_returns_of_one", &scale_returns_of_one, py::arg("x"), py::arg("done"),
         py::arg("returns"), py::arg("state"), py::arg("mask"), py::arg("gamma"),
         py::arg("clears_before"), py::arg("keep"), py::arg("rule"));
+  m.def("note_call", &note_call, py::arg("kept"), py::arg("count"), py::arg("keep"),
+        py::arg("samples"));
   m.def("moments", &moments_of, py::arg("x"), py::arg("feature_ndim"), py::arg("mask"));
   m.def(
       "merge",
@@ -486,7 +532,7 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<py::object, py::list, py::object, std::vector<py::tuple>,
                     std::vector<py::tuple>, std::vector<std::optional<int64_t>>,
                     std::vector<py::object>, Tensors,
-                    std::shared_ptr<shared::SharedState>,
+                    std::shared_ptr<shared::SharedState>, const Tensors&,
                     std::vector<std::pair<py::object, py::object>>>())
       .def("call", &Binding::call, py::arg("state_td"), py::arg("td"),
            py::arg("updating"), py::arg("keep"), py::arg("weight"), py::arg("eps"),

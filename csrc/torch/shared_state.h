@@ -47,6 +47,10 @@ class SharedState {
   // none.
   void load();
   void commit();
+  // Or updates the leaves where they are, as Control::begin() has it.
+  bool begin() { return control_->begin(); }
+  void end() { control_->end(); }
+  void undo() { control_->undo(); }
   std::string lost() const { return control_->lost(); }
 
  private:

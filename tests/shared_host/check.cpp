@@ -52,15 +52,17 @@ namespace {
 constexpr int kKeys = 3;
 constexpr int kFeatures = 512;
 constexpr int kWorkers = 4;
-constexpr int kPoints = 11;       // of control.cpp, in an update
-constexpr int kAttachPoint = 12;  // where the lock of a copy is made anew
-constexpr int kPoint = 13;        // between the writes without a journal
+constexpr int kPoints = 15;       // of control.cpp, in an update
+constexpr int kAttachPoint = 16;  // where the lock of a copy is made anew
+constexpr int kPoint = 17;        // between the writes to the entries themselves
 #ifdef VECNORM_ROBUST_MUTEX
 constexpr int kOtherLockPoint = 0;
 #else
 constexpr int kOtherLockPoint = 2;  // where a lock tells that its owner has died
 #endif
-constexpr int kCommitPoint = 6;  // from here on the update has happened
+// From here on the update has happened: by commit(), and where the entries are.
+constexpr int kCommitPoint = 6;
+constexpr int kEndPoint = 15;
 // Seconds that no wait should take: for others that work, and for nobody.
 constexpr double kLong = 10;
 constexpr double kShort = 0.2;
@@ -110,7 +112,7 @@ bool stays = false;
 }  // namespace
 
 extern "C" void vecnorm_crash_point(int point) {
-  if (point == kCommitPoint) {
+  if (point == kCommitPoint || point == kEndPoint) {
     ++notes->commits;
   }
   if (points_left < 0 || points_left-- > 0) {
@@ -128,6 +130,10 @@ extern "C" void vecnorm_crash_point(int point) {
 }
 
 namespace {
+
+// How an update is written: by commit(), to the entries themselves between begin() and
+// end(), or to them and nothing else.
+enum class How { kCommit, kInPlace, kBare };
 
 struct Statistics {
   struct Key {
@@ -281,25 +287,31 @@ class Member {
     mine_ = *shared_;
     return updates_in(mine_);
   }
-  void write(bool journal = true) {
+  void write(How how = How::kCommit) {
     mine_ = *shared_;
     add_one(mine_);
-    if (journal) {
+    if (how == How::kCommit) {
       control_.commit(values_);
-    } else {
-      const std::vector<Entry> entries = entries_of(shared_);
-      for (size_t i = 0; i < entries.size(); ++i) {
-        std::memcpy(entries[i].data, values_[i], entries[i].bytes);
-        vecnorm_crash_point(kPoint);
-      }
+      return;
+    }
+    if (how == How::kInPlace && !control_.begin()) {
+      fail("no room in the journal");
+    }
+    const std::vector<Entry> entries = entries_of(shared_);
+    for (size_t i = 0; i < entries.size(); ++i) {
+      std::memcpy(entries[i].data, values_[i], entries[i].bytes);
+      vecnorm_crash_point(kPoint);
+    }
+    if (how == How::kInPlace) {
+      control_.end();
     }
   }
 
-  bool update(bool journal = true) {
+  bool update(How how = How::kCommit) {
     if (!control_.lock(kLong)) {
       return false;
     }
-    write(journal);
+    write(how);
     control_.unlock();
     return true;
   }
@@ -352,11 +364,11 @@ int wait_for(pid_t pid) {
 
 // A process that updates, and dies after `points` crash points; false if it did not get
 // that far.
-bool dies(const Memory& memory, long points, bool journal = true) {
+bool dies(const Memory& memory, long points, How how) {
   const int status = wait_for(start([&] {
     Member member(memory);
     points_left = points;
-    return member.update(journal) ? 0 : 4;
+    return member.update(how) ? 0 : 4;
   }));
   if (WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL) {
     return true;
@@ -370,7 +382,7 @@ bool dies(const Memory& memory, long points, bool journal = true) {
 // What the next finds when a process has died at a point, and perhaps another one in
 // the recovery from that or in the update after it: what was committed, and nothing
 // else.
-void crash(const std::string& file) {
+void crash(const std::string& file, How how, How others) {
   const Memory memory(file);
   Member next(memory);
   long deaths = 0;
@@ -381,9 +393,9 @@ void crash(const std::string& file) {
     for (long second = -1; first_died && second_died; ++second) {
       const long before = next.count();
       notes->commits = 0;
-      first_died = dies(memory, first);
+      first_died = dies(memory, first, how);
       if (first_died && second >= 0) {
-        second_died = dies(memory, second);
+        second_died = dies(memory, second, others);
       }
       deaths += first_died + (second >= 0 && first_died && second_died);
       const std::string where =
@@ -401,7 +413,7 @@ void crash(const std::string& file) {
              std::to_string(expected));
         *next.shared() = after(expected);
       }
-      next.write();
+      next.write(others);
       next.control().unlock();
       found = next.count();
       if (found != expected + 1) {
@@ -419,9 +431,11 @@ void crash(const std::string& file) {
 }
 
 int crash_all(bool few) {
-  crash("");
+  crash("", How::kCommit, How::kInPlace);
+  crash("", How::kInPlace, How::kCommit);
   if (!few) {
-    crash("statistics");
+    crash("", How::kInPlace, How::kInPlace);
+    crash("statistics", How::kCommit, How::kCommit);
   }
   std::printf("deaths at points 1 to %d:", kPoints);
   for (int point = 1; point <= kPoints; ++point) {
@@ -436,7 +450,7 @@ int crash_all(bool few) {
   Member next(memory);
   long torn = 0;
   long deaths = 0;
-  while (dies(memory, deaths, false)) {
+  while (dies(memory, deaths, How::kBare)) {
     ++deaths;
     torn += next.count() == -1;
     *next.shared() = after(0);
@@ -462,7 +476,9 @@ int work(const Memory& memory, int index, bool journal) {
       ++notes->torn;
     }
     slot.phase = 2;
-    member.write(journal);
+    // By turns, so that each finds what the other has left.
+    const auto one = slot.finished % 2 == 0 ? How::kCommit : How::kInPlace;
+    member.write(journal ? one : How::kBare);
     slot.phase = 0;
     member.control().unlock();
     ++slot.finished;

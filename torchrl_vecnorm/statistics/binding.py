@@ -53,7 +53,10 @@ def bind(
     moments = [store.moments(e.key.names) for e in known]
     if None in moments:  # of a trace with fake tensors
         return None
+    entries = []
     if store.attached is not None:
+        if store.attached.updates_in_place:
+            entries = functional.leaves_of(moments)
         moments = [
             store.attached.copy_of(one, e.key.names)
             for one, e in zip(moments, known, strict=True)
@@ -88,6 +91,7 @@ def bind(
         [e.value.dtype for e in known],
         functional.leaves_of(moments),
         shared,
+        entries,
         [pair for pair in zip(now, found.given, strict=True) if pair[0] is not None],
     )
     return binding, store.lock, users_lock, [m.sum.ndim for m in moments]

@@ -19,7 +19,7 @@ from torch import Tensor
 from torchrl_vecnorm._load import _C
 from torchrl_vecnorm.moments import Moments
 from torchrl_vecnorm.statistics.names import StateNames, as_path
-from torchrl_vecnorm.statistics.sharing import in_shared_memory, leaves_of
+from torchrl_vecnorm.statistics.sharing import in_shared_memory, is_mapped, leaves_of
 
 
 def note_of(leaves: dict[str, Tensor]) -> str:
@@ -101,7 +101,7 @@ def check_block(control: Tensor, note: str, leaves: dict[str, Tensor]) -> None:
     # In this order: another process may be in its first update.
     state, used = int(words[_STATE]), int(words[_USED])
     expect(used in (0, length), "a journal of length", f"0 or {length}", used)
-    expect(state in ((0, 1) if used else (0,)), "a state of", "0 or 1", state)
+    expect(state in ((0, 1, 2) if used else (0,)), "a state of", "0, 1 or 2", state)
     begin = int(words[_CONSTANT["begin of the journal"]]) // 8
     # Of the lock, what no owner changes: its kind.
     lock, kind, same = (
@@ -149,6 +149,8 @@ class Attached:
         }
         names = list(self.leaves)
         self.state = _C.SharedState(control, names, list(self.leaves.values()))
+        #: A file's journal says what was last written to it.
+        self.updates_in_place = not is_mapped(control)
         self._copies = dict(zip(names, self.state.copies, strict=True))
 
     def warn_without_journal(self) -> None:

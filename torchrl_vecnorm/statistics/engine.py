@@ -251,23 +251,20 @@ class Statistics:
     def _note_again(
         self, td: TensorDictBase, weights: Weights, masks: list[Tensor | None] | None
     ) -> None:
-        """As :meth:`_note`, of a call by the short way."""
+        """As :meth:`_note_all`, of a call by the short way."""
+        if weights.keep == 1:
+            return
         for k, key in enumerate(self._found.inputs):
+            since = self.store.since.get(key.names)
             # An output may have its place, and has its shape.
             value = get_entry(td, key.in_key)
+            if since is None or value is None:
+                continue
             mask = None if masks is None else masks[k]
-            if value is not None:
-                self._note(key.names, weights, value, mask)
-
-    def _note(
-        self, names: StateNames, weights: Weights, value: Tensor, mask: Tensor | None
-    ) -> None:
-        """How much an update has left of what others go on from too."""
-        since = self.store.since.get(names)
-        if since is None or weights.keep == 1:
-            return
-        size = max(since.base.sum.numel(), 1)
-        since.note(weights.keep, value.numel() // size if mask is None else mask.sum())
+            since.note(
+                weights.keep,
+                value.numel() // since.features if mask is None else mask.sum(),
+            )
 
     def _masks(
         self, td: TensorDictBase, ndims: list[int], mask_of: MaskOf
@@ -381,14 +378,20 @@ class Statistics:
         return values
 
     def _note_all(self, known: list[Entry], td: TensorDictBase) -> None:
-        """As :meth:`_note`, of keys some of which may share their statistics."""
+        """How much an update has left of what others go on from too.
+
+        Keys may share their statistics.
+        """
         weights = self.weights
         samples: dict[StateNames, int | Tensor] = {}
         for e in known:
             since = self.store.since.get(e.key.names)
             if since is not None:
-                size = max(since.base.sum.numel(), 1)
-                n = e.value.numel() // size if e.mask is None else e.mask.sum()
+                n = (
+                    e.value.numel() // since.features
+                    if e.mask is None
+                    else e.mask.sum()
+                )
                 samples[e.key.names] = samples.get(e.key.names, 0) + n
         if weights.keep < 1:
             for names, n in samples.items():
