@@ -25,6 +25,27 @@ bool nobody_listens() {
          !at::getStepCallbacksUnlessEmpty(at::RecordScope::FUNCTION).has_value();
 }
 
+bool is_usual(std::initializer_list<TensorList> in_graphs,
+              std::initializer_list<TensorList> others) {
+  if (!nobody_listens()) {
+    return false;
+  }
+  const bool records = at::GradMode::is_enabled();
+  for (TensorList list : in_graphs) {
+    for (const Tensor& t : list) {
+      if (!is_plain(t) || (records && t.requires_grad())) {
+        return false;
+      }
+    }
+  }
+  for (TensorList list : others) {
+    if (!std::all_of(list.begin(), list.end(), is_plain)) {
+      return false;
+    }
+  }
+  return true;
+}
+
 std::optional<Direct> Direct::of(TensorList state) {
   const auto on_cpu = [](const Tensor& t) { return t.device().is_cpu(); };
   if (!std::all_of(state.begin(), state.end(), on_cpu)) {

@@ -12,6 +12,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <initializer_list>
 #include <optional>
 #include <vector>
 
@@ -23,6 +24,11 @@ namespace vecnorm {
 // Whether the dispatcher would do nothing but call the kernel: no mode, no trace, no
 // transform, no profiler.
 bool nobody_listens();
+
+// Whether all that the dispatcher would do is to call the CPU kernel: of tensors that
+// may be part of a graph, and of others.
+bool is_usual(std::initializer_list<TensorList> in_graphs,
+              std::initializer_list<TensorList> others);
 
 // States on the CPU, checked once.
 class Direct {

@@ -49,6 +49,7 @@
 #include <vector>
 
 #include "../cpu/kernels.h"
+#include "direct.h"
 #include "gradients.h"
 #include "team.h"
 #include "tensors.h"
@@ -515,16 +516,31 @@ std::vector<Tensor> outputs_like(TensorList x) {
 void update(TensorList x, TensorList state, TensorList y, TensorList mask, double keep,
             double weight, const RuleArgs& rule) {
   const auto& [eps, eps_mode, clip, center] = rule;
+  if (is_usual({x, y}, {state, mask})) {
+    refuse_recomputation();
+    run_below_autograd({state, y}, [&] {
+      update_cpu(x, state, y, mask, keep, weight, eps, eps_mode, clip, center);
+    });
+    return;
+  }
   update_op().call(x, state, y, mask, keep, weight, eps, eps_mode, clip, center);
 }
 
 std::vector<Tensor> normalize(TensorList x, TensorList state, const RuleArgs& rule) {
   const auto& [eps, eps_mode, clip, center] = rule;
+  if (is_usual({x}, {state})) {
+    return normalize_cpu(x, state, eps, eps_mode, clip, center);
+  }
   return normalize_op().call(x, state, eps, eps_mode, clip, center);
 }
 
 void normalize_out(TensorList x, TensorList state, TensorList y, const RuleArgs& rule) {
   const auto& [eps, eps_mode, clip, center] = rule;
+  if (is_usual({x, y}, {state})) {
+    run_below_autograd(
+        {y}, [&] { normalize_out_cpu(x, state, y, eps, eps_mode, clip, center); });
+    return;
+  }
   normalize_out_op().call(x, state, y, eps, eps_mode, clip, center);
 }
 

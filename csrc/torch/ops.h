@@ -27,7 +27,8 @@ struct RuleArgs {
   bool center = true;
 };
 
-// Typed calls of the operators, through the dispatcher.
+// Typed calls of the operators: through the dispatcher, but for those of plain CPU
+// tensors where it would do nothing else (direct.h).
 void update(at::TensorList x, at::TensorList state, at::TensorList y,
             at::TensorList mask, double keep, double weight, const RuleArgs& rule);
 

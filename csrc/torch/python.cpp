@@ -136,10 +136,10 @@ std::optional<Tensor> scale_returns_of_one(const Tensor& x, const Tensor& done,
 // torch would take twice as long as the call that is noted.
 void note_call(const Tensor& kept, const Tensor& count, double keep, double samples) {
   for (const Tensor& t : {kept, count}) {
-    TORCH_CHECK_VALUE(t.device().is_cpu() && t.scalar_type() == at::kDouble &&
-                          t.numel() == 1,
-                      "expected one float64 number on the CPU, got ", t.scalar_type(),
-                      " ", t.sizes(), " on ", t.device());
+    TORCH_CHECK_VALUE(
+        t.device().is_cpu() && t.scalar_type() == at::kDouble && t.numel() == 1,
+        "expected one float64 number on the CPU, got ", t.scalar_type(), " ", t.sizes(),
+        " on ", t.device());
   }
   *kept.mutable_data_ptr<double>() *= keep;
   double* const total = count.mutable_data_ptr<double>();

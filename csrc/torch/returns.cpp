@@ -18,8 +18,6 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
-#include <algorithm>
-#include <initializer_list>
 #include <optional>
 
 #include "../cpu/kernels.h"
@@ -75,24 +73,12 @@ void scale_returns_trace(TensorList, TensorList, TensorList, TensorList, TensorL
       "arguments; trace normalize(), with center=False");
 }
 
-// Whether all that the dispatcher would do is to call the CPU kernel.
-bool is_usual(TensorList x, std::initializer_list<TensorList> all) {
-  const bool needs_gradient = at::GradMode::is_enabled() &&
-                              std::any_of(x.begin(), x.end(), [](const Tensor& t) {
-                                return t.requires_grad();
-                              });
-  return !needs_gradient && nobody_listens() &&
-         std::all_of(all.begin(), all.end(), [](TensorList list) {
-           return std::all_of(list.begin(), list.end(), is_plain);
-         });
-}
-
 }  // namespace
 
 void scale_returns(TensorList x, TensorList done, TensorList returns, TensorList state,
                    TensorList y, TensorList mask, double gamma, bool clears_before,
                    double keep, const RuleArgs& rule) {
-  if (is_usual(x, {x, done, returns, state, y, mask})) {
+  if (is_usual({x, y}, {done, returns, state, mask})) {
     refuse_recomputation();
     run_below_autograd({returns, state}, [&] {
       scale_returns_cpu(x, done, returns, state, y, mask, gamma, clears_before, keep,

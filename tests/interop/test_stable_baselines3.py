@@ -340,3 +340,36 @@ def test_training_and_its_checkpoints(name, tmp_path):
         resumed = PPO.load(str(tmp_path / kind.__module__), env=env)
         resumed.learn(256)
     check_env(gym.make(name))
+
+
+def test_a_subclass_with_its_own_way_with_rewards():
+    class Halved(VecNormalize):
+        def _update_reward(self, reward):
+            super()._update_reward(reward / 2)
+
+    class TheirHalved(Theirs):
+        def _update_reward(self, reward):
+            super()._update_reward(reward / 2)
+
+    ours, theirs = Halved(Prepared(BOX)), TheirHalved(Prepared(BOX))
+    for env in (ours, theirs):
+        env.reset()
+    for _ in range(50):
+        for a, b in zip(ours.step_wait(), theirs.step_wait(), strict=True):
+            if isinstance(a, np.ndarray):
+                assert_close(a, b)
+    assert_same_statistics(ours, theirs)
+
+
+def test_returns_that_are_assigned():
+    ours, theirs = pair()
+    for env in (ours, theirs):
+        env.reset()
+    for i in range(40):
+        if i % 10 == 5:  # a view, and of another width
+            for env in (ours, theirs):
+                env.returns = np.full(12, i, dtype=np.float32 if i > 20 else float)[::2]
+        rewards, others = ours.step_wait()[1], theirs.step_wait()[1]
+        assert_close(rewards, others)
+        assert_close(ours.returns, theirs.returns)
+    assert not any("tensor" in name for name in ours.__getstate__())

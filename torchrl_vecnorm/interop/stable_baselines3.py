@@ -11,11 +11,15 @@ from copy import deepcopy
 from typing import Any
 
 import numpy as np
+import torch
 from stable_baselines3.common import running_mean_std
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env import VecNormalize as Theirs
 
+from torchrl_vecnorm._load import _C
 from torchrl_vecnorm.interop._arrays import (
+    _FLOATS,
+    _VAR_ADD,
     ArrayStatistics,
     normalize,
     rule_of,
@@ -48,6 +52,17 @@ class VecNormalize(Theirs):
     obs_rms: Any
     ret_rms: RunningMeanStd
 
+    _scales_as_here = True  # a subclass may have its own way with rewards
+    _returns_tensor: Any = None  # the memory of `returns`, which an assignment replaces
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Notes whether the class treats rewards as this one does."""
+        super().__init_subclass__(**kwargs)
+        cls._scales_as_here = (
+            cls._update_reward is VecNormalize._update_reward
+            and cls.normalize_reward is VecNormalize.normalize_reward
+        )
+
     # Not properties: without norm_obs there is no obs_rms, which VecEnvWrapper asks for
     # over and over where a property raises AttributeError.
     def __setattr__(self, name: str, value: Any) -> None:
@@ -77,9 +92,11 @@ class VecNormalize(Theirs):
         attributes = self.__dict__  # past what looks at each assignment
         attributes["old_obs"], attributes["old_reward"] = obs, rewards
         obs = self._normalized(obs, self.training)
-        if self.training:
-            self._update_reward(rewards)
-        rewards = self.normalize_reward(rewards)
+        scaled = self._scaled(rewards, dones) if self.training else None
+        if scaled is None:
+            if self.training:
+                self._update_reward(rewards)
+            scaled = self.normalize_reward(rewards)
         if np.count_nonzero(dones):
             for i in np.flatnonzero(dones):
                 if "terminal_observation" in infos[i]:
@@ -87,7 +104,7 @@ class VecNormalize(Theirs):
                         infos[i]["terminal_observation"]
                     )
             self.returns[dones] = 0
-        return obs, rewards, dones, infos
+        return obs, scaled, dones, infos
 
     def normalize_obs(self, obs: Any) -> Any:
         """Normalises observations with the statistics as they are."""
@@ -98,12 +115,47 @@ class VecNormalize(Theirs):
         if not self.norm_reward:
             return reward.astype(np.float32)
         scaled = np.asarray(reward / self.ret_rms.scale(self.epsilon))
-        scaled.clip(-self.clip_reward, self.clip_reward, out=scaled)
+        # As clip(), in half the time.
+        np.minimum(scaled, self.clip_reward, out=scaled)
+        np.maximum(scaled, -self.clip_reward, out=scaled)
         return _float32(scaled)[()]  # a number comes back as one
 
     def _update_reward(self, reward: np.ndarray) -> None:
         returns = self.__dict__["returns"] = self.returns * self.gamma + reward
         self.ret_rms.update(returns)
+
+    def _scaled(self, reward: Any, done: Any) -> np.ndarray | None:
+        """A step of all returns and the scaled rewards in one call.
+
+        None where something is special: `_update_reward` and `normalize_reward` then do it.
+        """
+        returns = self.returns
+        if not (
+            self._scales_as_here
+            and self.norm_reward
+            and type(reward) is type(done) is np.ndarray
+            and reward.shape == done.shape == returns.shape
+            and reward.dtype in _FLOATS
+            and done.dtype == bool
+            and returns.dtype == np.float64
+            and returns.flags.carray
+            and 0 <= self.gamma <= 1
+        ):
+            return None
+        if self._returns_tensor is None or self._returns_tensor[0] is not returns:
+            self.__dict__["_returns_tensor"] = returns, torch.from_numpy(returns)
+        y = _C.scale_returns_of_one(
+            tensor_of(reward),
+            tensor_of(done),
+            self._returns_tensor[1],
+            self.ret_rms._state,
+            (),
+            float(self.gamma),
+            False,
+            1.0,
+            (float(self.epsilon), _VAR_ADD, float(self.clip_reward), False),
+        )
+        return _float32(y.numpy())
 
     def _normalized(self, obs: Any, update: bool) -> Any:
         if not self.norm_obs:
@@ -120,6 +172,11 @@ class VecNormalize(Theirs):
         return {k: result[k] for k in obs}
 
     # ------------------------------------------------------------------------ files
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        state.pop("_returns_tensor", None)
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -150,6 +207,7 @@ class VecNormalize(Theirs):
         """Writes a file of Stable-Baselines3's class, which `load` of either class reads."""
         plain = Theirs.__new__(Theirs)
         plain.__dict__.update(self.__dict__)
+        plain.__dict__.pop("_returns_tensor", None)
         with open(save_path, "wb") as file:
             pickle.dump(plain, file)
 
