@@ -38,7 +38,7 @@ BENCH ?=
 KILLS ?= 100000
 MATRIX ?=
 SANITIZED ?= $(addprefix tests/test_,ops.py bound.py rule.py returns.py state.py machine.py \
-	sharing.py survival.py) -m "not slow"
+	sharing.py survival.py) -m "not slow" -k "not spawn"
 COVERED ?= $(filter-out tests/test_bench.py tests/test_long_run.py \
 	tests/test_examples.py tests/test_docs.py %_host.py,$(wildcard tests/test_*.py)) --mutations 5000
 
@@ -83,6 +83,7 @@ soak: build $(VENV)/tools build/soak
 
 # With setuptools as that torch wants them. The source is a copy: the builds have one name.
 CUDA_TORCH ?= torch===2.11.0
+CUDA_TORCH_TESTS ?= tests/test_ops.py tests/test_bound.py
 cuda-torch: build/cuda-torch/installed
 	rm -rf build/cuda-torch/source build/cuda-torch/tests
 	mkdir -p build/cuda-torch/source
@@ -94,7 +95,7 @@ cuda-torch: build/cuda-torch/installed
 	cd build/cuda-torch/source && ../bin/python -c "import torch; \
 		from torchrl_vecnorm import _C, _build; \
 		assert torch.version.cuda and _build.has_cuda and hasattr(_C, 'cuda_path')" && \
-		../bin/python -m pytest --quiet -p no:cacheprovider -m "not slow" tests/test_ops.py tests/test_bound.py
+		../bin/python -m pytest --quiet -p no:cacheprovider -m "not slow" $(CUDA_TORCH_TESTS)
 
 build/cuda-torch/installed: requirements.txt tests/requirements.txt
 	$(PYTHON) -m venv build/cuda-torch
