@@ -35,6 +35,8 @@ SUMMED["uint8"] = (4, 3)
 #: double), convert, store, and what the loop itself takes.
 MOST_MAPPED = {"float": 8.75, "double": 17.75, "Float16": 8.0, "BFloat16": 8.0}
 MOST_MAPPED["uint8"] = 9.5
+#: Values under way where a key has no vectors: summed, in float and in double, and mapped.
+SINGLE = (16, 8, 8)
 #: Of rewards and their returns, of any type: rows under way where they go on.
 RETURNS = ("alone", "together")
 ROWS_OF_RETURNS = 8
@@ -123,6 +125,22 @@ def row(kernel: Kernel) -> dict[str, float]:
         "generic": kernel.count(r"LD\.E") if role != "cluster" else 0,
         "divisions": kernel.count(r"I2F\.\S*RP", range(kernel.before_first("LDG"))),
     }
+    if kind == "float":
+        # Of every type: no others load bytes and halves, and nothing from shared memory.
+        single = [
+            (s, c)
+            for s, c in loops
+            if kernel.count(r"LDG\.E\.U8", s)
+            and kernel.count(r"LDG\.E\.U16", s)
+            and not kernel.count("LDS|STS", s)
+        ]
+        alone = [
+            in_flight(c, r"LDG\.E$") for s, c in single if not kernel.count("STG", s)
+        ]
+        mapped = [in_flight(c, r"LDG\.E$") for s, c in single if kernel.count("STG", s)]
+        table["single"] = max(alone, default=0)
+        table["double"] = min(alone, default=0)
+        table["mapped 1"] = min(mapped, default=0)
     if maps:
         values = VALUES[kind] * kernel.count(stores, maps[0])
         table["mapped"] = (
@@ -167,6 +185,12 @@ def faults(kernel: Kernel) -> list[str]:
     if fused or role == "accumulate":
         least("sums", SUMMED[kind][fused])
         least("partials", 8 if fused else 16)
+    if kind == "float":
+        if fused or role == "accumulate":
+            least("single", SINGLE[0])
+            least("double", SINGLE[1])
+        if role != "accumulate":
+            least("mapped 1", SINGLE[2])
     if role in RETURNS:
         least("at first", ROWS_OF_RETURNS)
         if role == "together":
@@ -313,6 +337,18 @@ def of_kernel(name: str, tmp_path: Path, *edits: tuple[str, str, str]) -> Kernel
             "fences",
             [("cuda/device.h", "ld.acquire.gpu", "ld.relaxed.gpu")],
             id="no acquire",
+        ),
+        pytest.param(
+            "accumulate<float>",
+            "single",
+            [("cuda/block.cuh", "kSummedAtOnce = 16", "kSummedAtOnce = 4")],
+            id="four single values at a time",
+        ),
+        pytest.param(
+            "denormalize<float>",
+            "mapped 1",
+            [("cuda/block.cuh", "kValuesAtOnce = 8", "kValuesAtOnce = 2")],
+            id="two single values at a time",
         ),
         pytest.param(
             "together",
