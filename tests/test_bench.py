@@ -479,6 +479,7 @@ def test_the_model_knows_what_sizes_mean():
     assert predict(65536, 64).path == "resident"
     assert predict(1_000_000, 256).path == "two_kernels"
     assert predict(65536, 64, path="cluster") is None  # it does not fit
+    assert predict(65536, 257).ratio > predict(65536, 256).ratio  # one value at a time
     assert predict(65536, 64, gpu=model.GPUS[1]).path == "resident"
     assert predict(4096, 64, gpu=model.GPUS[1]).cluster == 1  # no clusters on sm_80
 

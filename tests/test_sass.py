@@ -37,6 +37,8 @@ MOST_MAPPED = {"float": 8.75, "double": 17.75, "Float16": 8.0, "BFloat16": 8.0}
 MOST_MAPPED["uint8"] = 9.5
 #: Values under way where a key has no vectors: summed, in float and in double, and mapped.
 SINGLE = (16, 8, 8)
+#: Of vectors, where what float cannot sum is summed again: values that are not finite.
+AGAIN = 4
 #: Of rewards and their returns, of any type: rows under way where they go on.
 RETURNS = ("alone", "together")
 ROWS_OF_RETURNS = 8
@@ -104,7 +106,12 @@ def row(kernel: Kernel) -> dict[str, float]:
     load = of_value(kernel)
     loops = [(span, kernel.within(span)) for span in kernel.loops()]
     stores = r"STG\.E\.EF\.128"
-    sums = [in_flight(c, load) for s, c in loops if not kernel.count("STG", s)]
+    # What is not of doubles is only summed again in double.
+    sums = [
+        in_flight(c, load)
+        for s, c in loops
+        if not kernel.count("STG" if kind == "double" else "STG|DFMA", s)
+    ]
     maps = [s for s, _ in loops if kernel.count(stores, s) and kernel.count("LDG", s)]
     # The loop over what other blocks have found reads nothing else.
     partial = r"LD\.E\.64" if role == "cluster" else r"LDG\.E\.64"
@@ -125,6 +132,16 @@ def row(kernel: Kernel) -> dict[str, float]:
         "generic": kernel.count(r"LD\.E") if role != "cluster" else 0,
         "divisions": kernel.count(r"I2F\.\S*RP", range(kernel.before_first("LDG"))),
     }
+    if role in ("accumulate", "cluster", "resident") and kind != "double":
+        # In double, from memory alone, and values of one type.
+        again = [
+            in_flight(c, r"LDG\.E(\.64|\.128)?$")
+            for s, c in loops
+            if kernel.count("DFMA", s)
+            and kernel.count(r"LDG\.E(\.64|\.128)?$", s)
+            and not kernel.count(r"LDS|STS|STG|LDG\.E\.U16", s)
+        ]
+        table["again"] = min(again, default=0)
     if kind == "float":
         # Of every type: no others load bytes and halves, and nothing from shared memory.
         single = [
@@ -185,6 +202,8 @@ def faults(kernel: Kernel) -> list[str]:
     if fused or role == "accumulate":
         least("sums", SUMMED[kind][fused])
         least("partials", 8 if fused else 16)
+    if "again" in t:
+        least("again", AGAIN)
     if kind == "float":
         if fused or role == "accumulate":
             least("single", SINGLE[0])
@@ -337,6 +356,18 @@ def of_kernel(name: str, tmp_path: Path, *edits: tuple[str, str, str]) -> Kernel
             "fences",
             [("cuda/device.h", "ld.acquire.gpu", "ld.relaxed.gpu")],
             id="no acquire",
+        ),
+        pytest.param(
+            "accumulate<Float16>",
+            "again",
+            [
+                (
+                    "cuda/block.cuh",
+                    "  constexpr int kAtOnce = 4;",
+                    "constexpr int kAtOnce = 2;",
+                )
+            ],
+            id="two vectors at a time, again",
         ),
         pytest.param(
             "accumulate<float>",

@@ -555,7 +555,7 @@ template <typename T>
 __device__ __forceinline__ void sum_again(const Shared& s, const Place& at) {
   constexpr int V = Vector<T>::size;
   constexpr int kLanes = 2;
-  constexpr int kAtOnce = 2;
+  constexpr int kAtOnce = 4;
   const Walk<T> x(at.key->key.x, at);
   const int n = rows_of(at);
   int used[V];

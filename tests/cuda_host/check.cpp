@@ -330,8 +330,9 @@ void check_all(const std::string& extent) {
   if (extent.empty()) {
     // In shared memory as well, and more than that.
     run({make("kept", 60000, 64)}, Path::kResident);
-    run({make("more than fits", 200000, 64)}, Path::kResident);
+    run({make("more than fits", 150000, 64)}, Path::kResident);
     run({make("long", 60000, 20, Dtype::kBFloat16)}, Path::kAuto);
+    run({make("no vectors", 30000, 257)}, Path::kAuto);
   }
 }
 
