@@ -29,8 +29,8 @@ VALUES = {"float": 4, "double": 2, "Float16": 8, "BFloat16": 8, "uint8": 4}
 FIRST = {"float": (8, 4), "double": (8, 4), "Float16": (4, 4), "BFloat16": (4, 4)}
 FIRST["uint8"] = (7, 4)
 #: Vectors under way in the loops that sum rows, of two launches and of one.
-SUMMED = {"float": (8, 4), "double": (8, 4), "Float16": (4, 3), "BFloat16": (4, 3)}
-SUMMED["uint8"] = (4, 3)
+SUMMED = {"float": (8, 4), "double": (8, 4), "Float16": (4, 4), "BFloat16": (4, 4)}
+SUMMED["uint8"] = (8, 4)
 #: Instructions a value where rows are mapped: load, convert, map, clip (two of float, six of
 #: double), convert, store, and what the loop itself takes.
 MOST_MAPPED = {"float": 8.75, "double": 17.75, "Float16": 8.0, "BFloat16": 8.0}
@@ -215,7 +215,7 @@ def faults(kernel: Kernel) -> list[str]:
         if role == "together":
             least("partials", 16)
     elif role != "accumulate":
-        least("maps", 3 if fused and kind in ("double", "Float16", "BFloat16") else 4)
+        least("maps", 3 if fused and kind == "double" else 4)
         most("mapped", MOST_MAPPED[kind])
     # What a block wrote goes out before the others are told, and what was cached before
     # they are heard is forgotten.
