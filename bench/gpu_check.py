@@ -4,11 +4,11 @@
 # LICENSE file in the root directory of this source tree.
 """Builds, tests, sanitizes and measures on a machine with a CUDA GPU, in eight minutes.
 
-Needs torch, torchrl and no network, nvcc only where the extension does not load as it is,
-and uses the interpreter that runs it. Every stage is a process of its own with a time
-limit, so that none stops the next, and can be run alone (``--only probe``); the first ones
-say most. Results go to bench/results/<device>/ or to the folder that the variable OUT names,
-as they come.
+Needs torch, torchrl and no network, nvcc where the extension does not load as it is and for
+the kernels without torch, and uses the interpreter that runs it. Every stage is a process of
+its own with a time limit, so that none stops the next, and can be run alone (``--only
+probe``); the first ones say most. Results go to bench/results/<device>/ or to the folder that
+the variable OUT names, as they come.
 
 Exit status: 0 if all is well, 1 if the build, a test, compute-sanitizer or a result is
 not, 2 if nothing can run here. Speed goals that are missed do not count.
@@ -30,6 +30,7 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +44,7 @@ SECONDS = {
     "probe": 20,
     "figures": 110,
     "tests": 110,
+    "kernels": 60,
     "memcheck": 40,
     "racecheck": 40,
     "rest": 100,
@@ -52,10 +54,21 @@ SECONDS = {
 #: All of them together.
 TOTAL = 440
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-STAGES = {"sanitize": TOOLS}  # several under one name
+STAGES = {"sanitize": ("kernels", *TOOLS)}  # several under one name
 #: Sections of bench.run: what the goals need, then the others.
 FIGURES = ("correctness", "main", "paths", "dtypes", "pair")
 REST = ("step", "pendulum", "memory", "accuracy", "precision", "keys", "samples")
+#: The kernels with a check that knows no torch, and how its output ends where all is well.
+CHECK = ROOT / "build" / "cuda-check"
+CHECK_SOURCES = (
+    "csrc/cuda/fused.cu",
+    "csrc/cuda/two_kernels.cu",
+    "csrc/cuda/returns.cu",
+    "csrc/cuda/kernels.cpp",
+    "csrc/cuda/plan.cpp",
+    "tests/cuda_host/check.cpp",
+)
+CHECKED = "\n0 differences"
 #: A test that takes longer hangs: it alone is given up.
 SECONDS_A_TEST = 60
 
@@ -250,6 +263,60 @@ def compute_sanitizer() -> str | None:
     return program
 
 
+def build_check(capability: str, limit: float, log: Path) -> tuple[str, str]:
+    """Compiles the check with the kernels, without torch."""
+    nvcc = shutil.which("nvcc")
+    CHECK.unlink(missing_ok=True)
+    if nvcc is None:
+        return DID_NOT_RUN, "there is no nvcc to compile the check"
+    CHECK.parent.mkdir(exist_ok=True)
+    end = time.monotonic() + limit
+    with tempfile.TemporaryDirectory() as scratch:
+        objects = {s: f"{scratch}/{Path(s).stem}.o" for s in CHECK_SOURCES}
+
+        def compiled(source: str) -> Finished:
+            command = [nvcc, "-std=c++17", "-O3", "-lineinfo", "-I."]
+            command += [f"-arch=sm_{capability.replace('.', '')}"]
+            command += ["-c", source, "-o", objects[source]]
+            return run(command, limit, {}, log)
+
+        with ThreadPoolExecutor(len(CHECK_SOURCES)) as pool:
+            made = list(pool.map(compiled, CHECK_SOURCES))
+        if all(finished.code == 0 for finished in made):
+            command = [nvcc, *objects.values(), "-o", str(CHECK)]
+            made = [run(command, end - time.monotonic(), {}, log)]
+    bad = [finished for finished in made if finished.code != 0]
+    if bad:
+        why = "out of time" if bad[0].code is None else tail(bad[0].output)
+        return FAILED, f"the check was not compiled: {why}"
+    return PASSED, ""
+
+
+def kernels(limit: float, folder: Path, log: Path) -> tuple[str, str]:
+    """The kernels against long double; compute-sanitizer looks at the same program."""
+    import torch
+
+    end = time.monotonic() + limit
+    capability = ".".join(map(str, torch.cuda.get_device_capability()))
+    state, why = build_check(capability, limit, log)
+    if state != PASSED:
+        return state, why
+    finished = run([str(CHECK)], end - time.monotonic(), {}, log)
+    if finished.code is None:
+        return FAILED, f"out of time, after: {tail(finished.output, 1)}"
+    good = finished.code == 0 and CHECKED in finished.output
+    return (PASSED if good else FAILED), tail(finished.output, 2)
+
+
+def is_fresh() -> bool:
+    """Whether there is a check of the sources that are there."""
+    folders = (ROOT / "csrc", ROOT / "tests" / "cuda_host")
+    sources = [p for folder in folders for p in folder.rglob("*.*")]
+    sources += (ROOT / "tests").glob("*.h")
+    newest = max(p.stat().st_mtime for p in sources)
+    return CHECK.exists() and CHECK.stat().st_mtime >= newest
+
+
 def sanitize(tool: str, limit: float, folder: Path, log: Path) -> tuple[str, str]:
     """One of compute-sanitizer's tools over every kernel."""
     program = compute_sanitizer()
@@ -264,6 +331,10 @@ def sanitize(tool: str, limit: float, folder: Path, log: Path) -> tuple[str, str
         "--print-limit",
         "1000",
     ]
+    if is_fresh():
+        # It starts in a second, and every allocation ends where its values do.
+        command += [str(CHECK), "small"]
+        return judge_sanitizer(tool, run(command, limit, {}, log), CHECKED)
     if tool != "initcheck":
         # Our kernels sit in namespace vecnorm. torch's would take minutes.
         command += ["--kernel-name", "kns=vecnorm"]
@@ -321,6 +392,7 @@ def check(folder: Path, only: list[str]) -> list[Outcome]:
         "probe": probe,
         "figures": figures,
         "tests": tests,
+        "kernels": kernels,
         "rest": rest,
     }
     outcomes: list[Outcome] = []

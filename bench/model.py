@@ -82,6 +82,10 @@ CLUSTER = 0.4
 AT_ONCE = {"cluster": 8, "resident": 8, "two_kernels": 16}
 STATE = 40  # bytes of a feature's state: sum, ssq, var, missing, left out
 FLIGHT = 64e3  # bytes that a processor can have under way
+#: Values that a thread has under way where a key has no vectors, to sum and to map (of eight
+#: bytes: as many as to map), and blocks on a processor (kSumBlocks and kMapBlocks in plan.h).
+SINGLE = (16, 8)
+BLOCKS = (2, 3)
 
 
 @dataclass(frozen=True)
@@ -132,12 +136,24 @@ def plan_of(
     return {name: int(value) for name, value in (p.split("=") for p in out.split())}
 
 
-def _stream(gpu: Gpu, size: float, blocks: int, per: float, values: float) -> float:
+def _flight(plan: dict[str, int], size: int, maps: bool) -> float:
+    """Bytes that a processor has under way of a key whose values have ``size`` bytes."""
+    if plan["sums_vector"] > 1:
+        return FLIGHT
+    at_once = SINGLE[maps or size == 8]
+    fused = PATHS[plan["path"]] != "two_kernels"
+    blocks = 1 if fused else BLOCKS[maps]
+    return min(FLIGHT, blocks * plan["threads"] * at_once * size)
+
+
+def _stream(
+    gpu: Gpu, size: float, blocks: int, per: float, values: float, flight: float
+) -> float:
     """Microseconds to move ``size`` bytes, ``per`` instructions a value, with blocks."""
     processors = min(blocks, gpu.processors)
     memory = size / gpu.copy
     # A processor takes in what it has under way once in a latency.
-    alone = size / processors / (FLIGHT / gpu.first)
+    alone = size / processors / (flight / gpu.first)
     issue = values * per / 32 / 4 / processors / gpu.clock
     return max(memory, alone, issue)
 
@@ -177,20 +193,22 @@ def predict(
             partials = blocks * chunks * (3 * plan["sums_features"] + 1) * 8
             meet += partials / gpu.cache
 
-    first = gpu.launch + gpu.first + _stream(gpu, x, blocks, to_sum, values)
+    flight = [_flight(plan, size, maps) for maps in (False, True)]
+    reading = _stream(gpu, x, blocks, to_sum, values, flight[0])
+    first = gpu.launch + gpu.first + reading
     middle = COMBINE + meet + FOLD
     if taken == "two_kernels":
         again = max(x - gpu.kept, 0)
         near = (x - again) / gpu.cache
         maps = plan["maps_slabs"] * plan["maps_chunks"]
-        second = near + _stream(gpu, again + y, maps, to_map, values)
+        second = near + _stream(gpu, again + y, maps, to_map, values, flight[1])
         total = first + middle + state / gpu.copy + gpu.gap + gpu.near + second
     else:
         room = plan["threads"] * plan["vector_bytes"] * (plan["held"] + plan["slots"])
         kept = 0 if plan["sums_vector"] == 1 else min(x, room * blocks)
         again = max(x - kept - gpu.kept, 0)
         near = (x - kept - again) / gpu.cache
-        second = near + _stream(gpu, again + y, blocks, to_map, values)
+        second = near + _stream(gpu, again + y, blocks, to_map, values, flight[1])
         # Blocks with a slab alone come in waves, each with its own start.
         extra = (waves - 1) * (gpu.first + COMBINE + FOLD)
         total = first + middle + second + 2 * state / gpu.copy + extra
@@ -206,6 +224,8 @@ WIDE = [
     (n, 28224, dtype) for dtype in ("float32", "uint8") for n in (1, 8, 64, 256, 4096)
 ]
 ODD = [(4096, 17, "float32"), (65536, 17, "float32"), (16384, 64, "float32")]
+#: Rows that no vectors fit.
+ODD += [(n, 257, dtype) for dtype in ("float32", "bfloat16") for n in (4096, 65536)]
 
 
 def table(gpu: Gpu) -> list[list[str]]:

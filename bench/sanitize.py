@@ -4,6 +4,8 @@
 # LICENSE file in the root directory of this source tree.
 """Runs every kernel on small inputs, for compute-sanitizer to look at.
 
+Where there is nvcc, it looks at tests/cuda_host/check.cpp instead, which has no torch in it.
+
 Everything is drawn on the CPU and compared there, so that next to nothing but the
 kernels of this project runs on the GPU.
 """

@@ -479,6 +479,7 @@ def test_the_model_knows_what_sizes_mean():
     assert predict(65536, 64).path == "resident"
     assert predict(1_000_000, 256).path == "two_kernels"
     assert predict(65536, 64, path="cluster") is None  # it does not fit
+    assert predict(65536, 257).ratio > predict(65536, 256).ratio  # one value at a time
     assert predict(65536, 64, gpu=model.GPUS[1]).path == "resident"
     assert predict(4096, 64, gpu=model.GPUS[1]).cluster == 1  # no clusters on sm_80
 
@@ -520,8 +521,9 @@ def test_steps_do_not_stop_each_other(monkeypatch, tmp_path):
 
     monkeypatch.setattr(gpu_check, "build", crash)
     monkeypatch.setattr(gpu_check, "tests", slow)
-    for name in ("probe", "figures", "rest"):
+    for name in ("probe", "figures", "kernels", "rest"):
         monkeypatch.setattr(gpu_check, name, fine)
+    monkeypatch.setattr(gpu_check, "is_fresh", lambda: False)
     monkeypatch.setattr(gpu_check, "compute_sanitizer", lambda: None)
     outcomes = gpu_check.check(tmp_path, list(gpu_check.SECONDS))
     assert [o.step for o in outcomes] == list(gpu_check.SECONDS)
@@ -551,6 +553,8 @@ class FakeGpu:
             return gpu_check.Finished(1, "ImportError")
         code = {"well": 0, "badly": 1, "never": None}[self.end]
         if self.end != "never":
+            if command[0] == "nvcc" and self.end == "well":
+                Path(command[-1]).write_text("")
             if "bench.run" in what:
                 folder = Path(command[command.index("--out") + 1])
                 check = {"section": "correctness", "passed": self.end == "well"}
@@ -567,7 +571,7 @@ class FakeGpu:
                     )
         errors = 0 if self.end == "well" else 3
         output = (
-            f"probe: H200\n{sanitize.DONE}\n"
+            f"probe: H200\n{sanitize.DONE}\n{errors} differences\n"
             f"RACECHECK SUMMARY: {errors} hazards displayed ({errors} errors, 0 warnings)\n"
             f"ERROR SUMMARY: {errors} errors\n"
         )
@@ -576,8 +580,16 @@ class FakeGpu:
 
 @pytest.mark.parametrize("built", [True, False], ids=["prebuilt", "not built"])
 @pytest.mark.parametrize("end", ["well", "badly", "never"])
-def test_stages_on_a_fake_gpu(end, built, monkeypatch, tmp_path):
+def test_stages_on_a_fake_gpu(end, built, monkeypatch, tmp_path, tmp_path_factory):
     fake = FakeGpu(end, built)
+    check = tmp_path_factory.mktemp("build") / "check"
+    monkeypatch.setattr(gpu_check, "CHECK", check)
+    which = shutil.which
+    monkeypatch.setattr(
+        shutil,
+        "which",
+        lambda name, **how: name if name == "nvcc" else which(name, **how),
+    )
     monkeypatch.setattr(gpu_check, "run", fake)
     monkeypatch.setattr(gpu_check, "compute_sanitizer", lambda: "compute-sanitizer")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
@@ -590,6 +602,10 @@ def test_stages_on_a_fake_gpu(end, built, monkeypatch, tmp_path):
     elif not built:
         assert compiled
     assert max(limit for _, limit in fake.commands) <= gpu_check.TOTAL
+    # The sanitizers look at the kernels alone, where these were compiled.
+    looked = [c for c, _ in fake.commands if c[0] == "compute-sanitizer"]
+    assert len(looked) == len(gpu_check.TOOLS)
+    assert all((str(check) in c) == (end == "well") for c in looked)
     for step, state in states.items():
         if end == "well":
             assert state == gpu_check.PASSED, step
@@ -724,6 +740,21 @@ COPY = "========= Host API uninitialized memory access"
 def test_what_a_sanitizer_says(tool, code, lines, state):
     finished = gpu_check.Finished(code, "\n".join(lines))
     assert gpu_check.judge_sanitizer(tool, finished, sanitize.DONE)[0] == state
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_what_a_sanitizer_looks_at_is_compiled(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_check, "CHECK", tmp_path / "check")
+    log = tmp_path / "log"
+    built = gpu_check.build_check("9.0", 500, log)
+    assert built == (gpu_check.PASSED, ""), log.read_text()
+    assert "warning" not in log.read_text()
+    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    ran = subprocess.run(
+        [gpu_check.CHECK, "few"], capture_output=True, text=True, env=hidden
+    )
+    assert ran.returncode == 2 and "there is no GPU" in ran.stdout
 
 
 def test_the_driver_of_the_sanitizer(capsys):

@@ -24,18 +24,26 @@ SOURCES = ("two_kernels", "fused", "returns")
 #: Vectors of a thread in registers (held_of() in plan.h), and values of a vector.
 HELD = {"float": 8, "double": 8, "Float16": 3, "BFloat16": 3, "uint8": 8}
 VALUES = {"float": 4, "double": 2, "Float16": 8, "BFloat16": 8, "uint8": 4}
+#: Vectors that a thread asks for before it reads the state: of a launch that sums, and of one
+#: that maps. (One of eight small ones takes its own address's register.)
+FIRST = {"float": (8, 4), "double": (8, 4), "Float16": (4, 4), "BFloat16": (4, 4)}
+FIRST["uint8"] = (7, 4)
 #: Vectors under way in the loops that sum rows, of two launches and of one.
-SUMMED = {"float": (8, 4), "double": (8, 4), "Float16": (4, 3), "BFloat16": (4, 3)}
-SUMMED["uint8"] = (4, 3)
+SUMMED = {"float": (8, 4), "double": (8, 4), "Float16": (4, 4), "BFloat16": (4, 4)}
+SUMMED["uint8"] = (8, 4)
 #: Instructions a value where rows are mapped: load, convert, map, clip (two of float, six of
 #: double), convert, store, and what the loop itself takes.
 MOST_MAPPED = {"float": 8.75, "double": 17.75, "Float16": 8.0, "BFloat16": 8.0}
 MOST_MAPPED["uint8"] = 9.5
+#: Values under way where a key has no vectors: summed, in float and in double, and mapped.
+SINGLE = (16, 8, 8)
+#: Of vectors, where what float cannot sum is summed again: values that are not finite.
+AGAIN = 4
 #: Of rewards and their returns, of any type: rows under way where they go on.
 RETURNS = ("alone", "together")
 ROWS_OF_RETURNS = 8
-#: Instructions before a fused kernel asks for its first value.
-MOST_BEFORE = 160
+#: Instructions before a kernel asks for its first value: where that is, not the state.
+MOST_BEFORE = 150
 
 
 def disassembler() -> str | None:
@@ -98,7 +106,12 @@ def row(kernel: Kernel) -> dict[str, float]:
     load = of_value(kernel)
     loops = [(span, kernel.within(span)) for span in kernel.loops()]
     stores = r"STG\.E\.EF\.128"
-    sums = [in_flight(c, load) for s, c in loops if not kernel.count("STG", s)]
+    # What is not of doubles is only summed again in double.
+    sums = [
+        in_flight(c, load)
+        for s, c in loops
+        if not kernel.count("STG" if kind == "double" else "STG|DFMA", s)
+    ]
     maps = [s for s, _ in loops if kernel.count(stores, s) and kernel.count("LDG", s)]
     # The loop over what other blocks have found reads nothing else.
     partial = r"LD\.E\.64" if role == "cluster" else r"LDG\.E\.64"
@@ -119,6 +132,32 @@ def row(kernel: Kernel) -> dict[str, float]:
         "generic": kernel.count(r"LD\.E") if role != "cluster" else 0,
         "divisions": kernel.count(r"I2F\.\S*RP", range(kernel.before_first("LDG"))),
     }
+    if role in ("accumulate", "cluster", "resident") and kind != "double":
+        # In double, from memory alone, and values of one type.
+        again = [
+            in_flight(c, r"LDG\.E(\.64|\.128)?$")
+            for s, c in loops
+            if kernel.count("DFMA", s)
+            and kernel.count(r"LDG\.E(\.64|\.128)?$", s)
+            and not kernel.count(r"LDS|STS|STG|LDG\.E\.U16", s)
+        ]
+        table["again"] = min(again, default=0)
+    if kind == "float":
+        # Of every type: no others load bytes and halves, and nothing from shared memory.
+        single = [
+            (s, c)
+            for s, c in loops
+            if kernel.count(r"LDG\.E\.U8", s)
+            and kernel.count(r"LDG\.E\.U16", s)
+            and not kernel.count("LDS|STS", s)
+        ]
+        alone = [
+            in_flight(c, r"LDG\.E$") for s, c in single if not kernel.count("STG", s)
+        ]
+        mapped = [in_flight(c, r"LDG\.E$") for s, c in single if kernel.count("STG", s)]
+        table["single"] = max(alone, default=0)
+        table["double"] = min(alone, default=0)
+        table["mapped 1"] = min(mapped, default=0)
     if maps:
         values = VALUES[kind] * kernel.count(stores, maps[0])
         table["mapped"] = (
@@ -155,18 +194,28 @@ def faults(kernel: Kernel) -> list[str]:
 
     for what in ("constant", "generic", "divisions", "local"):
         most(what, 0)
+    most("before", MOST_BEFORE)
     if fused:
-        most("before", MOST_BEFORE)
         least("at first", HELD[kind])
+    elif role not in RETURNS:
+        least("at first", FIRST[kind][role != "accumulate"])
     if fused or role == "accumulate":
         least("sums", SUMMED[kind][fused])
         least("partials", 8 if fused else 16)
+    if "again" in t:
+        least("again", AGAIN)
+    if kind == "float":
+        if fused or role == "accumulate":
+            least("single", SINGLE[0])
+            least("double", SINGLE[1])
+        if role != "accumulate":
+            least("mapped 1", SINGLE[2])
     if role in RETURNS:
         least("at first", ROWS_OF_RETURNS)
         if role == "together":
             least("partials", 16)
     elif role != "accumulate":
-        least("maps", 3 if fused and kind in ("double", "Float16", "BFloat16") else 4)
+        least("maps", 3 if fused and kind == "double" else 4)
         most("mapped", MOST_MAPPED[kind])
     # What a block wrote goes out before the others are told, and what was cached before
     # they are heard is forgotten.
@@ -255,6 +304,12 @@ def of_kernel(name: str, tmp_path: Path, *edits: tuple[str, str, str]) -> Kernel
             id="one chunk at a time",
         ),
         pytest.param(
+            "denormalize<double>",
+            "before",
+            [("cuda/two_kernels.cu", "  load_batch(0, n);\n  const", "  const")],
+            id="the state before the values",
+        ),
+        pytest.param(
             "cluster<double>",
             "local",
             [("cuda/plan.h", ": 8;", ": 16;")],
@@ -301,6 +356,30 @@ def of_kernel(name: str, tmp_path: Path, *edits: tuple[str, str, str]) -> Kernel
             "fences",
             [("cuda/device.h", "ld.acquire.gpu", "ld.relaxed.gpu")],
             id="no acquire",
+        ),
+        pytest.param(
+            "accumulate<Float16>",
+            "again",
+            [
+                (
+                    "cuda/block.cuh",
+                    "  constexpr int kAtOnce = 4;",
+                    "constexpr int kAtOnce = 2;",
+                )
+            ],
+            id="two vectors at a time, again",
+        ),
+        pytest.param(
+            "accumulate<float>",
+            "single",
+            [("cuda/block.cuh", "kSummedAtOnce = 16", "kSummedAtOnce = 4")],
+            id="four single values at a time",
+        ),
+        pytest.param(
+            "denormalize<float>",
+            "mapped 1",
+            [("cuda/block.cuh", "kValuesAtOnce = 8", "kValuesAtOnce = 2")],
+            id="two single values at a time",
         ),
         pytest.param(
             "together",

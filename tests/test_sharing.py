@@ -34,10 +34,12 @@ from common import (
 )
 from tensordict import TensorDict
 from torch import multiprocessing as mp
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchrl.envs import GymEnv, TransformedEnv
 from torchrl.testing.mocking_classes import CountingEnv
 
 from torchrl_vecnorm import VecNorm
+from torchrl_vecnorm.moments import Moments, moved, packed
 from torchrl_vecnorm.statistics import compute, engine
 
 # A spawned process imports torchrl, which takes longer than its work.
@@ -710,6 +712,44 @@ def test_a_reader_never_sees_half_an_update(memmap, request):
                 t(threes.copy())
         torn = done.get(timeout=PATIENCE)
     assert torn == dict.fromkeys(torn, 0)
+
+
+def test_moments_travel_in_one_copy():
+    """To another device, and back: one that has no numbers, as there is no third."""
+    many = []
+    for features in ((3,), (2, 4), ()):
+        m = Moments.zeros(features, counts_all=len(features) == 1)
+        many.append(Moments(*(torch.rand_like(leaf) for leaf in m)))
+    many[1] = many[1]._replace(nonfinite=None)
+    for before, after in zip(many, packed(many, torch.clone), strict=True):
+        assert (before.nonfinite is None) == (after.nonfinite is None)
+        for a, b in zip(before, after, strict=True):
+            assert a is b is None or torch.equal(a, b)
+    meta = torch.device("meta")
+    with Copies() as copies:
+        there = moved(many, [meta] * len(many))
+    assert copies.made == 1
+    shapes = [[leaf is not None and leaf.shape for leaf in m] for m in many]
+    assert shapes == [[leaf is not None and leaf.shape for leaf in m] for m in there]
+    assert all(leaf.device == meta for m in there for leaf in m if leaf is not None)
+    # As they are where they are; float32 stays that, a leaf at a time.
+    assert all(
+        m is n
+        for m, n in zip(many, moved(many, [torch.device("cpu")] * 3), strict=True)
+    )
+    few = Moments(torch.zeros(2), torch.zeros(2), torch.zeros(1))
+    (other,) = moved([few], [meta])
+    assert other.sum.dtype == torch.float32 and other.sum.device == meta
+
+
+class Copies(TorchDispatchMode):
+    """Counts tensors that go to a device."""
+
+    made = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.made += func is torch.ops.aten._to_copy.default
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("updating", [True, False])

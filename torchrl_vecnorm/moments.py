@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -158,6 +158,35 @@ class Moments(NamedTuple):
             return leaf.to(device, dtype, copy=copy)
 
         return Moments(*map(move, self))
+
+
+def moved(moments: Sequence[Moments], devices: Sequence[torch.device]) -> list[Moments]:
+    """Each of the moments on the device beside it: with one copy for all, if it can be."""
+    leaves = [leaf for m in moments for leaf in m if leaf is not None]
+    if (
+        leaves
+        and leaves[0].device != devices[0]
+        and all(leaf.device == leaves[0].device for leaf in leaves)
+        and all(device == devices[0] for device in devices)
+        # What `to()` leaves as it is.
+        and all(leaf.dtype == torch.float64 for leaf in leaves)
+        and state_dtype(devices[0]) == torch.float64
+    ):
+        return packed(moments, lambda numbers: numbers.to(devices[0]))
+    return [m.to(device) for m, device in zip(moments, devices, strict=True)]
+
+
+def packed(moments: Sequence[Moments], f: Callable[[Tensor], Tensor]) -> list[Moments]:
+    """What a function makes of the numbers of all moments, which it gets in one tensor."""
+    leaves = [leaf for m in moments for leaf in m if leaf is not None]
+    numbers = f(torch.cat([leaf.reshape(-1) for leaf in leaves]))
+    pieces = iter(numbers.split([leaf.numel() for leaf in leaves]))
+    return [
+        Moments(
+            *(None if leaf is None else next(pieces).view(leaf.shape) for leaf in m)
+        )
+        for m in moments
+    ]
 
 
 def state_dtype(device: torch.device | str | None) -> torch.dtype:

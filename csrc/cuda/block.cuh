@@ -22,8 +22,9 @@ namespace cuda {
 constexpr int kFlushRows = 64;
 // Vectors that a thread has under way at once.
 constexpr int kBatch = 4;
-// Single values.
+// Single values, and those that are summed in float.
 constexpr int kValuesAtOnce = 8;
+constexpr int kSummedAtOnce = 16;
 
 // What a thread loads at once: 16 bytes, or four bytes of images, whose outputs are 16.
 template <typename T>
@@ -69,10 +70,12 @@ __device__ inline void store_any(const Matrix& m, int64_t row, int64_t feature,
   });
 }
 
-// Up to kValuesAtOnce values of a column of any type: loaded as they are, so that all
-// are under way before the first one is converted.
-struct Column {
-  uint64_t bits[kValuesAtOnce];
+// Up to K values of a column of any type that Bits can hold: loaded as they are, so
+// that all are under way before the first one is converted.
+template <typename Bits, int K>
+struct ColumnOf {
+  static constexpr int size = K;
+  Bits bits[K];
 
   __device__ __forceinline__ void load_from(const Matrix& m, int64_t first,
                                             int64_t step, int n) {
@@ -84,31 +87,36 @@ struct Column {
       case 4:
         return fetch(static_cast<const uint32_t*>(m.data) + first, step, n);
       default:
-        return fetch(static_cast<const uint64_t*>(m.data) + first, step, n);
+        if constexpr (sizeof(Bits) == 8) {
+          fetch(static_cast<const uint64_t*>(m.data) + first, step, n);
+        }
     }
   }
 
-  template <typename Bits>
-  __device__ void fetch(const Bits* from, int64_t step, int n) {
+  template <typename Loaded>
+  __device__ void fetch(const Loaded* from, int64_t step, int n) {
 #pragma unroll
-    for (int j = 0; j < kValuesAtOnce; ++j) {
+    for (int j = 0; j < K; ++j) {
       bits[j] = j < n ? from[j * step] : 0;
     }
   }
 
   template <typename C>
-  __device__ void convert(Dtype dtype, C (&to)[kValuesAtOnce]) const {
+  __device__ void convert(Dtype dtype, C (&to)[K]) const {
     dispatch_any(dtype, [&](auto type) {
       using T = typename decltype(type)::type;
+      if constexpr (sizeof(T) <= sizeof(Bits)) {
 #pragma unroll
-      for (int j = 0; j < kValuesAtOnce; ++j) {
-        T value;
-        std::memcpy(&value, &bits[j], sizeof(value));  // GPUs are little-endian
-        to[j] = load<C>(value);
+        for (int j = 0; j < K; ++j) {
+          T value;
+          std::memcpy(&value, &bits[j], sizeof(value));  // GPUs are little-endian
+          to[j] = load<C>(value);
+        }
       }
     });
   }
 };
+using Column = ColumnOf<uint64_t, kValuesAtOnce>;
 
 // Whether the kernel for T takes keys without vectors.
 template <typename T>
@@ -500,26 +508,29 @@ struct Marks {
 // C.
 template <typename C, typename Sums>
 __device__ __forceinline__ void sum_values(const Place& at, Sums* sums, Marks* marks) {
+  using Summed = std::conditional_t<std::is_same_v<C, float>,
+                                    ColumnOf<uint32_t, kSummedAtOnce>, Column>;
+  constexpr int K = Summed::size;
   const Matrix& x = at.key->key.x;
   const int n = rows_of(at);
   const int64_t step = x.row_stride << at.rows_shift;
   int64_t from = row_of(at, 0) * x.row_stride +
                  static_cast<int64_t>(at.first_lane + at.lane) * x.feature_stride;
 #pragma unroll 1
-  for (int i = 0; i < n; i += kValuesAtOnce) {
-    Column column;
+  for (int i = 0; i < n; i += K) {
+    Summed column;
     column.load_from(x, from, step, n - i);
-    const unsigned counts = marks->take<kValuesAtOnce>(at, i, n);
-    C values[kValuesAtOnce];
+    const unsigned counts = marks->take<K>(at, i, n);
+    C values[K];
     column.convert(x.dtype, values);
 #pragma unroll
-    for (int j = 0; j < kValuesAtOnce; ++j) {
+    for (int j = 0; j < K; ++j) {
       if (i + j < n && (counts >> j & 1) != 0) {
         sums->add_one(0, values[j]);
       }
     }
     sums->flush();
-    from += kValuesAtOnce * step;
+    from += K * step;
   }
 }
 
@@ -544,7 +555,7 @@ template <typename T>
 __device__ __forceinline__ void sum_again(const Shared& s, const Place& at) {
   constexpr int V = Vector<T>::size;
   constexpr int kLanes = 2;
-  constexpr int kAtOnce = 2;
+  constexpr int kAtOnce = 4;
   const Walk<T> x(at.key->key.x, at);
   const int n = rows_of(at);
   int used[V];
@@ -658,19 +669,19 @@ __device__ __forceinline__ void sum_up(const Params&, const Shared& s, const Pla
 // All of this for a key without vectors.
 __device__ __forceinline__ void sum_up_values(const Params& p, const Shared& s,
                                               const Place& at) {
-  const auto in_double = [&] {
+  bool in_double = !fits_float(at.key->key.x.dtype);
+  if (!in_double) {
+    Marks marks;
+    FloatSums<1> sums(s, at);
+    sum_values<float>(at, &sums, &marks);
+    sum_up(p, s, at, sums, marks, [&] { in_double = true; });
+  }
+  if (in_double) {
     Marks marks;
     DoubleSums<1> sums(s, at);
     sum_values<double>(at, &sums, &marks);
     sum_up(p, s, at, sums, marks, [] {});
-  };
-  if (!fits_float(at.key->key.x.dtype)) {
-    return in_double();
   }
-  Marks marks;
-  FloatSums<1> sums(s, at);
-  sum_values<float>(at, &sums, &marks);
-  sum_up(p, s, at, sums, marks, in_double);
 }
 
 // Adds up what the blocks of a slab have found: find(chunk, i) for each value i. The

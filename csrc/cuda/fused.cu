@@ -134,8 +134,6 @@ __device__ __forceinline__ void update_vectors(const Params& p, const Shared& s,
   using C = typename Compute<T>::type;
   constexpr int V = Vector<T>::size;
   constexpr int R = held_of(dtype_of<T>);
-  // The sums of eight lanes leave fewer registers.
-  constexpr int kBatch = sizeof(T) == 2 ? 3 : cuda::kBatch;
   const Key& key = at.key->key;
   const Walk<T> x(key.x, at);
   const int n = rows_of(at);

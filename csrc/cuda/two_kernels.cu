@@ -35,24 +35,26 @@ __device__ __forceinline__ void accumulate(const Params& p, const Shared& s,
   constexpr int kBatch = kSumBatch<T>;
   if constexpr (kTakesValues<T>) {
     if (at.key->plan.vector == 1) {
+      prepare(s, at);
       return sum_up_values(p, s, at);
     }
   }
-  SumsOf<T> sums(s, at);
-  Marks marks;
   const Walk<T> x(at.key->key.x, at);
   const int n = rows_of(at);
-  in_batches<kBatch>(n, [&](int i, auto size) {
-    if (i % kFlushRows < kBatch) {
-      sums.flush();
-    }
-    Vector<T> batch[kBatch];
+  Vector<T> batch[kBatch];
+  const auto load_batch = [&](int i, int size) {
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
       if (j < size) {
         batch[j] = *x[i + j];
       }
     }
+  };
+  load_batch(0, n);
+  prepare(s, at);  // while those are under way
+  SumsOf<T> sums(s, at);
+  Marks marks;
+  const auto add_batch = [&](int i, int size) {
     const unsigned counts = marks.take<kBatch>(at, i, n);
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
@@ -60,6 +62,15 @@ __device__ __forceinline__ void accumulate(const Params& p, const Shared& s,
         sums.add(batch[j].at);
       }
     }
+  };
+  add_batch(0, n);
+  in_batches<kBatch>(n - kBatch, [&](int i, auto size) {
+    const int first = kBatch + i;
+    if (first % kFlushRows < kBatch) {
+      sums.flush();
+    }
+    load_batch(first, size);
+    add_batch(first, size);
   });
   add_tail<T>(at, [&](int v, T value) { sums.add_one(v, value); });
   sums.flush();
@@ -73,7 +84,6 @@ __global__ void __launch_bounds__(kBlockThreads, kSumBlocks)
   const Shared s{p};
   const Place at = find_place<kBlockThreads, true>(p, static_cast<int>(blockIdx.x));
   const LanePlan& plan = at.key->plan;
-  prepare(s, at);
   accumulate<T>(p, s, at);
 
   const int values = 3 * at.features + 1;
@@ -122,26 +132,34 @@ __device__ void apply(const Params& p) {
                  : map_values<Map, double>(p, read_maps<Map, double>(p, at), at);
     }
   }
-  const double* maps = read_maps<Map, C>(p, at);
-  Map<C> map[Vector<T>::size];
-  get_maps<Map>(maps, at, map);
   const Walk<T> x(key.x, at);
   const Walk<Output<T>> y(key.y, at);
-  const int last = rows_of(at) - 1;
-  in_batches<kBatch>(last + 1, [&](int i, auto size) {
-    Vector<T> batch[kBatch];
+  const int n = rows_of(at);
+  Vector<T> batch[kBatch];
+  const auto load_batch = [&](int i, int size) {
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
       if (j < size) {
-        batch[j] = *x[last - i - j];
+        batch[j] = *x[n - 1 - i - j];
       }
     }
+  };
+  load_batch(0, n);
+  const double* maps = read_maps<Map, C>(p, at);  // while those are under way
+  Map<C> map[Vector<T>::size];
+  get_maps<Map>(maps, at, map);
+  const auto store_batch = [&](int i, int size) {
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
       if (j < size) {
-        store_mapped<T>(p, y[last - i - j], batch[j], map);
+        store_mapped<T>(p, y[n - 1 - i - j], batch[j], map);
       }
     }
+  };
+  store_batch(0, n);
+  in_batches<kBatch>(n - kBatch, [&](int i, auto size) {
+    load_batch(kBatch + i, size);
+    store_batch(kBatch + i, size);
   });
   if (at.has_tail()) {
     map_tail<Map, C>(p, maps, at);

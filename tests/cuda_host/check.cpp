@@ -3,10 +3,11 @@
 // This source code is licensed under the MIT license found in the
 // LICENSE file in the root directory of this source tree.
 
-// The CUDA kernels, run on the host, against sums in long double: all dtypes, strides,
-// masks, tails, several keys, values that are not finite, with and without the counter
-// of them, each kind of kernel, both orders of blocks and threads. Prints what differs;
-// exits with 1 then.
+// The CUDA kernels against sums in long double: all dtypes, strides, masks, tails,
+// several keys, values that are not finite, with and without the counter of them, each
+// kind of kernel, both orders of blocks and threads. Run on the host (emulation.h), or
+// compiled by nvcc for a GPU, where compute-sanitizer looks at them. Prints what
+// differs; exits with 1 then.
 
 #include <cstdio>
 #include <limits>
@@ -17,6 +18,7 @@
 #include "csrc/cuda/kernels.h"
 #include "csrc/cuda/returns.h"
 #include "tests/cases.h"
+#include "tests/cuda_host/memory.h"
 #include "tests/returns_cases.h"
 
 using namespace vecnorm;
@@ -36,11 +38,12 @@ void run(const std::vector<Case>& cases, cuda::Path wish) {
     all.back().c.name += " path " + std::to_string(static_cast<int>(wish));
   }
   for (int call = 0; call < 2; ++call) {
+    Memory memory;
     std::vector<Key> keys;
     for (Buffers& b : all) {
       b.fill();
       b.expect(keep);
-      keys.push_back(b.key());
+      keys.push_back(memory.there(b.key()));
     }
     cuda::Update update(keys, {keep, 1}, rule, wish);
     const cuda::WorkspaceSize size = update.workspace();
@@ -52,7 +55,9 @@ void run(const std::vector<Case>& cases, cuda::Path wish) {
     for (size_t i = 0; i < size.counters; ++i) {
       counters[i] = i % 2 == 0 ? 0 : 0x80000000u;  // as barriers may leave them
     }
-    if (update.run({partials.data(), counters.data()}, nullptr) != cudaSuccess) {
+    const cuda::Workspace workspace{memory.blank(partials.data(), size.partials),
+                                    memory.there(counters.data(), size.counters)};
+    if (update.run(workspace, nullptr) != cudaSuccess || !memory.bring_back()) {
       std::printf("%s: the launch failed\n", all[0].c.name.c_str());
       ++failures;
     }
@@ -70,14 +75,21 @@ void run(const std::vector<Case>& cases, cuda::Path wish) {
       std::printf("a write outside of the workspace\n");
       ++failures;
     }
-    cuda::normalize(keys, rule, nullptr);
+    if (cuda::normalize(keys, rule, nullptr) != cudaSuccess || !memory.bring_back()) {
+      std::printf("%s: a launch of normalize failed\n", all[0].c.name.c_str());
+      ++failures;
+    }
     for (Buffers& b : all) {
       b.compare();
     }
   }
   // The inverse gives back what was normalised.
   for (Buffers& b : all) {
-    b.compare_back([&](const Key& k) { cuda::denormalize({k}, rule, nullptr); });
+    b.compare_back([&](const Key& k) {
+      Memory memory;
+      cuda::denormalize({memory.there(k)}, rule, nullptr);
+      memory.bring_back();
+    });
   }
 }
 
@@ -226,7 +238,6 @@ void check_divisors() {
 
 // Rewards, in one block and in more.
 void check_all_returns(const std::string& extent) {
-  emulation::device = 0;
   for (const ReturnsCase& of : returns_cases(!extent.empty())) {
     if (extent == "few" && of.clears_before) {
       continue;  // the order of it is arithmetic alone
@@ -242,10 +253,12 @@ void check_all_returns(const std::string& extent) {
           for (size_t i = 0; i < size.counters; ++i) {
             counters[i] = 0x80000000u;  // as a barrier may leave it
           }
-          const cuda::Workspace workspace{partials.data(), counters.data()};
-          if (cuda::scale_returns(r, by, weights, rule, workspace, nullptr) !=
-                  cudaSuccess ||
-              !partials.intact() || !counters.intact() ||
+          Memory memory;
+          const cuda::Workspace workspace{memory.blank(partials.data(), size.partials),
+                                          memory.there(counters.data(), size.counters)};
+          if (cuda::scale_returns(memory.there(r), by, weights, rule, workspace,
+                                  nullptr) != cudaSuccess ||
+              !memory.bring_back() || !partials.intact() || !counters.intact() ||
               (size.counters > 0 && (counters[0] & 0x7fffffffu) != 0)) {
             std::printf("returns: a launch failed, or its workspace is spoiled\n");
             ++failures;
@@ -254,12 +267,11 @@ void check_all_returns(const std::string& extent) {
   }
 }
 
-}  // namespace
+#ifdef VECNORM_CUDA_ON_HOST
 
-int main(int argc, char** argv) {
+// GPUs with little memory, with and without what fused kernels need.
+void check_all(const std::string& extent) {
   using cuda::Path;
-  check_divisors();
-  const std::string extent = argc > 1 ? argv[1] : "";  // "small", "few" or all
   const bool quick = extent == "few";
   emulation::uneven = quick;
 #ifdef VECNORM_HOST_THREADS
@@ -272,6 +284,7 @@ int main(int argc, char** argv) {
       break;  // for sanitizers, which are slow
     }
     emulation::descending = descending;
+    emulation::device = 0;
     check_all_returns(extent);
     for (const auto& call : calls(extent)) {
       if (descending && call[0].samples * call[0].features > 10000) {
@@ -281,8 +294,7 @@ int main(int argc, char** argv) {
         emulation::device = 0;
         run(call, wish);
         if (quick && failures > 0) {
-          std::printf("%d differences\n", failures);
-          return 1;
+          return;
         }
         // More memory changes what happens to what does not fit into less.
         if (!quick && (call[0].features > 64 || call[0].samples > 500)) {
@@ -302,6 +314,40 @@ int main(int argc, char** argv) {
       }
     }
   }
+}
+
+#else
+
+// The GPU that is there.
+void check_all(const std::string& extent) {
+  using cuda::Path;
+  check_all_returns(extent);
+  for (const auto& call : calls(extent)) {
+    for (Path wish : {Path::kTwoKernels, Path::kCluster, Path::kResident}) {
+      run(call, wish);
+    }
+  }
+  if (extent.empty()) {
+    // In shared memory as well, and more than that.
+    run({make("kept", 60000, 64)}, Path::kResident);
+    run({make("more than fits", 150000, 64)}, Path::kResident);
+    run({make("long", 60000, 20, Dtype::kBFloat16)}, Path::kAuto);
+    run({make("no vectors", 30000, 257)}, Path::kAuto);
+  }
+}
+
+#endif
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  int device = 0;
+  if (const cudaError_t error = cuda::current_device(&device)) {
+    std::printf("CUDA error %d: there is no GPU\n", static_cast<int>(error));
+    return 2;
+  }
+  check_divisors();
+  check_all(argc > 1 ? argv[1] : "");  // "small", "few" or all
   std::printf("paths taken: %d clusters, %d resident, %d two kernels\n", taken[1],
               taken[2], taken[3]);
   std::printf("%d differences\n", failures);

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.compiler import is_compiling
 
 from torchrl_vecnorm import functional, oracle
-from torchrl_vecnorm.moments import Moments
+from torchrl_vecnorm.moments import Moments, moved
 from torchrl_vecnorm.statistics.entries import copy_moments
 from torchrl_vecnorm.statistics.keys import Key
 from torchrl_vecnorm.statistics.modes import new_moments
@@ -184,14 +184,18 @@ def _compute_from_moments(
     if updating:
         states = {e.key.names: e.state for e in known}
         batches: dict[StateNames, Moments] = {}
-        for e in known:
-            batch = called(
+        found = [
+            called(
                 [e.key],
                 functional.moments,
                 e.value,
                 e.state.sum.ndim,
                 mask=e.mask,
-            ).to(e.state.sum.device)
+            )
+            for e in known
+        ]
+        found = moved(found, [e.state.sum.device for e in known])
+        for e, batch in zip(known, found, strict=True):
             if e.key.names in batches:
                 functional.merge_(batches[e.key.names], batch)
             else:
@@ -202,7 +206,8 @@ def _compute_from_moments(
             decay=weights.keep,
             weight=weights.weight,
         )
-    here = [replace(e, state=e.state.to(e.value.device)) for e in known]
+    near = moved([e.state for e in known], [e.value.device for e in known])
+    here = [replace(e, state=state) for e, state in zip(known, near, strict=True)]
     return _compute_here(here, False, weights, eps)
 
 
