@@ -121,7 +121,9 @@ def test_arrows_run_one_way():
     below = of("_ops", "_return_ops", "oracle", "moments", "rule", "ranks", "groups")
     assert imported(package / "functional.py") <= below
     now_and_then = imported(package / "syncing.py", package / "merging.py")
-    assert now_and_then <= of("moments", "checks", "totals", "groups", "syncing")
+    assert now_and_then <= of(
+        "_load", "moments", "checks", "totals", "groups", "syncing"
+    )
     engine = imported(*(package / "statistics").glob("*.py"))
     assert "torchrl_vecnorm.functional" in engine
     assert not any(re.match(r"torchrl(\.|$)|.*\.transforms", name) for name in engine)

@@ -82,6 +82,25 @@ def scale_returns_of_one(
 ) -> Tensor | None:
     """The same of one key."""
 
+def normalize_array(
+    x: Any,
+    state: Sequence[Tensor],
+    updating: bool,
+    rule: tuple[float, int, float | None, bool],
+) -> Any:
+    """An array of numpy, normalised; folded into the state first, or not."""
+
+def scale_returns_of_arrays(
+    x: Any,
+    done: Any,
+    returns: Any,
+    state: Sequence[Tensor],
+    gamma: float,
+    clears_before: bool,
+    rule: tuple[float, int, float | None, bool],
+) -> Any:
+    """scale_returns_of_one of arrays of numpy."""
+
 def note_call(kept: Tensor, count: Tensor, keep: float, samples: float) -> None:
     """``kept *= keep`` and ``count = keep * count + samples``, on the CPU."""
 

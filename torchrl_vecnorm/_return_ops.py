@@ -85,6 +85,9 @@ def _scale_returns(
         out.copy_(value)
 
 
+#: scale_returns() of one key without lists, where no graph is made; None as that of _C.
+scale_returns_of_one = _C.scale_returns_of_one
+
 _ops.library.impl("scale_returns", _scale_returns, "CompositeExplicitAutograd")
 
 

@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 from torchrl_vecnorm import _ops, _return_ops, oracle
-from torchrl_vecnorm._load import _C
 from torchrl_vecnorm.groups import Group
 from torchrl_vecnorm.moments import Moments
 from torchrl_vecnorm.ranks import reduced
@@ -599,7 +598,7 @@ def scale_returns_with(
     try:
         if not torch.compiler.is_compiling():
             # As the call below, without lists: they take a tenth of the time.
-            y = _C.scale_returns_of_one(
+            y = _return_ops.scale_returns_of_one(
                 reward, done, returns, state, masks, gamma, clears_before, decay, rule
             )
             if y is not None:

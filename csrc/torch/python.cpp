@@ -13,6 +13,7 @@
 #include <torch/csrc/Dtype.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
+#include <torch/csrc/utils/tensor_numpy.h>
 
 #include <algorithm>
 #include <memory>
@@ -130,6 +131,39 @@ std::optional<Tensor> scale_returns_of_one(const Tensor& x, const Tensor& done,
   scale_returns(x, done, returns, state, y, mask, gamma, clears_before, keep,
                 rule_args(rule));
   return y;
+}
+
+// Arrays of numpy, for libraries that know nothing else: as tensors and back they would
+// take as long as the call.
+Tensor of_array(const py::object& array) {
+  return torch::utils::tensor_from_numpy(array.ptr(), /*warn_if_not_writeable=*/false);
+}
+
+py::object as_array(const Tensor& t) {
+  return py::reinterpret_steal<py::object>(torch::utils::tensor_to_numpy(t));
+}
+
+py::object normalize_array(const py::object& x, const Listed& state, bool updating,
+                           const py::tuple& rule) {
+  const Tensor value = of_array(x);
+  const Tensor y = output_like(value);
+  if (updating) {
+    update(value, state, y, {}, 1, 1, rule_args(rule));
+  } else {
+    normalize_out(value, state, y, rule_args(rule));
+  }
+  return as_array(y);
+}
+
+py::object scale_returns_of_arrays(const py::object& x, const py::object& done,
+                                   const py::object& returns, const Listed& state,
+                                   double gamma, bool clears_before,
+                                   const py::tuple& rule) {
+  const Tensor reward = of_array(x);
+  const Tensor y = output_like(reward);
+  scale_returns(reward, of_array(done), of_array(returns), state, y, {}, gamma,
+                clears_before, 1, rule_args(rule));
+  return as_array(y);
 }
 
 // Since.note() of torchrl_vecnorm/syncing.py, of numbers on the CPU: three operators of
@@ -467,6 +501,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("scale_returns_of_one", &scale_returns_of_one, py::arg("x"), py::arg("done"),
         py::arg("returns"), py::arg("state"), py::arg("mask"), py::arg("gamma"),
         py::arg("clears_before"), py::arg("keep"), py::arg("rule"));
+  m.def("normalize_array", &normalize_array, py::arg("x"), py::arg("state"),
+        py::arg("updating"), py::arg("rule"));
+  m.def("scale_returns_of_arrays", &scale_returns_of_arrays, py::arg("x"),
+        py::arg("done"), py::arg("returns"), py::arg("state"), py::arg("gamma"),
+        py::arg("clears_before"), py::arg("rule"));
   m.def("note_call", &note_call, py::arg("kept"), py::arg("count"), py::arg("keep"),
         py::arg("samples"));
   m.def("moments", &moments_of, py::arg("x"), py::arg("feature_ndim"), py::arg("mask"));

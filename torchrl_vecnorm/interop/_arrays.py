@@ -33,12 +33,17 @@ def rule_of(epsilon: float, clip: float = math.inf) -> tuple:
     return epsilon, _VAR_ADD, None if clip == math.inf else clip, True
 
 
+def is_usual(x: Any) -> bool:
+    """Whether x is as nearly all arrays are: what the compiled code takes as it is."""
+    return type(x) is np.ndarray and x.dtype in _FLOATS and x.flags.carray
+
+
 def tensor_of(x: Any) -> Tensor:
     """An array as a tensor, without a copy where torch can read it as it lies."""
+    if is_usual(x):
+        return torch.from_numpy(x)
     if type(x) is not np.ndarray:
         x = np.asarray(x)
-    if x.dtype in _FLOATS and x.flags.carray:  # as nearly all are
-        return torch.from_numpy(x)
     if x.dtype not in _DTYPES:
         if x.dtype.kind not in "fiu":
             raise TypeError(f"expected an array of real numbers, got {x.dtype}")
@@ -110,6 +115,8 @@ class ArrayStatistics:
 
     def normalize(self, x: Any, rule: tuple, update: bool = False) -> np.ndarray:
         """Normalises ``[*samples, *shape]``, with x taken in first or not."""
+        if is_usual(x):
+            return _C.normalize_array(x, self._state, update, rule)
         return normalize([tensor_of(x)], self._state, rule, update)[0].numpy()
 
     def scale(self, epsilon: float) -> float:

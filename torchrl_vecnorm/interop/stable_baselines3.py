@@ -11,16 +11,15 @@ from copy import deepcopy
 from typing import Any
 
 import numpy as np
-import torch
 from stable_baselines3.common import running_mean_std
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env import VecNormalize as Theirs
 
 from torchrl_vecnorm._load import _C
 from torchrl_vecnorm.interop._arrays import (
-    _FLOATS,
     _VAR_ADD,
     ArrayStatistics,
+    is_usual,
     normalize,
     rule_of,
     tensor_of,
@@ -44,7 +43,8 @@ class VecNormalize(Theirs):
     Takes what that takes, and is one. ``save`` writes a file of Stable-Baselines3's class,
     and ``load`` reads one. ``obs_rms`` and ``ret_rms`` can be read, and assigned to.
 
-    What differs: NaN and infinite values count as values at the running mean; arrays of
+    What differs: NaN and infinite values count as values at the running mean, and a return
+    goes on as if such a reward were 0; arrays of
     statistics are not to be written to in place; statistics that no data can have given
     are refused when they are loaded or assigned. Arithmetic is that of float64.
     """
@@ -53,7 +53,6 @@ class VecNormalize(Theirs):
     ret_rms: RunningMeanStd
 
     _scales_as_here = True  # a subclass may have its own way with rewards
-    _returns_tensor: Any = None  # the memory of `returns`, which an assignment replaces
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Notes whether the class treats rewards as this one does."""
@@ -133,29 +132,22 @@ class VecNormalize(Theirs):
         if not (
             self._scales_as_here
             and self.norm_reward
-            and type(reward) is type(done) is np.ndarray
-            and reward.shape == done.shape == returns.shape
-            and reward.dtype in _FLOATS
+            and is_usual(reward)
+            and type(done) is np.ndarray
             and done.dtype == bool
-            and returns.dtype == np.float64
-            and returns.flags.carray
+            and done.flags.carray
+            and reward.shape == done.shape == returns.shape
+            and is_usual(returns)
             and 0 <= self.gamma <= 1
         ):
             return None
-        if self._returns_tensor is None or self._returns_tensor[0] is not returns:
-            self.__dict__["_returns_tensor"] = returns, torch.from_numpy(returns)
-        y = _C.scale_returns_of_one(
-            tensor_of(reward),
-            tensor_of(done),
-            self._returns_tensor[1],
-            self.ret_rms._state,
-            (),
-            float(self.gamma),
-            False,
-            1.0,
-            (float(self.epsilon), _VAR_ADD, float(self.clip_reward), False),
+        rule = float(self.epsilon), _VAR_ADD, float(self.clip_reward), False
+        state = self.ret_rms._state
+        return _float32(
+            _C.scale_returns_of_arrays(
+                reward, done, returns, state, float(self.gamma), False, rule
+            )
         )
-        return _float32(y.numpy())
 
     def _normalized(self, obs: Any, update: bool) -> Any:
         if not self.norm_obs:
@@ -172,11 +164,6 @@ class VecNormalize(Theirs):
         return {k: result[k] for k in obs}
 
     # ------------------------------------------------------------------------ files
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = super().__getstate__()
-        state.pop("_returns_tensor", None)
-        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -207,7 +194,6 @@ class VecNormalize(Theirs):
         """Writes a file of Stable-Baselines3's class, which `load` of either class reads."""
         plain = Theirs.__new__(Theirs)
         plain.__dict__.update(self.__dict__)
-        plain.__dict__.pop("_returns_tensor", None)
         with open(save_path, "wb") as file:
             pickle.dump(plain, file)
 
