@@ -10,10 +10,10 @@
 
 #include <ATen/Functions.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <pybind11/numpy.h>
 #include <torch/csrc/Dtype.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
-#include <torch/csrc/utils/tensor_numpy.h>
 
 #include <algorithm>
 #include <memory>
@@ -133,37 +133,50 @@ std::optional<Tensor> scale_returns_of_one(const Tensor& x, const Tensor& done,
   return y;
 }
 
-// Arrays of numpy, for libraries that know nothing else: as tensors and back they would
-// take as long as the call.
-Tensor of_array(const py::object& array) {
-  return torch::utils::tensor_from_numpy(array.ptr(), /*warn_if_not_writeable=*/false);
+// Arrays of numpy, for libraries that know nothing else: as tensors of Python and back
+// they would take as long as the call. (torch's own way there is not exported by
+// torch 2.7.)
+Tensor memory_of(const py::array& array) {
+  const char kind = array.dtype().kind();
+  const py::ssize_t bytes = array.itemsize();
+  const bool is_real = kind == 'f' && (bytes == 4 || bytes == 8);
+  TORCH_CHECK_TYPE(
+      (is_real || kind == 'b') && (array.flags() & py::array::c_style) != 0,
+      "expected a dense array of float32, float64 or bool, got ",
+      std::string(py::str(array.dtype())));
+  const at::ScalarType type = kind == 'b'  ? at::kBool
+                              : bytes == 4 ? at::kFloat
+                                           : at::kDouble;
+  const c10::SmallVector<int64_t, 5> shape(array.shape(), array.shape() + array.ndim());
+  return at::from_blob(const_cast<void*>(array.data()), shape, type);
 }
 
-py::object as_array(const Tensor& t) {
-  return py::reinterpret_steal<py::object>(torch::utils::tensor_to_numpy(t));
+py::array array_like(const py::array& array) {
+  return py::array(array.dtype(), std::vector<py::ssize_t>(
+                                      array.shape(), array.shape() + array.ndim()));
 }
 
-py::object normalize_array(const py::object& x, const Listed& state, bool updating,
-                           const py::tuple& rule) {
-  const Tensor value = of_array(x);
-  const Tensor y = output_like(value);
+py::array normalize_array(const py::array& x, const Listed& state, bool updating,
+                          const py::tuple& rule) {
+  const Tensor value = memory_of(x);
+  py::array result = array_like(x);
+  const Tensor y = memory_of(result);
   if (updating) {
     update(value, state, y, {}, 1, 1, rule_args(rule));
   } else {
     normalize_out(value, state, y, rule_args(rule));
   }
-  return as_array(y);
+  return result;
 }
 
-py::object scale_returns_of_arrays(const py::object& x, const py::object& done,
-                                   const py::object& returns, const Listed& state,
-                                   double gamma, bool clears_before,
-                                   const py::tuple& rule) {
-  const Tensor reward = of_array(x);
-  const Tensor y = output_like(reward);
-  scale_returns(reward, of_array(done), of_array(returns), state, y, {}, gamma,
-                clears_before, 1, rule_args(rule));
-  return as_array(y);
+py::array scale_returns_of_arrays(const py::array& x, const py::array& done,
+                                  const py::array& returns, const Listed& state,
+                                  double gamma, bool clears_before,
+                                  const py::tuple& rule) {
+  py::array result = array_like(x);
+  scale_returns(memory_of(x), memory_of(done), memory_of(returns), state,
+                memory_of(result), {}, gamma, clears_before, 1, rule_args(rule));
+  return result;
 }
 
 // Since.note() of torchrl_vecnorm/syncing.py, of numbers on the CPU: three operators of
