@@ -16,9 +16,11 @@ import torch
 from tensordict import TensorDict
 from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase, TransformedEnv
+from torchrl.envs import VecNormV2 as TheirV2
 from torchrl.envs.transforms import Compose, RewardSum, StepCounter, Transform
 
 from bench import peers
+from torchrl_vecnorm import VecNormV2
 
 BARE, IDENTITY, OURS = "no transform", "identity transform", "VecNorm (ours)"
 #: A step as it is, and as one graph of torch.compile.
@@ -168,6 +170,9 @@ def whole_steps(n: int, how: str) -> tuple[dict[str, Callable], dict[str, str]]:
         (BARE, None),
         (peers.OURS_V2, partial(peers.ours_v2, KEYS)),
         (peers.TORCHRL_V2, partial(peers.torchrl_v2, KEYS)),
+        # torchrl's takes an observation only.
+        (peers.OURS_TRAVELS, partial(peers.travelling, VecNormV2, KEYS[:1])),
+        (peers.TORCHRL_TRAVELS, partial(peers.travelling, TheirV2, KEYS[:1])),
     ]:
         try:
             last = () if make is None else (make(),)

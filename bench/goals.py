@@ -189,12 +189,15 @@ def _whole_steps(records: list[dict]) -> list[Goal]:
     sizes = {r["samples"] for r in records if r["section"] == "whole step"}
     for n in sorted(sizes):
         at = {"section": "whole step", "samples": n, "method": env.COMPILED}
-        faster = _ratio(
-            find(records, name=peers.TORCHRL_V2, **at),
-            find(records, name=peers.OURS_V2, **at),
-        )
-        what = f"{n}: step_and_maybe_reset compiled with VecNormV2, torchrl's / ours"
-        found.append(Goal(what, WHOLE_STEP, True, faster))
+        for ours, theirs, how in [
+            (peers.OURS_V2, peers.TORCHRL_V2, ""),
+            (peers.OURS_TRAVELS, peers.TORCHRL_TRAVELS, "(stateful=False)"),
+        ]:
+            faster = _ratio(
+                find(records, name=theirs, **at), find(records, name=ours, **at)
+            )
+            what = f"{n}: step_and_maybe_reset compiled with VecNormV2{how}"
+            found.append(Goal(f"{what}, torchrl's / ours", WHOLE_STEP, True, faster))
     return found
 
 

@@ -40,6 +40,8 @@ STEP = "VecNorm._step (ours)"
 OURS_V2 = "VecNormV2 (ours)"
 TORCHRL = "torchrl VecNorm"
 TORCHRL_V2 = "torchrl VecNormV2"
+OURS_TRAVELS = "VecNormV2 (ours), stateful=False"
+TORCHRL_TRAVELS = "torchrl VecNormV2, stateful=False"
 COMPILED_V2 = "torchrl VecNormV2, compiled"
 BATCH_NORM = "F.batch_norm"
 
@@ -169,6 +171,11 @@ def torchrl_v2(keys=None, out_keys=None):
 def torchrl(xs: Tensors, ys: Tensors, decay: float = DECAY) -> Run:
     """The class that ours stands in for."""
     return _transform(partial(torchrl_vecnorm, decay=decay), "_call", xs)
+
+
+def travelling(kind: type, keys=None):
+    """A VecNormV2 whose statistics are in the tensordict, of either library."""
+    return kind(keys, decay=DECAY, eps=EPS, stateful=False)
 
 
 def ours_v2(keys=None, out_keys=None) -> VecNormV2:
