@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass, field
 from fractions import Fraction
 
@@ -409,3 +410,16 @@ def test_what_is_noted_of_a_call_takes_no_operators(kind):
     feed(begins, [(1.0, 2.0), (4.0, 6.0)])
     load(goes_on, state_of(begins))
     assert operators(goes_on) == operators(begins)
+
+
+def test_a_pickle_from_before_goes_on():
+    norm = make("VecNorm", 0.9)
+    begins = make("VecNorm", 0.9)
+    feed(begins, [(1.0, 2.0), (4.0, 6.0)])
+    load(norm, state_of(begins))
+    for since in norm._statistics.store.since.values():
+        del since.features
+    again = pickle.loads(pickle.dumps(norm))
+    for one in (again, begins):
+        feed(one, [(3.0, 5.0)])
+    assert read(again) == read(begins)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -63,6 +63,10 @@ class Since:
             self.count = self.base.samples().double().cpu().clone()
         self.is_told = False
         self.features = max(self.base.sum.numel(), 1)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.features = max(self.base.sum.numel(), 1)  # older pickles have none
 
     def note(self, keep: float, samples: int | Tensor) -> None:
         """Notes a call that has multiplied them by ``keep``, unless it had no samples."""
