@@ -41,6 +41,8 @@ from torchrl.testing.mocking_classes import CountingEnv
 from torchrl_vecnorm import VecNorm
 from torchrl_vecnorm.moments import Moments, moved, packed
 from torchrl_vecnorm.statistics import compute, engine
+from torchrl_vecnorm.statistics.control import _STATE as STATE
+from torchrl_vecnorm.statistics.sharing import CONTROL
 
 # A spawned process imports torchrl, which takes longer than its work.
 WORKERS = {"fork": 3, "spawn": 2}
@@ -776,3 +778,15 @@ def test_staging(monkeypatch, updating):
         torch.testing.assert_close(
             direct._td[name], staged._td[name], rtol=1e-5, atol=1e-5
         )
+
+
+@pytest.mark.parametrize("memmap", [False, True])
+def test_how_shared_statistics_are_written(memmap):
+    """Where they are in memory; through copies in a file, whose journal has the last."""
+    td = built(["observation"], memmap)
+    transform = VecNorm(["observation"], shared_td=td)
+    batch = TensorDict({"observation": torch.randn(4, 2)}, [4])
+    for _ in range(3):
+        transform(batch.clone())
+    words = td[CONTROL].view(torch.int64)
+    assert words[STATE].item() == (0 if memmap else 2)  # kClean, kReplaced

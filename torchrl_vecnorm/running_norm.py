@@ -282,7 +282,7 @@ class RunningNorm(nn.Module):
         for k, key in enumerate(keys):
             if key.since is not None:
                 masked = bool(masks) and masks[k].numel() > 0
-                size = max(key.sum.numel(), 1)
+                size = key.since.features
                 samples = masks[k].sum() if masked else xs[k].numel() // size
                 key.since.note(self.decay, samples)
 

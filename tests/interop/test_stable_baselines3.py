@@ -372,3 +372,16 @@ def test_returns_that_are_assigned():
         rewards, others = ours.step_wait()[1], theirs.step_wait()[1]
         assert_close(rewards, others)
         assert_close(ours.returns, theirs.returns)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"clip_reward": np.inf}, {"clip_reward": 0.0}, {"epsilon": 0.0}, {"gamma": 1}],
+)
+def test_numbers_that_rewards_may_have(options):
+    ours, theirs = pair(norm_obs=False, **options)
+    for env in (ours, theirs):
+        env.reset()
+    for _ in range(30):
+        assert_close(ours.step_wait()[1], theirs.step_wait()[1])
+    assert_same_statistics(ours, theirs)

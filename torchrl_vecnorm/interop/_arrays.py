@@ -28,9 +28,9 @@ _DTYPES = frozenset(
 )
 
 
-def rule_of(epsilon: float, clip: float = math.inf) -> tuple:
+def rule_of(epsilon: float, clip: float = math.inf, center: bool = True) -> tuple:
     """``(x - mean) / sqrt(var + epsilon)``, clipped: the fields of a `Rule`."""
-    return epsilon, _VAR_ADD, None if clip == math.inf else clip, True
+    return epsilon, _VAR_ADD, None if clip == math.inf else clip, center
 
 
 def is_usual(x: Any) -> bool:

@@ -17,7 +17,6 @@ from stable_baselines3.common.vec_env import VecNormalize as Theirs
 
 from torchrl_vecnorm._load import _C
 from torchrl_vecnorm.interop._arrays import (
-    _VAR_ADD,
     ArrayStatistics,
     is_usual,
     normalize,
@@ -139,13 +138,15 @@ class VecNormalize(Theirs):
             and reward.shape == done.shape == returns.shape
             and is_usual(returns)
             and 0 <= self.gamma <= 1
+            and self.epsilon > 0
+            and self.clip_reward > 0
         ):
             return None
-        rule = float(self.epsilon), _VAR_ADD, float(self.clip_reward), False
+        rule = rule_of(self.epsilon, self.clip_reward, center=False)
         state = self.ret_rms._state
         return _float32(
             _C.scale_returns_of_arrays(
-                reward, done, returns, state, float(self.gamma), False, rule
+                reward, done, returns, state, self.gamma, False, rule
             )
         )
 
