@@ -190,7 +190,7 @@ def check_is_caught(programs, run, tmp_path, lock, what, name, old, new):
 
 LOCK_MADE_ANEW = """\
       header_->lock.init();
-      VECNORM_CRASH(16);
+      VECNORM_CRASH(13);
       header_->identity.store(identity);"""
 
 # What is planted is an error of one kind of lock.
@@ -242,8 +242,8 @@ def test_harness_catches_record_locks(programs, run, tmp_path, old, new):
         pytest.param(
             "crash",
             "control.cpp",
-            "VECNORM_CRASH(13);\n  header_->state.store(kCommitted",
-            "VECNORM_CRASH(13);\n  header_->state.store(kReplaced",
+            "VECNORM_CRASH(5);\n  header_->state.store(kCommitted",
+            "VECNORM_CRASH(5);\n  header_->state.store(kReplaced",
             id="entries are written that nobody puts back",
         ),
         pytest.param(

@@ -179,7 +179,7 @@ Control::Control(void* memory, size_t bytes, std::vector<Entry> entries)
     const FileLock one_at_a_time;
     if (is_elsewhere()) {
       header_->lock.init();
-      VECNORM_CRASH(16);
+      VECNORM_CRASH(13);
       header_->identity.store(identity);
     }
   }
@@ -236,6 +236,26 @@ void Control::expect_finished() const {
   }
 }
 
+// After which the entries are what the journal has, or are made so by whoever takes the
+// lock when this process has died. `value_of(i)` is what it is to have for entry i.
+template <typename F>
+void Control::write_journal(const F& value_of) {
+  char* at = header_->journal();
+  for (size_t i = 0; i < entries_.size(); ++i) {
+    const Record record{names_[i], entries_[i].bytes};
+    std::memcpy(at, &record, sizeof(record));
+    keep(at + sizeof(record), static_cast<const char*>(value_of(i)), record.bytes);
+    at += sizeof(record) + up_to_8(record.bytes);
+    VECNORM_CRASH(4);
+  }
+  header_->used.store(needed_, std::memory_order_relaxed);
+  VECNORM_CRASH(5);
+  header_->state.store(kCommitted, std::memory_order_release);
+  // The entries are not written before.
+  std::atomic_signal_fence(std::memory_order_seq_cst);
+  VECNORM_CRASH(6);
+}
+
 void Control::commit(const std::vector<const void*>& values) {
   if (entries_.empty()) {
     return;
@@ -247,20 +267,7 @@ void Control::commit(const std::vector<const void*>& values) {
     }
     return;
   }
-  char* at = header_->journal();
-  for (size_t i = 0; i < entries_.size(); ++i) {
-    const Record record{names_[i], entries_[i].bytes};
-    copy(at, &record, sizeof(record));
-    copy(at + sizeof(record), values[i], record.bytes);
-    at += sizeof(record) + up_to_8(record.bytes);
-    VECNORM_CRASH(4);
-  }
-  header_->used.store(needed_, std::memory_order_relaxed);
-  VECNORM_CRASH(5);
-  header_->state.store(kCommitted, std::memory_order_release);
-  // The entries are not written before.
-  std::atomic_signal_fence(std::memory_order_seq_cst);
-  VECNORM_CRASH(6);
+  write_journal([&](size_t i) { return values[i]; });
   publish();
 }
 
@@ -269,27 +276,14 @@ bool Control::begin() {
     return false;
   }
   expect_finished();
-  char* at = header_->journal();
-  for (size_t i = 0; i < entries_.size(); ++i) {
-    const Record record{names_[i], entries_[i].bytes};
-    std::memcpy(at, &record, sizeof(record));
-    keep(at + sizeof(record), static_cast<const char*>(entries_[i].data), record.bytes);
-    at += sizeof(record) + up_to_8(record.bytes);
-    VECNORM_CRASH(12);
-  }
-  header_->used.store(needed_, std::memory_order_relaxed);
-  VECNORM_CRASH(13);
-  header_->state.store(kCommitted, std::memory_order_release);
-  // The entries are not written before.
-  std::atomic_signal_fence(std::memory_order_seq_cst);
-  VECNORM_CRASH(14);
+  write_journal([this](size_t i) { return entries_[i].data; });
   return true;
 }
 
 void Control::end() {
   std::atomic_signal_fence(std::memory_order_seq_cst);
   header_->state.store(kReplaced, std::memory_order_release);
-  VECNORM_CRASH(15);
+  VECNORM_CRASH(12);
 }
 
 void Control::undo() { publish(); }

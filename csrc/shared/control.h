@@ -102,6 +102,8 @@ class Control {
   void publish();
   void expect_finished() const;
   template <typename F>
+  void write_journal(const F& value_of);
+  template <typename F>
   void for_each_record(const F& f) const;
 
   Header* header_;

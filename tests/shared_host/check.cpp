@@ -52,9 +52,9 @@ namespace {
 constexpr int kKeys = 3;
 constexpr int kFeatures = 512;
 constexpr int kWorkers = 4;
-constexpr int kPoints = 15;       // of control.cpp, in an update
-constexpr int kAttachPoint = 16;  // where the lock of a copy is made anew
-constexpr int kPoint = 17;        // between the writes to the entries themselves
+constexpr int kPoints = 12;       // of control.cpp, in an update
+constexpr int kAttachPoint = 13;  // where the lock of a copy is made anew
+constexpr int kPoint = 14;        // between the writes to the entries themselves
 #ifdef VECNORM_ROBUST_MUTEX
 constexpr int kOtherLockPoint = 0;
 #else
@@ -62,7 +62,7 @@ constexpr int kOtherLockPoint = 2;  // where a lock tells that its owner has die
 #endif
 // From here on the update has happened: by commit(), and where the entries are.
 constexpr int kCommitPoint = 6;
-constexpr int kEndPoint = 15;
+constexpr int kEndPoint = 12;
 // Seconds that no wait should take: for others that work, and for nobody.
 constexpr double kLong = 10;
 constexpr double kShort = 0.2;
@@ -108,11 +108,12 @@ Notes* notes;
 // Of this process: it dies after this many crash points, or stays there.
 long points_left = -1;
 bool stays = false;
+bool in_place = false;  // how it updates
 
 }  // namespace
 
 extern "C" void vecnorm_crash_point(int point) {
-  if (point == kCommitPoint || point == kEndPoint) {
+  if (point == (in_place ? kEndPoint : kCommitPoint)) {
     ++notes->commits;
   }
   if (points_left < 0 || points_left-- > 0) {
@@ -288,6 +289,7 @@ class Member {
     return updates_in(mine_);
   }
   void write(How how = How::kCommit) {
+    in_place = how == How::kInPlace;
     mine_ = *shared_;
     add_one(mine_);
     if (how == How::kCommit) {
