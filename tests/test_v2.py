@@ -503,6 +503,29 @@ def test_compiled_whole_without_statistics():
         td = following
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("decay", [0.9, 0.9999, 1])
+def test_without_statistics_far_from_zero(decay, compiled):
+    """mean / std = 1e5, where a weight of a relative 1e-12 off shows.
+
+    That is what torch.compile makes of ``expm1`` on a CPU up to torch 2.13: ``exp - 1``.
+    """
+    torch._dynamo.reset()
+    step = VecNormV2(["a"], decay=decay, stateful=False)._step
+    if compiled:
+        step = torch.compile(step, fullgraph=True)
+    exact = Exact(decay, reduced=False)
+    generator = torch.Generator().manual_seed(0)
+    td = TensorDict(batch_size=[5])
+    for _ in range(100):
+        x = torch.randn(5, 7, generator=generator, dtype=torch.float64) + 1e5
+        td = step(td, TensorDict(a=x, batch_size=[5]))
+        exact(x)
+        if exact.count > 1:
+            expected = (x.numpy() - exact.loc) / exact.scale
+            np.testing.assert_allclose(td["a"], expected.astype(float), 0, 1e-3)
+
+
 # ---------------------------------------------------------------------------- options
 
 
