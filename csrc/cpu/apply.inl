@@ -122,11 +122,10 @@ void map_wide(const In* x, int64_t x_stride, Out* y, int64_t y_stride, int64_t l
                       map(load_pack<C>(x + r * x_stride + j), k.limit));
     }
   };
+  Ahead<C, In> ahead(x, x_stride, R, lanes, skip);
   int64_t j = skip;
   for (; j + (kLinePacks - 1) * kPack<C> < last; j += kLinePacks * kPack<C>) {
-    for (int64_t r = 0; r < R; ++r) {
-      __builtin_prefetch(x + (r + R) * x_stride + j);
-    }
+    ahead.fetch(R);
     for (int64_t q = 0; q < kLinePacks; ++q) {
       apply(j + q * kPack<C>);
     }
