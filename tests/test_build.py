@@ -170,6 +170,38 @@ def test_nothing_is_left_to_the_linker():
     assert found and [s for s in found if not s.startswith(("Py", "_Py"))] == []
 
 
+def arithmetic(isa: str, of: str) -> list[str]:
+    """The floating-point instructions of a function of the CPU kernels, of all its clones."""
+    lines = subprocess.run(
+        ["objdump", "--disassemble", "--no-show-raw-insn", "--demangle", _C.__file__],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "<vecnorm::cpu::" in lines
+    if "<vecnorm::not_negative(" in lines:
+        pytest.skip("not optimised")
+    found = []
+    for function in re.split(r"\n\n", lines):
+        head, _, body = function.partition("\n")
+        if f"vecnorm::cpu::{isa}::" in head and f"::{of}(" in head:
+            instruction = r"\t(v(?:add|sub|mul|div|fn?m(?:add|sub)\d+)[sp]d .*)"
+            found += re.findall(instruction, body)
+    return found
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump")
+@pytest.mark.skipif(b"GCC: (" not in Path(_C.__file__).read_bytes(), reason="GCC's")
+@pytest.mark.parametrize("isa, register", [("avx2", "ymm"), ("avx512", "zmm")])
+def test_statistics_are_worked_on_in_packs(isa, register):
+    """One comparison that GCC takes for a branch, and a loop over features has none: one row
+    of pixels then took three times as long.
+    """
+    for function, least in [("fold_and_project", 120), ("project_state", 60)]:
+        packs = [i for i in arithmetic(isa, function) if register in i]
+        assert len(packs) >= least, function
+
+
 def test_wheel_has_all_packages(tmp_path):
     """What is not listed in pyproject.toml is left out."""
     result = run("setup.py", "--quiet", "build_py", "--build-lib", str(tmp_path))
