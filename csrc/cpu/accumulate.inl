@@ -47,8 +47,8 @@ Rows<T> rows_at(const Matrix& m, Range rows, Range features) {
 }
 
 // What loops over some wide rows at once ask for in advance, a line of each row at a
-// time: hardware does it along rows, but not from one to the next. Rows without gaps are
-// asked for in the order of memory, which takes a quarter off what comes from DRAM.
+// time: hardware does it along rows, but not from one to the next. Rows without gaps
+// are asked for in the order of memory, which takes a quarter off what comes from DRAM.
 template <typename C, typename T>
 struct Ahead {
   static constexpr int64_t kRun = kLinePacks * kPack<C>;  // values of a row at a time
