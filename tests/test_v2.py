@@ -123,7 +123,7 @@ def check_against_exact(
 
 
 @pytest.mark.parametrize("reduced", [False, True])
-@pytest.mark.parametrize("decay", [0.9, 0.99, 0.9999, 1])
+@pytest.mark.parametrize("decay", [0.9, 0.99, 0.9999, 1 - 1e-8, 1])
 @pytest.mark.parametrize("calls", [1, 2, 300])
 def test_against_long_double(calls, decay, reduced):
     y, expected = check_against_exact(calls, decay, reduced)
