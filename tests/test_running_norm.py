@@ -168,7 +168,8 @@ def test_until_stops_exactly_there(until, masked):
     want = min(until, sum(map(len, rows)))
     assert norm.count.item() == want == other.count.item()
     torch.testing.assert_close(norm.mean, other.mean)
-    torch.testing.assert_close(norm.var, other.var)
+    # Of float32 values, whose sums are taken in float a few rows at a time.
+    torch.testing.assert_close(norm.var, other.var, rtol=1e-6, atol=0)
 
 
 def test_until_of_several_dimensions():

@@ -242,6 +242,39 @@ def test_only_rows_that_are_reset_count(reduced, decay, compiled):
             torch.testing.assert_close(t.scale[key][rows], right.scale[key][rows])
 
 
+@pytest.mark.parametrize("how", ["all keys", "one key", "one is missing", "no row"])
+@pytest.mark.parametrize("decay", [0.9, 1])
+def test_how_many_count_at_each_reset(decay, how):
+    """Of other keys, of none, and at the first call of all."""
+    t, expected = (
+        VecNormV2(KEYS, decay=decay, reduce_batch_dims=True) for _ in range(2)
+    )
+    generator = torch.Generator().manual_seed(0)
+    if how == "no row":
+        t(batch(9)), expected(batch(9))
+    for i in range(6):
+        mask = torch.rand(4, generator=generator) < (0 if how == "no row" else 0.5)
+        td, values = TensorDict(batch_size=[4]), batch(i)
+        # A mask of the agents says nothing of what is not theirs: no row of it is reset.
+        name = ("agents", "_reset") if how == "one key" else "_reset"
+        td[name] = mask.unsqueeze(-1)
+        said = KEYS[1:] if how == "one key" else KEYS
+        if how == "one is missing":
+            said = KEYS[:1]
+            values = values.exclude(KEYS[1])
+        expected._reset(TensorDict(), values[mask].select(*said))
+        given = values.clone()
+        y = t._reset(td, given)
+        for key in said:
+            assert torch.equal(t._count[key], expected._count[key])
+            torch.testing.assert_close(t.loc[key], expected.loc[key])
+            torch.testing.assert_close(t.scale[key], expected.scale[key])
+            right = (values[key] - t.loc[key]) / t.scale[key]
+            torch.testing.assert_close(y[key], right)
+        if i == 2:  # from here on there are statistics of all keys
+            t(batch(8)), expected(batch(8))
+
+
 # ------------------------------------------------------------------------ checkpoints
 
 

@@ -119,16 +119,32 @@ class Averages(Statistics):
         mask_of: MaskOf | None = None,
         weights: Weights | None = None,
     ) -> bool:
-        """As that of :class:`Statistics`, for a batch of the same size, all of it."""
+        """As that of :class:`Statistics`, for a batch of the same size."""
         bound = self._bound_to
         if (
             bound is None
-            or (mask_of is not None and updating)  # how many count, the device knows
+            or (mask_of is not None and updating and not self.reduce_batch_dims)
             or bound[0] != self._decay
             or bound[1] != td.batch_size
         ):
             return False
-        return super().normalize_again(td, updating, tolerant, None, bound[2])
+        return super().normalize_again(td, updating, tolerant, mask_of, bound[2])
+
+    def _weights_with(
+        self, td: TensorDictBase, masks: list[Tensor | None], weights: Weights
+    ) -> Weights | None:
+        """As that of :class:`Statistics`, where as many samples of each key count."""
+        counts = set()
+        for key, mask in zip(self._found.inputs, masks, strict=True):
+            if mask is None:
+                # Without its values a key is not one of the call.
+                if get_entry(td, key.in_key) is not None:
+                    return None
+            elif mask.device.type != "cpu":
+                return None  # how many count, the device knows
+            else:
+                counts.add(int(mask.sum()))
+        return self._weights_of(counts.pop()) if len(counts) == 1 else None
 
     def normalize(
         self,
@@ -161,17 +177,40 @@ class Averages(Statistics):
             if updating and e.mask is not None and e.state is not None
         ]
         plain = [e for e in entries if all(e is not other for other in masked)]
-        for e in masked:
-            if self.reduce_batch_dims:
-                self._take_in(e)
-            else:
-                self._take_in_some(e, weights)
-        results = compute(plain, updating, weights, self._eps)
-        if not masked:
-            return results
-        results += compute(masked, False, weights, self._eps)
-        found = dict(zip(map(id, (*plain, *masked)), results, strict=True))
+        found = dict(
+            zip(
+                map(id, plain),
+                compute(plain, updating, weights, self._eps),
+                strict=True,
+            )
+        )
+        counts: dict[int, list[Entry]] = {}
+        if self._is_counted_here(masked):
+            for e in masked:
+                counts.setdefault(int(e.mask.sum()), []).append(e)
+        for n, some in counts.items():
+            results = compute(some, True, self._weights_of(n), self._eps)
+            found.update(zip(map(id, some), results, strict=True))
+        if masked and not counts:
+            for e in masked:
+                if self.reduce_batch_dims:
+                    self._take_in(e)
+                else:
+                    self._take_in_some(e, weights)
+            results = compute(masked, False, weights, self._eps)
+            found.update(zip(map(id, masked), results, strict=True))
         return [found[id(e)] for e in entries]
+
+    def _is_counted_here(self, masked: list[Entry]) -> bool:
+        """Whether the host can say how many samples count, and each key has statistics of
+        its own: then the operators do it all.
+        """
+        return (
+            self.reduce_batch_dims
+            and not is_compiling()
+            and all(e.mask.device.type == "cpu" for e in masked)
+            and len({e.key.names for e in masked}) == len(masked)
+        )
 
     def _note_all(self, known: list[Entry], td: TensorDictBase) -> None:
         """They count their samples: nothing to note."""

@@ -227,12 +227,14 @@ class Statistics:
         if store.lock is not bound_lock:
             return False
         weights = weights or self.weights
-        call = store.td, td, updating, *weights, self._eps, store.timeout
         masks = None
         if mask_of is not None and updating:
             masks = self._masks(td, ndims, mask_of)
-            if masks is None:
+            weights = None if masks is None else self._weights_with(td, masks, weights)
+            if weights is None:
                 return False
+        call = store.td, td, updating, *weights, self._eps, store.timeout
+        if masks is not None:
             call = *call, tolerant, masks
         elif tolerant:
             call = *call, tolerant
@@ -247,6 +249,14 @@ class Statistics:
         if is_done and updating and store.since:
             self._note_again(td, weights, masks)
         return is_done
+
+    def _weights_with(
+        self, td: TensorDictBase, masks: list[Tensor | None], weights: Weights
+    ) -> Weights | None:
+        """The weights of all keys where these samples count, ``weights`` if all do; None
+        if that is not one pair of numbers, or not known here.
+        """
+        return weights
 
     def _note_again(
         self, td: TensorDictBase, weights: Weights, masks: list[Tensor | None] | None
