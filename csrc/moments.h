@@ -270,6 +270,7 @@ VECNORM_HD Moments fold_some(Moments state, const Moments& batch, Weights w,
   const double b = w.weight * batch.used;
   const double share = b * per_both;
   const double between = batch.near_loc() - state.near_loc();
+  // Neither is negative. Two comparisons would be a branch, which no pack can take.
   const double apart = a * b > 0 ? between : 0.;
   state.var += share * (batch.var - state.var + (1. - share) * apart * apart);
   state.sum = w.keep * state.sum + w.weight * batch.sum;

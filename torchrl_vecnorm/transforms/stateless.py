@@ -126,7 +126,8 @@ def normalize(
                     mask = mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
                     good = good & mask
             new = torch.where(good, new, 0.0)
-            weight = good.double() * (1 - decay if decay < 1 else 1 / (count + 1))
+            weight = 1 - decay if decay < 1 else 1 / (count.double() + 1)
+            weight = good.double() * weight
             loc = loc + weight * (new - loc)
             var = var + weight * (new * new - var)
             count = count + good
