@@ -29,6 +29,7 @@ from common import (
 )
 from tensordict import TensorDict
 from torch import multiprocessing as mp
+from torch.fx.experimental.proxy_tensor import make_fx
 from torchrl.envs import (
     EnvCreator,
     SerialEnv,
@@ -240,6 +241,39 @@ def test_only_rows_that_are_reset_count(reduced, decay, compiled):
         for key in KEYS:
             torch.testing.assert_close(t.loc[key][rows], right.loc[key][rows])
             torch.testing.assert_close(t.scale[key][rows], right.scale[key][rows])
+
+
+def test_a_trace_asks_for_no_count():
+    """How many rows are reset is for the graph to find out, each time."""
+    t = trained(reduced=True)
+
+    def call(x, mask):
+        values = TensorDict(batch_size=[4])
+        values[KEYS[0]] = x
+        return t._reset(TensorDict(_reset=mask, batch_size=[4]), values)[KEYS[0]]
+
+    x = batch(0)["observation"]
+    graph = make_fx(call)(x, torch.ones(4, 1, dtype=torch.bool))
+    expected = t.clone()
+    for some in ([True, False, True, True], [False, True, False, False]):
+        mask = torch.tensor(some).unsqueeze(-1)
+        values = TensorDict(observation=x, batch_size=[4])
+        y = expected._reset(TensorDict(_reset=mask, batch_size=[4]), values)
+        torch.testing.assert_close(graph(x, mask), y["observation"])
+
+
+def test_a_partial_reset_takes_the_short_way(monkeypatch):
+    t = trained(reduced=True)
+    td = TensorDict(_reset=torch.tensor([[1], [0], [0], [1]]).bool(), batch_size=[4])
+    t._reset(td, batch(0, dtype=torch.float32))
+    before = t._count["observation"].item()
+
+    def long_way(*args, **kwargs):
+        raise AssertionError("the long way")
+
+    monkeypatch.setattr(t._statistics, "normalize", long_way)
+    t._reset(td, batch(1, dtype=torch.float32))
+    assert t._count["observation"].item() == before + 2
 
 
 @pytest.mark.parametrize("how", ["all keys", "one key", "one is missing", "no row"])
@@ -557,6 +591,18 @@ def test_without_statistics_far_from_zero(decay, compiled):
         if exact.count > 1:
             expected = (x.numpy() - exact.loc) / exact.scale
             np.testing.assert_allclose(td["a"], expected.astype(float), 0, 1e-3)
+
+
+def test_values_without_statistics_that_no_sum_holds():
+    """As where there are statistics: left out."""
+    step = VecNormV2(["a"], decay=0.9, stateful=False)._step
+    td = TensorDict(batch_size=[3])
+    for i in range(4):
+        x = torch.tensor([i, 2.0 * i, -i], dtype=torch.float64)
+        x[i % 2] = 1e200
+        td = step(td, TensorDict(a=x, batch_size=[3]))
+    assert td["_vecnorm_count", "a"].tolist() == [2, 2, 4]
+    assert td["_vecnorm_var", "a"].max() < 100
 
 
 # ---------------------------------------------------------------------------- options

@@ -31,7 +31,7 @@ from torchrl_vecnorm.statistics.layouts import (
     names_of_averages,
     v2_name,
 )
-from torchrl_vecnorm.statistics.modes import new_moments
+from torchrl_vecnorm.statistics.modes import can_be_read, new_moments
 from torchrl_vecnorm.statistics.names import as_path
 from torchrl_vecnorm.statistics.values import check_value, features_of, identity
 
@@ -140,7 +140,7 @@ class Averages(Statistics):
                 # Without its values a key is not one of the call.
                 if get_entry(td, key.in_key) is not None:
                     return None
-            elif mask.device.type != "cpu":
+            elif not can_be_read(mask):
                 return None  # how many count, the device knows
             else:
                 counts.add(int(mask.sum()))
@@ -176,41 +176,42 @@ class Averages(Statistics):
             for e in entries
             if updating and e.mask is not None and e.state is not None
         ]
+        if not masked:
+            return compute(entries, updating, weights, self._eps)
+        if self._are_counted_here(masked):
+            return self._compute_by_count(entries, weights)
         plain = [e for e in entries if all(e is not other for other in masked)]
-        found = dict(
-            zip(
-                map(id, plain),
-                compute(plain, updating, weights, self._eps),
-                strict=True,
-            )
-        )
-        counts: dict[int, list[Entry]] = {}
-        if self._is_counted_here(masked):
-            for e in masked:
-                counts.setdefault(int(e.mask.sum()), []).append(e)
-        for n, some in counts.items():
-            results = compute(some, True, self._weights_of(n), self._eps)
-            found.update(zip(map(id, some), results, strict=True))
-        if masked and not counts:
-            for e in masked:
-                if self.reduce_batch_dims:
-                    self._take_in(e)
-                else:
-                    self._take_in_some(e, weights)
-            results = compute(masked, False, weights, self._eps)
-            found.update(zip(map(id, masked), results, strict=True))
+        for e in masked:
+            if self.reduce_batch_dims:
+                self._take_in(e)
+            else:
+                self._take_in_some(e, weights)
+        results = compute(plain, updating, weights, self._eps)
+        results += compute(masked, False, weights, self._eps)
+        found = dict(zip(map(id, (*plain, *masked)), results, strict=True))
         return [found[id(e)] for e in entries]
 
-    def _is_counted_here(self, masked: list[Entry]) -> bool:
+    def _are_counted_here(self, masked: list[Entry]) -> bool:
         """Whether the host can say how many samples count, and each key has statistics of
         its own: then the operators do it all.
         """
         return (
             self.reduce_batch_dims
-            and not is_compiling()
-            and all(e.mask.device.type == "cpu" for e in masked)
+            and all(can_be_read(e.mask) for e in masked)
             and len({e.key.names for e in masked}) == len(masked)
         )
+
+    def _compute_by_count(self, entries: list[Entry], weights: Weights) -> list[Tensor]:
+        """Keys of which as many samples count, together; ``weights`` are of all."""
+        alike: dict[Weights, list[Entry]] = {}
+        for e in entries:
+            own = weights if e.mask is None else self._weights_of(int(e.mask.sum()))
+            alike.setdefault(own, []).append(e)
+        found = {}
+        for own, some in alike.items():
+            results = compute(some, True, own, self._eps)
+            found.update(zip(map(id, some), results, strict=True))
+        return [found[id(e)] for e in entries]
 
     def _note_all(self, known: list[Entry], td: TensorDictBase) -> None:
         """They count their samples: nothing to note."""

@@ -40,6 +40,19 @@ def are_fake(values: Iterable[Tensor]) -> bool:
     return is_active(modes.FAKE) or any(map(is_fake, values))
 
 
+def can_be_read(tensor: Tensor) -> bool:
+    """Whether the host may ask for numbers of a tensor: they are in its memory, and no graph
+    is made for others.
+    """
+    return (
+        not is_compiling()
+        and tensor.device.type == "cpu"
+        and not is_active(torch._C._TorchDispatchModeKey.PROXY)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        and not are_fake([tensor])
+    )
+
+
 @contextmanager
 def outside() -> Iterator[None]:
     """Statistics outlive the block, the transform and the trace that they are made in."""
