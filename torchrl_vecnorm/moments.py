@@ -196,5 +196,13 @@ def state_dtype(device: torch.device | str | None) -> torch.dtype:
     return torch.float64
 
 
+def largest_square(dtype: torch.dtype) -> float:
+    """Of a value that counts: sums of larger ones would not be finite.
+
+    ``usable`` of ``csrc/moments.h`` has that of float64.
+    """
+    return 1e290 if dtype == torch.float64 else 1e37
+
+
 # So that `torch.load` takes them with `weights_only=True`, its default.
 torch.serialization.add_safe_globals([Moments])

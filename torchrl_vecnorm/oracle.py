@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torchrl_vecnorm.moments import Moments, state_dtype
+from torchrl_vecnorm.moments import Moments, largest_square, state_dtype
 from torchrl_vecnorm.rule import Rule, RuleArgs
 
 
@@ -36,7 +36,7 @@ def batch_moments(x: Tensor, feature_ndim: int, mask: Tensor | None = None) -> M
     if mask is None:
         mask = torch.ones(samples, dtype=torch.bool, device=x.device)
     mask = mask.reshape(samples, *(1 for _ in features)).to(x.device)
-    used = mask & (x * x <= (1e290 if dtype == torch.float64 else 1e37))
+    used = mask & (x * x <= largest_square(dtype))
     left_out = mask & ~used
     x = torch.where(used, x, 0.0)
     n = used.sum(0).clamp_min(1).to(dtype)
@@ -208,7 +208,7 @@ def scale_returns(
     """
     samples = reward.shape[: reward.ndim - state.sum.ndim]
     wide = state_dtype(reward.device)
-    most = 1e290 if wide == torch.float64 else 1e37
+    most = largest_square(wide)
 
     def of_samples(flags: Tensor) -> Tensor:
         return flags.reshape(*samples, *(1 for _ in state.sum.shape)).expand_as(reward)

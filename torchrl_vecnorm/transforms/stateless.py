@@ -18,15 +18,13 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 from torchrl.data.tensor_specs import Composite, Unbounded
 
+from torchrl_vecnorm.moments import largest_square
 from torchrl_vecnorm.statistics.entries import get_entry
 from torchrl_vecnorm.statistics.values import check_value, identity
 from torchrl_vecnorm.transforms.masks import Partial
 
 #: What the entries are called, after the prefix of a transform.
 FIELDS = ("loc", "var", "count")
-
-#: Of a value that counts; as in ``csrc/moments.h``.
-_LARGEST_SQUARE = 1e290
 
 
 def _entry(prefix: str, field: str, key: NestedKey) -> NestedKey:
@@ -48,8 +46,8 @@ def _read(
     return found[0].double(), found[1].double(), found[2]
 
 
-def _weights(count: Tensor, decay: float) -> Tensor:
-    """``1 - decay**count``, to float64's last digits."""
+def _mass(count: Tensor, decay: float) -> Tensor:
+    """``1 - decay**count``, what the averages weigh, to float64's last digits."""
     exponent = count.double() * math.log(decay)
     if not torch.compiler.is_compiling():
         return -torch.expm1(exponent)
@@ -57,17 +55,17 @@ def _weights(count: Tensor, decay: float) -> Tensor:
     # 1e-12 off, of which a mean of 1e5 deviations makes a hundredth of the variance
     # (mended by pytorch/pytorch#190533). So the series of a 64th of the exponent, summed
     # in pairs, as a chain of sixteen would take longer than exp; then six times
-    # 1 - a² = (1 - a) (2 - (1 - a)). From exp(-40) on the weight is 1.
+    # 1 - a² = (1 - a) (2 - (1 - a)). From exp(-40) on it is 1.
     part = exponent.clamp_min(-40.0) * -(2.0**-6)
     terms = [(-1) ** i / math.factorial(i + 1) for i in range(16)]
     power = part
     while len(terms) > 1:
         terms = [a + b * power for a, b in zip(terms[::2], terms[1::2], strict=True)]
         power = power * power
-    weight = part * terms[0]
+    mass = part * terms[0]
     for _ in range(6):
-        weight = weight * (2 - weight)
-    return weight
+        mass = mass * (2 - mass)
+    return mass
 
 
 def normalize(
@@ -119,7 +117,7 @@ def normalize(
         loc, var, count = _read(td, prefix, in_key, value.shape, value.device)
         if updating:
             new = x.detach()
-            good = new * new <= _LARGEST_SQUARE
+            good = new * new <= largest_square(new.dtype)
             if partial.masks_td is not None:
                 mask = partial.mask_of(in_key, out.batch_size)
                 if mask is not None:
@@ -132,13 +130,13 @@ def normalize(
             var = var + weight * (new * new - var)
             count = count + good
         seen = count > 0
-        # Of what has been multiplied by a weight, which needs no division.
-        weight = torch.ones_like(loc)
+        mass = torch.ones_like(loc)
         if decay < 1:
-            weight = torch.where(seen, _weights(count, decay), weight)
-        scale = (var * weight - loc * loc).clamp_min(0).sqrt()
-        scale = torch.where(seen, torch.maximum(scale, weight * eps), 1.0)
-        y = (x * weight - loc) / scale
+            mass = torch.where(seen, _mass(count, decay), mass)
+        # All multiplied by the mass: the averages need no division then.
+        scale = (var * mass - loc * loc).clamp_min(0).sqrt()
+        scale = torch.where(seen, torch.maximum(scale, mass * eps), 1.0)
+        y = (x * mass - loc) / scale
         written[out_key] = y.to(identity(value.detach()[:0]).dtype)
         for field, leaf in zip(FIELDS, (loc, var, count), strict=True):
             written[_entry(prefix, field, in_key)] = leaf
