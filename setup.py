@@ -153,9 +153,9 @@ def extension():
     """The module torchrl_vecnorm._C."""
     flags = ["-O0", "-g"] if flag("DEBUG") else ["-O3", "-g0"]
     flags += ["-Wall", "-Wextra", "-Wno-unused-parameter", "-fvisibility=hidden"]
-    # No number changes by it. For the sake of flags that a comparison may raise, and nobody
-    # reads, GCC keeps loops with one from becoming packs where there is no AVX-512.
-    flags += ["-fno-trapping-math"]
+    # No number changes by these. For the sake of flags that a comparison may raise, and of
+    # errno after a root, which nobody reads, GCC keeps loops with one from becoming packs.
+    flags += ["-fno-trapping-math", "-fno-math-errno"]
     # The team of threads is OpenMP (csrc/torch/ops.cpp): without the flag it is one thread.
     openmp = ["-fopenmp"] if torch.backends.openmp.is_available() else []
     if sys.platform == "darwin":

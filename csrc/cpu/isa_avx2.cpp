@@ -38,10 +38,6 @@ inline void stream(float* to, __m256 y) { _mm256_stream_ps(to, y); }
 inline void stream(double* to, __m256d y) { _mm256_stream_pd(to, y); }
 inline void flush_stream() { _mm_sfence(); }
 
-inline void square_root(const double* from, double* to) {
-  _mm256_storeu_pd(to, _mm256_sqrt_pd(_mm256_loadu_pd(from)));
-}
-
 // Whether no value is beyond the limit, and none is NaN.
 inline bool all_within(__m256d pack, double limit) {
   return _mm256_movemask_pd(_mm256_cmp_pd(pack, _mm256_set1_pd(limit), _CMP_LE_OQ)) ==

@@ -42,10 +42,6 @@ inline void stream(float* to, __m512 y) { _mm512_stream_ps(to, y); }
 inline void stream(double* to, __m512d y) { _mm512_stream_pd(to, y); }
 inline void flush_stream() { _mm_sfence(); }
 
-inline void square_root(const double* from, double* to) {
-  _mm512_storeu_pd(to, _mm512_sqrt_pd(_mm512_loadu_pd(from)));
-}
-
 // Whether no value is beyond the limit, and none is NaN.
 inline bool all_within(__m512d pack, double limit) {
   return _mm512_cmp_pd_mask(pack, _mm512_set1_pd(limit), _CMP_LE_OQ) == 0xff;

@@ -29,9 +29,6 @@ namespace {
 inline void stream(float* to, __m128 y) { _mm_stream_ps(to, y); }
 inline void stream(double* to, __m128d y) { _mm_stream_pd(to, y); }
 inline void flush_stream() { _mm_sfence(); }
-inline void square_root(const double* from, double* to) {
-  _mm_storeu_pd(to, _mm_sqrt_pd(_mm_loadu_pd(from)));
-}
 // Whether no value is beyond the limit, and none is NaN.
 inline bool all_within(__m128d pack, double limit) {
   return _mm_movemask_pd(_mm_cmple_pd(pack, _mm_set1_pd(limit))) == 0x3;
@@ -42,11 +39,6 @@ inline void stream(C* to, Pack y) {
   std::memcpy(to, &y, sizeof(y));
 }
 inline void flush_stream() {}
-inline void square_root(const double* from, double* to) {
-  for (int64_t j = 0; j < kPackBytes / 8; ++j) {
-    to[j] = std::sqrt(from[j]);
-  }
-}
 template <typename Pack>
 inline bool all_within(Pack pack, double limit) {
   bool all = true;

@@ -35,11 +35,6 @@ namespace cpu {
 namespace VECNORM_ISA {
 namespace {
 
-// Calls with fewer values than that stay on the calling thread: waking the others takes
-// longer.
-constexpr int64_t kSerialValues = 32768;
-// What the statistics of a feature take, in values.
-constexpr int64_t kFeatureValues = 16;
 // So many strips are prepared before the threads start.
 constexpr int64_t kSerialParts = 16;
 
@@ -122,7 +117,7 @@ std::vector<Work> make_work(const std::vector<Key>& keys, bool sums) {
   for (size_t k = 0; k < keys.size(); ++k) {
     const Key& key = keys[k];
     Work& w = work[k];
-    w.plan = make_plan(key.samples, key.features);
+    w.plan = make_plan(key.samples, key.features, sums);
     w.in_double = needs_double(key.x.dtype) || key.y.dtype == Dtype::kFloat64;
     w.group = w.in_double ? std::min(group_of<double>(key.x, key.features),
                                      group_of<double>(key.y, key.features))
@@ -497,35 +492,14 @@ class Call {
     const Coefficients<C> k = Coefficients<C>(work.coefficients, work.width()) + begin;
     const Rounding rounding = key.state.rounding();
     const Scaling scaling = rule_.scaling;
-    double loc[kStrip];
-    double scale[kStrip];
-    double rounded[kStrip];
-    double a[kStrip];
-    double b[kStrip];
-    double c[kStrip];
     for (int64_t i = 0; i < state.size; ++i) {
-      a[i] = scaling.widened(var[i]);
+      const Statistic s =
+          statistic(state[i], std::sqrt(scaling.widened(var[i])), scaling, rounding);
+      const MapNumbers map = Map::wide(s, static_cast<double>(static_cast<C>(s.loc)));
+      k.a[i] = static_cast<C>(map.a);
+      k.b[i] = static_cast<C>(map.b);
+      k.c[i] = static_cast<C>(map.c);
     }
-    roots(a, state.size, b);
-    for (int64_t i = 0; i < state.size; ++i) {
-      const Statistic s = statistic(state[i], b[i], scaling, rounding);
-      loc[i] = s.loc;
-      scale[i] = s.scale;
-    }
-    // In a loop of its own: where one of two ways needs it, it is a branch to
-    // compilers.
-    for (int64_t i = 0; i < state.size; ++i) {
-      rounded[i] = static_cast<double>(static_cast<C>(loc[i]));
-    }
-    for (int64_t i = 0; i < state.size; ++i) {
-      const MapNumbers k = Map::wide({loc[i], scale[i]}, rounded[i]);
-      a[i] = k.a;
-      b[i] = k.b;
-      c[i] = k.c;
-    }
-    std::copy_n(a, state.size, k.a);
-    std::copy_n(b, state.size, k.b);
-    std::copy_n(c, state.size, k.c);
     for (int64_t row = 1; row < work.group; ++row) {
       const int64_t at = row * work.plan.features;
       std::copy_n(k.a, state.size, k.a + at);

@@ -5,8 +5,8 @@
 
 // One register of floats or doubles: compilers do what it says, where loops over arrays
 // are at the mercy of their vectorisers. isa_*.cpp give its width, kPackBytes, and what
-// plain C++ has no words for: stream, square_root, all_within, from_halves, to_halves,
-// from_integers, widen, narrow.
+// plain C++ has no words for: stream, all_within, from_halves, to_halves, from_integers,
+// widen, narrow.
 
 namespace vecnorm {
 namespace cpu {
@@ -71,18 +71,6 @@ inline void store_pack(T* at, Pack<C> pack) {
     for (int64_t j = 0; j < kPack<C>; ++j) {
       at[j] = store<T>(static_cast<C>(pack[j]));
     }
-  }
-}
-
-// The roots of n values. Alone, std::sqrt keeps loops from becoming packs, as it may
-// set errno.
-inline void roots(const double* from, int64_t n, double* to) {
-  int64_t i = 0;
-  for (; i + kPack<double> <= n; i += kPack<double>) {
-    square_root(from + i, to + i);
-  }
-  for (; i < n; ++i) {
-    to[i] = std::sqrt(from[i]);
   }
 }
 

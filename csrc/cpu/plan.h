@@ -27,6 +27,11 @@ constexpr int64_t kSomeChunks = 8;
 constexpr int64_t kMaxPieces = 128;
 // A wider key is cut along its features as well.
 constexpr int64_t kMaxFeaturesPerBlock = 4096;
+// Calls with fewer values than that stay on the calling thread: waking the others takes
+// longer.
+constexpr int64_t kSerialValues = 32768;
+// What the statistics of a feature take, in values.
+constexpr int64_t kFeatureValues = 16;
 // Features of a strip: the part of the work on statistics, and of a key that is done
 // strip by strip.
 constexpr int64_t kStrip = 256;
@@ -34,6 +39,8 @@ constexpr int64_t kStrip = 256;
 // the threads without a cut along the samples, and need no sums in memory.
 constexpr int64_t kManyStrips = 8;
 constexpr int64_t kMaxStripSamples = 512;
+// A strip of so few samples is not worth a cut, however few there are.
+constexpr int64_t kFewStripSamples = 64;
 
 struct Plan {
   int64_t samples = 0;
@@ -58,7 +65,8 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline int64_t Plan::strips() const { return ceil_div(features, kStrip); }
 
-inline Plan make_plan(int64_t samples, int64_t features) {
+// `sums`: whether the values are summed, or only mapped.
+inline Plan make_plan(int64_t samples, int64_t features, bool sums) {
   Plan plan;
   plan.samples = samples;
   plan.features = features;
@@ -72,8 +80,11 @@ inline Plan make_plan(int64_t samples, int64_t features) {
                   ceil_div(samples * plan.feature_blocks, kMaxPieces),
                   std::min(kMinChunkRows, ceil_div(samples, kSomeChunks))});
     plan.row_chunks = ceil_div(samples, plan.rows_per_chunk);
-    plan.by_strips = plan.row_chunks == 1 ||
-                     (plan.strips() >= kManyStrips && samples <= kMaxStripSamples);
+    const int64_t strips = plan.strips();
+    const bool small = (samples + kFeatureValues) * features < kSerialValues ||
+                       (strips > 1 && samples <= kFewStripSamples);
+    plan.by_strips = plan.row_chunks == 1 || (sums && small) ||
+                     (strips >= kManyStrips && samples <= kMaxStripSamples);
     if (plan.by_strips) {
       plan.rows_per_chunk = samples;
       plan.row_chunks = 1;

@@ -68,10 +68,8 @@ struct Plain {
   template <typename C>
   void shifts(double* __restrict to) const {
     for (int64_t i = 0; i < size; ++i) {
-      to[i] = static_cast<double>(static_cast<C>((*this)[i].near_loc()));
-    }
-    for (int64_t i = 0; i < size; ++i) {
-      to[i] = usable(to[i]) ? to[i] : 0.;
+      const double near = static_cast<double>(static_cast<C>((*this)[i].near_loc()));
+      to[i] = usable(near) ? near : 0.;
     }
   }
 
