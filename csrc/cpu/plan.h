@@ -17,7 +17,7 @@ namespace vecnorm {
 
 // A chunk is worth at least this many values: below it, starting a task and merging
 // its partial sums cost more than they save.
-constexpr int64_t kMinChunkElements = 8192;
+constexpr int64_t kMinChunkElements = 16384;
 // What a chunk costs for each feature, whatever its rows, should be spread over as
 // many, if that leaves some chunks.
 constexpr int64_t kMinChunkRows = 128;
@@ -40,7 +40,7 @@ constexpr int64_t kStrip = 256;
 constexpr int64_t kManyStrips = 8;
 constexpr int64_t kMaxStripSamples = 512;
 // A strip of so few samples is not worth a cut, however few there are.
-constexpr int64_t kFewStripSamples = 64;
+constexpr int64_t kFewStripSamples = 128;
 
 struct Plan {
   int64_t samples = 0;
