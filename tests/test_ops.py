@@ -145,7 +145,8 @@ def test_mask(features, dtype):
     state, chosen = Moments.zeros(features), Moments.zeros(features)
     check(x, state, mask=mask)
     F.update_(x[mask], chosen, decay=0.9)
-    assert_same(state, chosen, rtol=1e-6, atol=1e-6)
+    # Float sums of other rows at a time: kFlushRows of accumulate.inl has the bound.
+    assert_same(state, chosen, rtol=4e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("composite", [False, True])
