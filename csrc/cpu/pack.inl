@@ -5,8 +5,8 @@
 
 // One register of floats or doubles: compilers do what it says, where loops over arrays
 // are at the mercy of their vectorisers. isa_*.cpp give its width, kPackBytes, and what
-// plain C++ has no words for: stream, all_within, from_halves, to_halves, from_integers,
-// widen, narrow.
+// plain C++ has no words for: stream, all_within, from_halves, to_halves,
+// from_integers, widen, narrow.
 
 namespace vecnorm {
 namespace cpu {
