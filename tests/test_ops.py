@@ -535,7 +535,16 @@ def _bits(threads: int) -> list[torch.Tensor]:
     torch.set_num_threads(threads)
     torch.manual_seed(1)
     result = []
-    for shape in ((100_000, 3), (4096, 64), (600, 4200), (30, 9000), (1, 28224), (7,)):
+    shapes = (
+        (100_000, 3),
+        (4096, 64),
+        (600, 4200),
+        (100, 700),
+        (30, 9000),
+        (1, 28224),
+        (7,),
+    )
+    for shape in shapes:
         state = Moments.zeros(shape[1:])
         for _ in range(3):
             result.append(F.update_(data(shape[:1], shape[1:]), state))
