@@ -149,6 +149,25 @@ def test_mask(features, dtype):
     assert_same(state, chosen, rtol=4e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("rows", [1, 8, 15])
+def test_mask_of_few_wide_samples(rows):
+    """As one environment of pixels that is reset beside others."""
+    x = data((rows,), (300,), torch.float32)
+    x[rows // 2, 7] = math.nan
+    state, chosen = (
+        Moments.zeros([300], counts_all=True),
+        Moments.zeros([300], counts_all=True),
+    )
+    for mask in (
+        torch.arange(rows) % 3 != 1,
+        torch.arange(rows) < 0,
+        torch.ones(rows) > 0,
+    ):
+        check(x, state, mask=mask)
+        F.update_(x[mask], chosen, decay=0.9)
+        assert_same(state, chosen, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("composite", [False, True])
 def test_shapes_of_masks(composite):
     """One element a sample, in the samples' order or not at all."""

@@ -231,15 +231,17 @@ void sum_wide(const T* x, int64_t row_stride, int64_t rows, const bool* mask,
 // Few rows, in double. A sum is written once, but for what the last pack has in common
 // with the one before it.
 template <typename T>
-void sum_few(const Rows<const T>& x, int64_t rows, int64_t lanes, const double* shift,
-             Totals totals) {
+void sum_few(const Rows<const T>& x, int64_t rows, const bool* mask, int64_t lanes,
+             const double* shift, Totals totals) {
   const Packs<double> packs{lanes};
   for (int64_t p = 0; p < packs.size(); ++p) {
     const int64_t at = packs[p];
     const Pack<double> s = load_pack<double>(shift + at);
     Sums<double, Pack<double>> sums;
     for (int64_t r = 0; r < rows; ++r) {
-      sums.add(load_pack<double>(x.data + r * x.row_stride + at), s);
+      if (mask == nullptr || mask[r]) {
+        sums.add(load_pack<double>(x.data + r * x.row_stride + at), s);
+      }
     }
     store_pack<double>(totals.n + at, sums.n.value);
     store_pack<double>(totals.d1 + at, sums.d1);
@@ -336,9 +338,8 @@ void sum_piece(const Matrix& x, Range rows, Range features, const bool* mask,
                int64_t counted, const double* shift, bool is_anchored, Totals totals) {
   const Rows<const T> at = rows_at<const T>(x, rows, features);
   const int64_t width = features.size();
-  if (rows.size() < kFewRows && mask == nullptr && at.lane_stride == 1 &&
-      width > kLanes<double>) {
-    return sum_few(at, rows.size(), width, shift, totals);
+  if (rows.size() < kFewRows && at.lane_stride == 1 && width > kLanes<double>) {
+    return sum_few(at, rows.size(), mask, width, shift, totals);
   }
   const auto sum = [&](auto type) {
     using C = typename decltype(type)::type;

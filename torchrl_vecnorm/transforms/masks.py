@@ -58,6 +58,10 @@ def for_samples(
 ) -> Tensor:
     """Flags of environments, or of parts of them, for each sample: bool, ``samples``."""
     shape = mask.shape
+    if shape == samples:
+        return mask
+    if shape == (*samples, 1):  # as done is: one operator, where the others are four
+        return mask.squeeze(-1)
     if mask.ndim > len(samples):
         # A sample counts if any part of it does.
         mask = mask.flatten(len(samples)).any(-1)
