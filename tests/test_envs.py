@@ -604,6 +604,20 @@ def test_subclasses_honour_masks(method):
         assert (count(t), leaf(t, field="sum").item()) == (2 * n, 4 * n)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32])
+@pytest.mark.parametrize("shape", [(4, 1), (4, 1, 1), (4, 2)])
+def test_a_mask_has_parts(shape, dtype):
+    """An environment is reset if any part of it is."""
+    mask = torch.zeros(shape, dtype=dtype)
+    mask.view(4, -1)[[0, 2], -1] = 1
+    t = VecNorm(["observation"], decay=1.0)
+    for _ in range(2):  # by the long way and by the short one
+        td = TensorDict(observation=torch.arange(4.0)[:, None], batch_size=[4])
+        t._reset(TensorDict(_reset=mask, batch_size=[4]), td)
+    assert t._td["observation_count"] == 4
+    assert t._td["observation_sum"] == 2 * (0 + 2)
+
+
 def test_threads_do_not_see_each_others_masks():
     t = Clipped(["observation"], decay=1)
     none = TensorDict(_reset=torch.zeros(4, 1, dtype=torch.bool), batch_size=[4])

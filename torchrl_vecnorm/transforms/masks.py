@@ -58,13 +58,14 @@ def for_samples(
 ) -> Tensor:
     """Flags of environments, or of parts of them, for each sample: bool, ``samples``."""
     shape = mask.shape
-    if shape == samples:
-        return mask
-    if shape == (*samples, 1):  # as done is: one operator, where the others are four
-        return mask.squeeze(-1)
     if mask.ndim > len(samples):
-        # A sample counts if any part of it does.
-        mask = mask.flatten(len(samples)).any(-1)
+        # A sample counts if any part of it does; masks shaped as done have one part.
+        if mask.dtype == torch.bool and shape[len(samples) :].numel() == 1:
+            mask = mask.reshape(shape[: len(samples)])
+        else:
+            mask = mask.flatten(len(samples)).any(-1)
+    if mask.shape == samples:
+        return mask
     if any(m not in (1, n) for m, n in zip(mask.shape, samples, strict=False)):
         raise ValueError(
             f"{owner}: key {key!r}: expected {name!r} of a shape that begins with that of "
