@@ -202,6 +202,12 @@ VECNORM_HD bool usable(double x) {
   return x * x <= 1e290;  // false for NaN too
 }
 
+// Whether double sums that took every value took none that is not usable: none lies
+// further from the shift than the root of Σd².
+VECNORM_HD bool all_usable(double d2, double shift) {
+  return d2 + shift * shift <= 1e289;
+}
+
 VECNORM_HD Partial reduce(Partial p, double x, double shift) {
   if (usable(x)) {
     const double d = x - shift;
@@ -356,8 +362,8 @@ struct Affine {
   T inv;
   T rest;
 
-  // `rounded` is s.loc as T has it.
-  VECNORM_HD static MapNumbers wide(Statistic s, double rounded) {
+  VECNORM_HD static MapNumbers wide(Statistic s) {
+    const double rounded = static_cast<double>(static_cast<T>(s.loc));
     constexpr double largest = kLargest<T>;
     const double reciprocal = 1. / s.scale;
     // Deviations this large are near the end of T's range: x - hi may overflow where y
@@ -370,7 +376,7 @@ struct Affine {
   }
 
   VECNORM_HD static Affine of(Statistic s) {
-    const MapNumbers k = wide(s, static_cast<double>(static_cast<T>(s.loc)));
+    const MapNumbers k = wide(s);
     return {static_cast<T>(k.a), static_cast<T>(k.b), static_cast<T>(k.c)};
   }
 
@@ -387,12 +393,13 @@ struct InverseAffine {
   T hi;
   T lo;
 
-  VECNORM_HD static MapNumbers wide(Statistic s, double rounded) {
+  VECNORM_HD static MapNumbers wide(Statistic s) {
+    const double rounded = static_cast<double>(static_cast<T>(s.loc));
     return {s.scale, rounded, s.loc - rounded};
   }
 
   VECNORM_HD static InverseAffine of(Statistic s) {
-    const MapNumbers k = wide(s, static_cast<double>(static_cast<T>(s.loc)));
+    const MapNumbers k = wide(s);
     return {static_cast<T>(k.a), static_cast<T>(k.b), static_cast<T>(k.c)};
   }
 

@@ -194,14 +194,17 @@ def arithmetic(isa: str, of: str) -> list[str]:
 @pytest.mark.skipif(b"GCC: (" not in Path(_C.__file__).read_bytes(), reason="GCC's")
 @pytest.mark.parametrize("isa, register", [("avx2", "ymm"), ("avx512", "zmm")])
 def test_statistics_are_worked_on_in_packs(isa, register):
-    """One comparison that GCC takes for a branch, or a root that may set errno, and a loop
-    over features has none: one row of pixels then took three times as long.
+    """One comparison that GCC takes for a branch, a root that may set errno, or a number
+    that may change with what is written, and a loop over features has none: one row of
+    pixels then took three times as long.
     """
-    least = {"fold_and_project": 60, "project_state": 15, "project": 50}
+    least = {"fold_and_project": 60, "project_state": 15, "project": 90}
     for function, number in least.items():
         packs = [i for i in arithmetic(isa, function) if register in i]
         assert len(packs) >= number, function
-    assert any("sqrt" in i for i in packs)
+    # Maps and inverses, of either form of a strip: to floats two packs at a time, to
+    # doubles one.
+    assert sum("sqrt" in i for i in packs) >= 12
 
 
 def test_wheel_has_all_packages(tmp_path):

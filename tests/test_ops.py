@@ -526,6 +526,25 @@ def test_not_finite(samples, dtype, features):
     torch.testing.assert_close(state.sum, 0.9 * total + total, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("features", [(1,), (3,), (16,), (64,), (100,), (700,)], **ids)
+@pytest.mark.parametrize("samples", [1, 2, 20, 300])
+def test_squares_that_no_sum_holds(samples, features, masked):
+    """A double beyond 1e145 is left out, and a smaller one counts, wherever it is."""
+    x = data((samples,), features, torch.float64)
+    x[0, 0] = 1.01e145
+    x[samples // 2, -1] = 0.99e145
+    x[samples - 1, features[0] // 2] = -1e200
+    mask = torch.arange(samples) != 1 if masked else None
+    counts = x if mask is None else x[mask]
+    state = Moments.zeros(features)
+    for _ in range(2):  # around a shift of as much, the second time
+        F.update_(x, state, decay=1, mask=mask)
+    assert torch.equal(state.nonfinite[1], 2.0 * (counts.abs() > 1e145).sum(0))
+    total = 2 * torch.where(counts.abs() > 1e145, 0.0, counts).sum(0)
+    torch.testing.assert_close(state.sum, total, rtol=1e-12, atol=1e-9)
+
+
 def test_not_finite_in_the_reference_layout():
     state = Moments.zeros([2])._replace(nonfinite=None)
     x = data((100,), (2,))

@@ -5,8 +5,9 @@
 
 // Sums over some rows: n, Σd and Σd² of every feature, d = x - shift.
 //
-// In float (C = float) every value counts; whether the sums can be trusted is for the
-// caller to ask (moments.h). In double values that are not usable are left out.
+// At first every value counts, in the arithmetic of its dtype (C); whether such sums
+// can be trusted is asked afterwards (moments.h). Where not, all is summed again in
+// double, and every value looked at (kLooks): those that are not usable are left out.
 
 namespace vecnorm {
 namespace cpu {
@@ -86,16 +87,15 @@ struct Counted {
 };
 struct Nothing {};
 
-// The sums of one pack of lanes. T is Pack<C>, or C for a single lane.
-template <typename C, typename T>
+// The sums of one pack of lanes. T is a Pack, or its element for a single lane.
+template <typename T, bool kLooks>
 struct Sums {
   T d1{};
   T d2{};
-  [[no_unique_address]] std::conditional_t<std::is_same_v<C, double>, Counted<T>,
-                                           Nothing> n;
+  [[no_unique_address]] std::conditional_t<kLooks, Counted<T>, Nothing> n;
 
   inline void add(T x, T shift) {
-    if constexpr (std::is_same_v<C, double>) {
+    if constexpr (kLooks) {
       const auto good = x * x <= 1e290;  // usable(x)
       const T none{};
       const T one = none + 1.;
@@ -120,9 +120,9 @@ struct Totals {
   Totals operator+(int64_t f) const { return {n + f, d1 + f, d2 + f}; }
 
   // Adds a pack's sums, but for the lanes before `skip`, which another pack has.
-  template <typename C>
-  void add(const Sums<C, Pack<C>>& sums, int64_t skip) const {
-    if constexpr (std::is_same_v<C, double>) {
+  template <typename C, bool kLooks>
+  void add(const Sums<Pack<C>, kLooks>& sums, int64_t skip) const {
+    if constexpr (kLooks) {
       add_lanes<C>(n, sums.n.value, skip);
     }
     add_lanes<C>(d1, sums.d1, skip);
@@ -145,12 +145,12 @@ struct Totals {
 };
 
 // Rows of N packs at most, all sums in registers.
-template <typename C, int64_t N, typename T>
+template <typename C, bool kLooks, int64_t N, typename T>
 void sum_narrow(const T* x, int64_t row_stride, int64_t rows, const bool* mask,
                 int64_t lanes, const C* shift, Totals totals) {
   const int64_t last = lanes - kPack<C>;
   Pack<C> s[N];
-  Sums<C, Pack<C>> sums[N];
+  Sums<Pack<C>, kLooks> sums[N];
   for (int64_t p = 0; p < N; ++p) {
     s[p] = load_pack<C>(shift + (p + 1 < N ? p * kPack<C> : last));
   }
@@ -163,19 +163,19 @@ void sum_narrow(const T* x, int64_t row_stride, int64_t rows, const bool* mask,
   }
   for (int64_t p = 0; p < N; ++p) {
     const int64_t at = p + 1 < N ? p * kPack<C> : last;
-    (totals + at).add(sums[p], p * kPack<C> - at);
+    (totals + at).add<C>(sums[p], p * kPack<C> - at);
   }
 }
 
 // Rows of any width. They are read whole, some at a time: memory is then read in order.
-template <typename C, typename T>
+template <typename C, bool kLooks, typename T>
 void sum_wide(const T* x, int64_t row_stride, int64_t rows, const bool* mask,
               int64_t lanes, const double* shift, Totals totals) {
   const Packs<C> packs{lanes};
   for (int64_t begin = 0; begin < packs.size(); begin += kWidePacks) {
     const int64_t n = std::min(kWidePacks, packs.size() - begin);
     Pack<C> s[kWidePacks];
-    Sums<C, Pack<C>> sums[kWidePacks];
+    Sums<Pack<C>, kLooks> sums[kWidePacks];
     for (int64_t p = 0; p < n; ++p) {
       s[p] = load_pack<C>(shift + packs[begin + p]);
     }
@@ -186,7 +186,7 @@ void sum_wide(const T* x, int64_t row_stride, int64_t rows, const bool* mask,
       const T* row[k];
       std::copy(rows_to_add, rows_to_add + k, row);
       const auto add_pack = [&](int64_t p, int64_t at) {
-        Sums<C, Pack<C>> sum = sums[p];
+        Sums<Pack<C>, kLooks> sum = sums[p];
         for (int64_t i = 0; i < k; ++i) {
           sum.add(load_pack<C>(row[i] + at), s[p]);
         }
@@ -223,43 +223,71 @@ void sum_wide(const T* x, int64_t row_stride, int64_t rows, const bool* mask,
     }
     for (int64_t p = 0; p < n; ++p) {
       const int64_t at = packs[begin + p];
-      (totals + at).add(sums[p], (begin + p) * kPack<C> - at);
+      (totals + at).add<C>(sums[p], (begin + p) * kPack<C> - at);
     }
   }
 }
 
-// Few rows, in double. A sum is written once, but for what the last pack has in common
-// with the one before it.
+// Few rows, in double, two packs at a time, the last of which reach back. Values are
+// looked at where they have to be, pack by pack. Returns whether none was.
 template <typename T>
-void sum_few(const Rows<const T>& x, int64_t rows, const bool* mask, int64_t lanes,
-             const double* shift, Totals totals) {
-  const Packs<double> packs{lanes};
-  for (int64_t p = 0; p < packs.size(); ++p) {
-    const int64_t at = packs[p];
-    const Pack<double> s = load_pack<double>(shift + at);
-    Sums<double, Pack<double>> sums;
-    for (int64_t r = 0; r < rows; ++r) {
-      if (mask == nullptr || mask[r]) {
-        sums.add(load_pack<double>(x.data + r * x.row_stride + at), s);
+bool sum_few(const Rows<const T>& x, int64_t rows, const bool* mask, int64_t lanes,
+             int64_t counted, const double* shift, Totals totals) {
+  constexpr int64_t k = kPack<double>;
+  const Pack<double> all = static_cast<double>(counted) - Pack<double>{};
+  bool complete = true;
+  for (int64_t begin = 0; begin < lanes; begin += 2 * k) {
+    const int64_t at = std::min(begin, lanes - 2 * k);
+    const Pack<double> s[2] = {load_pack<double>(shift + at),
+                               load_pack<double>(shift + at + k)};
+    const auto for_values = [&](auto add) {
+      const T* row = x.data + at;
+      for (int64_t r = 0; r < rows; ++r, row += x.row_stride) {
+        if (mask == nullptr || mask[r]) {
+          add(0, load_pack<double>(row));
+          add(1, load_pack<double>(row + k));
+        }
       }
+    };
+    Pack<double> n[2] = {all, all};
+    Pack<double> d1[2] = {};
+    Pack<double> d2[2] = {};
+    for_values([&](int64_t p, Pack<double> value) {
+      const Pack<double> d = value - s[p];
+      d1[p] += d;
+      d2[p] += d * d;
+    });
+    // all_usable() of moments.h
+    if (!all_within(d2[0] + s[0] * s[0] + (d2[1] + s[1] * s[1]), 1e289)) {
+      Sums<Pack<double>, true> sums[2];
+      for_values([&](int64_t p, Pack<double> value) { sums[p].add(value, s[p]); });
+      for (int64_t p = 0; p < 2; ++p) {
+        n[p] = sums[p].n.value;
+        d1[p] = sums[p].d1;
+        d2[p] = sums[p].d2;
+      }
+      complete = false;
     }
-    store_pack<double>(totals.n + at, sums.n.value);
-    store_pack<double>(totals.d1 + at, sums.d1);
-    store_pack<double>(totals.d2 + at, sums.d2);
+    for (int64_t p = 0; p < 2; ++p) {
+      store_pack<double>(totals.n + at + p * k, n[p]);
+      store_pack<double>(totals.d1 + at + p * k, d1[p]);
+      store_pack<double>(totals.d2 + at + p * k, d2[p]);
+    }
   }
+  return complete;
 }
 
 // One lane: of rows that are shorter than a register, or strided.
-template <typename C, typename T>
+template <typename C, bool kLooks, typename T>
 void sum_lane(const T* x, int64_t row_stride, int64_t rows, const bool* mask, C shift,
               Totals totals) {
-  Sums<C, C> sums;
+  Sums<C, kLooks> sums;
   for (int64_t r = 0; r < rows; ++r) {
     if (mask == nullptr || mask[r]) {
       sums.add(load<C>(x[r * row_stride]), shift);
     }
   }
-  if constexpr (std::is_same_v<C, double>) {
+  if constexpr (kLooks) {
     *totals.n += sums.n.value;
   }
   *totals.d1 += sums.d1;
@@ -267,7 +295,7 @@ void sum_lane(const T* x, int64_t row_stride, int64_t rows, const bool* mask, C 
 }
 
 // All lanes of some rows.
-template <typename C, typename T>
+template <typename C, bool kLooks, typename T>
 void sum_rows(const Rows<const T>& x, int64_t rows, const bool* mask, int64_t lanes,
               const double* shift, Totals totals) {
   for (int64_t begin = 0; begin < rows; begin += kFlushRows) {
@@ -276,18 +304,19 @@ void sum_rows(const Rows<const T>& x, int64_t rows, const bool* mask, int64_t la
     const T* at = x.data + begin * x.row_stride;
     if (x.lane_stride != 1 || lanes < kPack<C>) {
       for (int64_t j = 0; j < lanes; ++j) {
-        sum_lane(at + j * x.lane_stride, x.row_stride, n, m, static_cast<C>(shift[j]),
-                 totals + j);
+        sum_lane<C, kLooks>(at + j * x.lane_stride, x.row_stride, n, m,
+                            static_cast<C>(shift[j]), totals + j);
       }
     } else if (lanes > kLanes<C>) {
-      sum_wide<C>(at, x.row_stride, n, m, lanes, shift, totals);
+      sum_wide<C, kLooks>(at, x.row_stride, n, m, lanes, shift, totals);
     } else {
       C s[kLanes<C>];
       for (int64_t j = 0; j < lanes; ++j) {
         s[j] = static_cast<C>(shift[j]);
       }
       const auto sum = [&](auto packs) {
-        sum_narrow<C, decltype(packs)::value>(at, x.row_stride, n, m, lanes, s, totals);
+        sum_narrow<C, kLooks, decltype(packs)::value>(at, x.row_stride, n, m, lanes, s,
+                                                      totals);
       };
       switch (ceil_div(lanes, kPack<C>)) {
         case 1:
@@ -307,7 +336,7 @@ void sum_rows(const Rows<const T>& x, int64_t rows, const bool* mask, int64_t la
 }
 
 // The same with `group` whole rows taken as one.
-template <typename C, typename T>
+template <typename C, bool kLooks, typename T>
 void sum_grouped(const Rows<const T>& x, int64_t rows, int64_t group, int64_t features,
                  const double* shift, Totals totals) {
   const int64_t lanes = group * features;
@@ -318,11 +347,11 @@ void sum_grouped(const Rows<const T>& x, int64_t rows, int64_t group, int64_t fe
   }
   const Totals lane_totals{sums[0], sums[1], sums[2]};
   const int64_t whole = rows / group;
-  sum_rows<C>(Rows<const T>{x.data, lanes, 1}, whole, nullptr, lanes, lane_shift,
-              lane_totals);
+  sum_rows<C, kLooks>(Rows<const T>{x.data, lanes, 1}, whole, nullptr, lanes,
+                      lane_shift, lane_totals);
   const int64_t tail = (rows - whole * group) * features;
-  sum_rows<C>(Rows<const T>{x.data + whole * lanes, lanes, 1}, tail > 0 ? 1 : 0,
-              nullptr, tail, lane_shift, lane_totals);
+  sum_rows<C, kLooks>(Rows<const T>{x.data + whole * lanes, lanes, 1}, tail > 0 ? 1 : 0,
+                      nullptr, tail, lane_shift, lane_totals);
   for (int64_t j = 0; j < lanes; j += features) {
     for (int64_t f = 0; f < features; ++f) {
       totals.n[f] += sums[0][j + f];
@@ -332,42 +361,48 @@ void sum_grouped(const Rows<const T>& x, int64_t rows, int64_t group, int64_t fe
   }
 }
 
-// n, Σd and Σd² of some rows, of which the mask leaves `counted`.
+// n, Σd and Σd² of some rows, of which the mask leaves `counted`. Returns whether all
+// values of theirs are known to count.
 template <typename T>
-void sum_piece(const Matrix& x, Range rows, Range features, const bool* mask,
+bool sum_piece(const Matrix& x, Range rows, Range features, const bool* mask,
                int64_t counted, const double* shift, bool is_anchored, Totals totals) {
   const Rows<const T> at = rows_at<const T>(x, rows, features);
   const int64_t width = features.size();
   if (rows.size() < kFewRows && at.lane_stride == 1 && width > kLanes<double>) {
-    return sum_few(at, rows.size(), mask, width, shift, totals);
+    return sum_few(at, rows.size(), mask, width, counted, shift, totals);
   }
-  const auto sum = [&](auto type) {
-    using C = typename decltype(type)::type;
+  using C = typename Compute<T>::type;
+  const auto sum = [&](auto arithmetic, auto looks) {
+    using A = typename decltype(arithmetic)::type;
+    constexpr bool kLooks = decltype(looks)::value;
     std::fill(totals.n, totals.n + width, 0.);
     std::fill(totals.d1, totals.d1 + width, 0.);
     std::fill(totals.d2, totals.d2 + width, 0.);
-    const int64_t group = mask == nullptr ? group_of<C>(x, width) : 1;
+    const int64_t group = mask == nullptr ? group_of<A>(x, width) : 1;
     if (group > 1) {
-      sum_grouped<C>(at, rows.size(), group, width, shift, totals);
+      sum_grouped<A, kLooks>(at, rows.size(), group, width, shift, totals);
     } else {
-      sum_rows<C>(at, rows.size(), mask, width, shift, totals);
+      sum_rows<A, kLooks>(at, rows.size(), mask, width, shift, totals);
     }
   };
-  if constexpr (std::is_same_v<typename Compute<T>::type, float>) {
-    if (rows.size() >= kFewRows) {
-      sum(Type<float>{});
-      const double n = static_cast<double>(counted);
-      bool good = true;
-      for (int64_t f = 0; f < width; ++f) {
-        totals.n[f] = n;
+  if (rows.size() >= kFewRows || std::is_same_v<C, double>) {
+    sum(Type<C>{}, std::false_type{});
+    const double n = static_cast<double>(counted);
+    bool good = true;
+    for (int64_t f = 0; f < width; ++f) {
+      totals.n[f] = n;
+      if constexpr (std::is_same_v<C, double>) {
+        good &= all_usable(totals.d2[f], shift[f]);
+      } else {
         good &= trustworthy(n, totals.d1[f], totals.d2[f], is_anchored);
       }
-      if (good) {
-        return;
-      }
+    }
+    if (good) {
+      return true;
     }
   }
-  sum(Type<double>{});
+  sum(Type<double>{}, std::true_type{});
+  return false;
 }
 
 }  // namespace

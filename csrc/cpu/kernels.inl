@@ -201,10 +201,10 @@ class Call {
   void update(Weights weights, RunPhases run) {
     weights_ = weights;
     const Phase prepare{strips_.size(), [this](int64_t b, int64_t e) {
-                          for_strips(b, e, &Call::update_strip, &Call::choose_shifts);
+                          for_strips(b, e, &Call::update_strip, &Call::prepare);
                         }};
     const Phase finish{strips_.size(), [this](int64_t b, int64_t e) {
-                         for_strips(b, e, nullptr, &Call::fold_and_project);
+                         for_strips(b, e, nullptr, &Call::finish);
                        }};
     const Phase accumulate{pieces_.size(), [this](int64_t b, int64_t e) {
                              for (int64_t i = b; i < e; ++i) {
@@ -283,12 +283,13 @@ class Call {
     StripWork mine;
     const Work work = mine.of(of, features);
     const Range rows{0, key.samples};
-    choose_shifts(key, work, features);
-    accumulate(key, work, 0, rows, features);
+    const Plain plain(key.state, features);
+    choose_shifts(key, work, features, plain);
+    const bool complete = accumulate(key, work, 0, rows, features);
     if (features.begin == 0) {
       *of.counted = mine.counted;
     }
-    fold_and_project(key, work, features);
+    fold_and_project(key, work, features, plain, complete);
     apply(key, work, rows, features);
   }
 
@@ -299,17 +300,21 @@ class Call {
     apply(key, work, {0, key.samples}, features);
   }
 
+  void prepare(const Key& key, const Work& work, Range features) {
+    choose_shifts(key, work, features, Plain(key.state, features));
+  }
+
   // The shift of a feature: the running mean, or the first sample while there is none,
   // rounded to what the sums are taken in.
-  void choose_shifts(const Key& key, const Work& work, Range features) {
+  void choose_shifts(const Key& key, const Work& work, Range features,
+                     const Plain& plain) {
     if (key.samples == 0) {
       return;
     }
     const double samples = static_cast<double>(key.samples);
     double* shift = work.shift + features.begin - work.first;
     double& anchor = work.anchors[(features.begin - work.first) / kStrip];
-    Plain plain;
-    if (plain.find(key.state, features) && plain.used > 0) {
+    if (plain.is_there && plain.used > 0) {
       dispatch_any(key.x.dtype, [&](auto type) {
         using T = typename decltype(type)::type;
         plain.shifts<typename Compute<T>::type>(shift);
@@ -363,7 +368,8 @@ class Call {
                features_of(work.plan, piece.block));
   }
 
-  void accumulate(const Key& key, const Work& work, int64_t chunk, Range rows,
+  // Returns whether all values of samples that count are known to count.
+  bool accumulate(const Key& key, const Work& work, int64_t chunk, Range rows,
                   Range features) const {
     const bool* mask = key.mask != nullptr ? key.mask + rows.begin : nullptr;
     const int64_t counted =
@@ -374,18 +380,20 @@ class Call {
     }
     const double* end = work.anchors + work.plan.strips();
     const bool is_anchored = std::find<const double*>(work.anchors, end, 0.) == end;
+    bool complete = false;
     dispatch_any(key.x.dtype, [&](auto type) {
       using T = typename decltype(type)::type;
-      sum_piece<T>(key.x, rows, features, mask, counted, work.shift + at, is_anchored,
-                   work.totals(chunk) + at);
+      complete = sum_piece<T>(key.x, rows, features, mask, counted, work.shift + at,
+                              is_anchored, work.totals(chunk) + at);
     });
+    return complete;
   }
 
-  void fold_and_project(const Key& key, const Work& work, Range features) {
+  // The sums of all chunks become those of the first.
+  void finish(const Key& key, const Work& work, Range features) {
     const int64_t at = features.begin - work.first;
     const int64_t size = features.size();
-    Totals sums = work.totals(0) + at;
-    double samples = work.plan.row_chunks > 0 ? work.counted[0] : 0.;
+    const Totals sums = work.totals(0) + at;
     for (int64_t c = 1; c < work.plan.row_chunks; ++c) {
       const Totals part = work.totals(c) + at;
       for (int64_t i = 0; i < size; ++i) {
@@ -393,11 +401,22 @@ class Call {
         sums.d1[i] += part.d1[i];
         sums.d2[i] += part.d2[i];
       }
+    }
+    fold_and_project(key, work, features, Plain(key.state, features), false);
+  }
+
+  // `complete`: all values are known to count.
+  void fold_and_project(const Key& key, const Work& work, Range features, Plain plain,
+                        bool complete) const {
+    const int64_t at = features.begin - work.first;
+    const int64_t size = features.size();
+    const Totals sums = work.totals(0) + at;
+    double samples = 0;
+    for (int64_t c = 0; c < work.plan.row_chunks; ++c) {
       samples += work.counted[c];
     }
-    Plain plain;
-    if (samples > 0 && plain.find(key.state, features) &&
-        std::count(sums.n, sums.n + size, samples) == size) {
+    if (samples > 0 && plain.is_there &&
+        (complete || std::count(sums.n, sums.n + size, samples) == size)) {
       double var[kStrip];
       plain.fold(sums, samples, work.shift + at, weights_, var);
       return project(key, work, at, plain, var);
@@ -407,7 +426,7 @@ class Call {
     if (samples > 0) {
       fold_batch(key, sums, samples, work.shift + at, features, state);
     }
-    project(key, work, at, state, state.var);
+    project<const Some&>(key, work, at, state, state.var);
   }
 
   // Folds a batch's sums into the state, and leaves what can be read there in `state`.
@@ -461,32 +480,34 @@ class Call {
 
   void project_state(const Key& key, const Work& work, Range features) {
     const int64_t at = features.begin - work.first;
-    Plain plain;
-    if (plain.find(key.state, features)) {
+    const Plain plain(key.state, features);
+    if (plain.is_there) {
       double var[kStrip];
       plain.settle(var);
       return project(key, work, at, plain, var);
     }
     Some state;
     read_some(key.state, features, state);
-    project(key, work, at, state, state.var);
+    project<const Some&>(key, work, at, state, state.var);
   }
 
-  // From the moments (Plain or Some) to the coefficients of the map.
+  // From the moments (Plain, or Some by reference) to the coefficients of the map.
+  // Plain is a copy: what its features share cannot change then, which packs of doubles
+  // need.
   template <typename Strip>
-  void project(const Key& key, const Work& work, int64_t begin, const Strip& state,
+  void project(const Key& key, const Work& work, int64_t begin, Strip state,
                const double* var) const {
     if (work.in_double) {
-      inverse_ ? project_to<InverseAffine<double>>(key, work, begin, state, var)
-               : project_to<Affine<double>>(key, work, begin, state, var);
+      inverse_ ? project_to<InverseAffine<double>, Strip>(key, work, begin, state, var)
+               : project_to<Affine<double>, Strip>(key, work, begin, state, var);
     } else {
-      inverse_ ? project_to<InverseAffine<float>>(key, work, begin, state, var)
-               : project_to<Affine<float>>(key, work, begin, state, var);
+      inverse_ ? project_to<InverseAffine<float>, Strip>(key, work, begin, state, var)
+               : project_to<Affine<float>, Strip>(key, work, begin, state, var);
     }
   }
 
   template <typename Map, typename Strip>
-  void project_to(const Key& key, const Work& work, int64_t begin, const Strip& state,
+  void project_to(const Key& key, const Work& work, int64_t begin, Strip state,
                   const double* var) const {
     using C = decltype(std::declval<Map>()(0, 0));
     const Coefficients<C> k = Coefficients<C>(work.coefficients, work.width()) + begin;
@@ -495,7 +516,7 @@ class Call {
     for (int64_t i = 0; i < state.size; ++i) {
       const Statistic s =
           statistic(state[i], std::sqrt(scaling.widened(var[i])), scaling, rounding);
-      const MapNumbers map = Map::wide(s, static_cast<double>(static_cast<C>(s.loc)));
+      const MapNumbers map = Map::wide(s);
       k.a[i] = static_cast<C>(map.a);
       k.b[i] = static_cast<C>(map.b);
       k.c[i] = static_cast<C>(map.c);

@@ -67,12 +67,12 @@ struct RewardRows {
 
 // The sums of a feature's rows in a chunk: those in packs, and those at the end.
 struct ReturnSums {
-  Sums<double, Pack<double>> packs[kReturnPacks];
+  Sums<Pack<double>, true> packs[kReturnPacks];
   Partial rest;
 
   Partial total() const {
     Partial all = rest;
-    for (const Sums<double, Pack<double>>& s : packs) {
+    for (const Sums<Pack<double>, true>& s : packs) {
       for (int64_t j = 0; j < kPack<double>; ++j) {
         all += {s.n.value[j], s.d1[j], s.d2[j]};
       }
@@ -89,7 +89,7 @@ constexpr int64_t kReturnGroup = kReturnPacks * kPack<double>;
 // is not finite, or has no square, which the sums say; nothing has happened to that.
 template <bool kClearsBefore, typename T>
 int64_t step_usable(const RewardRows<T>& rows, int64_t r, Pack<double> shift,
-                    double gamma, Sums<double, Pack<double>>* sums) {
+                    double gamma, Sums<Pack<double>, true>* sums) {
   const Pack<double> zero{};
   Pack<double> d1[kReturnPacks];
   Pack<double> d2[kReturnPacks];
@@ -133,7 +133,7 @@ int64_t step_usable(const RewardRows<T>& rows, int64_t r, Pack<double> shift,
 // The same with each row asked: whether it counts, and whether it can be summed.
 template <typename Round, typename T>
 void step_each(const RewardRows<T>& rows, int64_t r, Pack<double> shift, Discount by,
-               Sums<double, Pack<double>>* sums) {
+               Sums<Pack<double>, true>* sums) {
   for (int64_t p = 0; p < kReturnPacks; ++p) {
     const int64_t i = r + p * kPack<double>;
     const ReturnStep<Pack<double>> step =

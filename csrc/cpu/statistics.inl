@@ -27,30 +27,31 @@ struct Plain {
   double* __restrict sum = nullptr;
   double* __restrict ssq = nullptr;
   double* __restrict var = nullptr;
+  bool is_there = false;  // or the rest is nothing
   int64_t size = 0;
   double count = 0;
   double used = 0;
   double per_value = 0;
   Rounding rounding{};
 
-  // Whether some features of a state are that.
-  bool find(const State& s, Range features) {
+  // Some features of a state, if they are that.
+  Plain(const State& s, Range features) {
     for (const Leaf& leaf : {s.sum, s.ssq, s.count, s.central}) {
       if (leaf.data == nullptr || leaf.dtype != Dtype::kFloat64) {
-        return false;
+        return;
       }
     }
     size = features.size();
     if (s.nonfinite.data != nullptr && (s.nonfinite.dtype != Dtype::kFloat64 ||
                                         any(at(s.nonfinite, features), size))) {
-      return false;
+      return;
     }
+    is_there = true;
     sum = at(s.sum, features);
     ssq = at(s.ssq, features);
     var = at(s.central, features);
     rounding = s.rounding();
     set_count(s.count.read(0));
-    return true;
   }
 
   inline Moments operator[](int64_t i) const {
