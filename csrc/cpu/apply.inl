@@ -158,18 +158,19 @@ void map_packs(const In* x, int64_t x_stride, Out* y, int64_t y_stride, int64_t 
     case kPacks:
       return narrow(std::integral_constant<int64_t, kPacks>());
   }
-  // Stores that cross cache lines are slow. Rows that differ in where a line begins are
-  // taken one by one.
+  constexpr int64_t bytes = kPack<C> * sizeof(Out);
   const auto to_line = [](const Out* at) {
-    constexpr uintptr_t bytes = kPack<C> * sizeof(Out);
-    return static_cast<int64_t>((bytes - reinterpret_cast<uintptr_t>(at) % bytes) /
-                                sizeof(Out));
+    const int64_t beyond = reinterpret_cast<uintptr_t>(at) % bytes;
+    return (bytes - beyond) / static_cast<int64_t>(sizeof(Out));
   };
+  // Packs as long as a cache line cross from one to the next at every store where rows
+  // differ in where a line begins: such rows are taken one by one. Of shorter packs
+  // fewer do, which costs less than to read coefficients for each row.
   int64_t r = 0;
-  if (y_stride % kPack<C> == 0) {
+  if (bytes < 64 || y_stride % kPack<C> == 0) {
     for (; r + kWideRows <= rows; r += kWideRows) {
       map_wide<M, C, kWideRows, kStream>(x + r * x_stride, x_stride, y + r * y_stride,
-                                         y_stride, lanes, to_line(y), k);
+                                         y_stride, lanes, to_line(y + r * y_stride), k);
     }
   }
   for (; r < rows; ++r) {
