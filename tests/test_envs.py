@@ -31,7 +31,9 @@ from common import (
     through_a_file,
 )
 from tensordict import TensorDict, unravel_key
+from tensordict.nn import NormalParamExtractor, TensorDictModule
 from torch import multiprocessing as mp
+from torch import nn
 from torchrl.collectors import (
     Collector,
     Evaluator,
@@ -59,7 +61,8 @@ from torchrl.envs import (
     TransformedEnv,
     check_env_specs,
 )
-from torchrl.modules import RandomPolicy
+from torchrl.modules import ProbabilisticActor, RandomPolicy, TanhNormal, ValueOperator
+from torchrl.objectives import SACLoss
 from torchrl.testing.mocking_classes import (
     CountingEnv,
     HeterogeneousCountingEnv,
@@ -69,7 +72,7 @@ from torchrl.testing.mocking_classes import (
 )
 from torchrl.weight_update import WeightStrategy
 
-from torchrl_vecnorm import VecNorm
+from torchrl_vecnorm import RunningNorm, VecNorm
 
 PENDULUM = "Pendulum-v1"
 
@@ -1187,6 +1190,56 @@ def test_a_plain_module():
     rollout = IntegerEnv(lengths=(50, 50)).rollout(10)
     t(rollout)
     assert count(t) == 2 + 20
+
+
+class Critic(nn.Module):
+    """Normalises what it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = RunningNorm(3)
+        self.layer = nn.Linear(4, 1)
+
+    def forward(self, observation, action):
+        return self.layer(torch.cat([self.norm(observation), action], -1))
+
+
+def _statistics_of_critics(batch: TensorDict, vmapped: bool) -> dict[str, torch.Tensor]:
+    """Of two critics and their targets, in SAC's loss; each has seen the batch."""
+    torch.manual_seed(0)
+    actor = ProbabilisticActor(
+        TensorDictModule(
+            nn.Sequential(nn.Linear(3, 2), NormalParamExtractor()),
+            in_keys=["observation"],
+            out_keys=["loc", "scale"],
+        ),
+        in_keys=["loc", "scale"],
+        distribution_class=TanhNormal,
+    )
+    loss = SACLoss(
+        actor,
+        ValueOperator(Critic(), in_keys=["observation", "action"]),
+        action_spec=Bounded(-1, 1, (1,)),
+        deactivate_vmap=not vmapped,
+    )
+    losses = loss(batch)
+    losses["loss_qvalue"].backward()
+    return {k: v for k, v in loss.state_dict().items() if ".stats." in k}
+
+
+def test_critics_that_a_loss_stacks():
+    """They are called through vmap, and learn what they learn one after the other."""
+    end = torch.zeros(32, 1, dtype=torch.bool)
+    root = {"observation": torch.randn(32, 3) + 5, "action": torch.rand(32, 1)}
+    following = {"observation": torch.randn(32, 3), "reward": torch.randn(32, 1)}
+    following |= {"done": end, "terminated": end}
+    batch = TensorDict({**root, "next": following}, [32])
+    got = _statistics_of_critics(batch, vmapped=True)
+    want = _statistics_of_critics(batch, vmapped=False)
+    assert len(want) == 10
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-12, atol=1e-12)
+        assert not name.endswith("count") or (value > 0).all()
 
 
 def test_it_works_where_the_reference_did():

@@ -1266,8 +1266,8 @@ def test_functorch_and_forward_mode():
     torch.testing.assert_close(mapped, F.normalize(x, state))
 
 
-def _scales(state):
-    return (1 / F.loc_scale(state)[1]).float().expand(4, 3)
+def _scales(state, samples=4):
+    return (1 / F.loc_scale(state)[1]).float().expand(samples, 3)
 
 
 @pytest.mark.parametrize("out", [False, True])
@@ -1316,9 +1316,48 @@ def test_forward_mode_is_not_forgotten():
     captured = torch.empty(4, 3)
     with pytest.raises(RuntimeError, match="mutate a captured Tensor"):
         torch.func.grad(lambda v: F.update_(v, state, out=captured).sum())(x)
-    with pytest.raises(RuntimeError, match="atching rule"):
+    with pytest.raises(ValueError, match=r"key 0: .* each of the 4 .* got one sum"):
         torch.func.vmap(lambda v: F.update_(v, state))(x)
     assert state.count == 0
+
+
+def _stacked(n: int, features=(3,)) -> Moments:
+    """Statistics of n networks that have seen different values."""
+    states = [Moments.zeros(features) for _ in range(n)]
+    for i, state in enumerate(states):
+        F.update_(data((10 + i,), features), state)
+    return Moments(*(torch.stack(leaves) for leaves in zip(*states, strict=True)))
+
+
+@pytest.mark.parametrize(
+    "compiled", [False, pytest.param(True, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("x_dim", [None, 0, 1])
+def test_networks_that_are_stacked(x_dim, masked, compiled):
+    """Each of them learns from its batch, or from that of all, as it would alone."""
+    state = _stacked(3)
+    want = [Moments(*(leaf[i].clone() for leaf in state)) for i in range(3)]
+    x = data((7, 3) if x_dim is not None else (7,), (3,))
+    x = x.transpose(0, 1) if x_dim == 0 else x
+    x[0, 0] = math.nan
+    x.requires_grad_()
+    mask = torch.arange(7) % 3 > 0 if masked else None
+
+    def update(leaves, v):
+        return F.update_(v, leaves, decay=0.9, mask=mask)
+
+    call = torch.func.vmap(update, in_dims=(0, x_dim))
+    y = (torch.compile(call) if compiled else call)(state, x)
+    y.sum().backward()
+    for i in range(3):
+        alone = x.detach() if x_dim is None else x.detach().select(x_dim, i)
+        torch.testing.assert_close(
+            y[i], F.update_(alone, want[i], decay=0.9, mask=mask), equal_nan=True
+        )
+        assert_same(Moments(*(leaf[i] for leaf in state)), want[i])
+    grads = torch.stack([_scales(s, 7) for s in want], x_dim or 0)
+    torch.testing.assert_close(x.grad, grads.sum(0) if x_dim is None else grads)
 
 
 def _update_what_needs_a_copy(queue):

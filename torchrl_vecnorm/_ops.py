@@ -23,6 +23,7 @@ from torchrl_vecnorm.moments import Moments, state_dtype
 from torchrl_vecnorm.rule import EPS_MODES, Rule, RuleArgs
 
 Tensors = Sequence[Tensor]
+_operators = torch.ops.torchrl_vecnorm
 
 
 # ------------------------------------------------------------------ fake tensors
@@ -76,6 +77,36 @@ def _(x: Tensors, feature_ndim: int, mask: Tensors) -> list[Tensor]:
         shapes = (features, features, (1,), (2, *features), features)
         leaves += [v.new_empty(shape, dtype=state_dtype(v.device)) for shape in shapes]
     return leaves
+
+
+# ------------------------------------------------------------------------ torch.vmap
+
+
+@torch.library.register_vmap("torchrl_vecnorm::update")
+def _(
+    info, in_dims: tuple, x: Tensors, state: Tensors, y: Tensors, mask: Tensors, *how
+):
+    """As many keys as there are elements, in one call: networks that are stacked."""
+    n = len(Moments._fields)
+    for i, (leaf, dim) in enumerate(zip(state, in_dims[1], strict=True)):
+        if dim is None and leaf.numel():
+            raise ValueError(
+                f"torchrl_vecnorm: key {i // n}: expected statistics for each of the "
+                f"{info.batch_size} elements of torch.vmap, got one {Moments._fields[i % n]} "
+                "for all"
+            )
+    elements: list[list[Tensor]] = []
+    for tensors, dims in zip((x, state, y, mask), in_dims, strict=False):
+        pairs = list(zip(tensors, dims, strict=True))
+        elements.append(
+            [
+                t if dim is None else t.select(dim, b)
+                for b in range(info.batch_size)
+                for t, dim in pairs
+            ]
+        )
+    _operators.update(*elements, *how)
+    return None, None
 
 
 # --------------------------------------------------- any other device: plain torch
@@ -188,8 +219,6 @@ for _name, _function in (
 
 
 # ------------------------------------------- one call for eager and compiled code
-
-_operators = torch.ops.torchrl_vecnorm
 
 
 def needs_plain_torch() -> bool:

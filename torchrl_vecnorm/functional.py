@@ -206,10 +206,12 @@ def update_(
 
     Values that are NaN or infinite, or float64 values beyond 1e145, whose squares no sum
     could hold, are left out of the statistics and counted in ``state.nonfinite[1]``. An
-    empty batch changes nothing.
+    empty batch changes nothing. Under ``torch.vmap`` every element updates statistics of
+    its own.
 
     Raises:
-        ValueError: the trailing shape of ``x`` is not that of the state.
+        ValueError: the trailing shape of ``x`` is not that of the state; elements of
+            ``torch.vmap`` that have one state.
         TypeError: complex or sparse values.
 
     Equivalent to::

@@ -76,7 +76,8 @@ std::optional<Tensors> update_and_normalize(const Tensors& x, const Tensors& sta
                                             const Tensors& mask, double keep,
                                             double weight, std::optional<Tensors> out,
                                             const py::tuple& rule) {
-  if (any_transformed(x) || (out.has_value() && any_transformed(*out))) {
+  if (any_transformed(x) || any_transformed(state) ||
+      (out.has_value() && any_transformed(*out))) {
     return std::nullopt;
   }
   Tensors y = out.has_value() ? std::move(*out) : outputs_like(x);
