@@ -14,10 +14,13 @@ namespace cpu {
 namespace VECNORM_ISA {
 namespace {
 
-// Packs whose sums stay in registers: a shift and two or three sums each.
-constexpr int64_t kPacks = 4;
+// Few features fill this many packs, with whole rows taken as one.
+constexpr int64_t kGroupPacks = 4;
 template <typename C>
-constexpr int64_t kLanes = kPacks * kPack<C>;
+constexpr int64_t kLanes = kGroupPacks * kPack<C>;
+// Packs of a row whose sums, or coefficients, stay in registers, most of them where
+// there are but 16.
+constexpr int64_t kNarrowPacks = 8;
 // Wider rows are walked this many packs at a time, whose sums stay in the cache.
 constexpr int64_t kWidePacks = 64;
 // Rows that are added at once there, so that sums are read and written less often.
@@ -74,11 +77,33 @@ struct Ahead {
   }
 };
 
+// Calls f(std::integral_constant<int64_t, packs>()): `packs` is 1 to kNarrowPacks.
+template <int64_t N = 1, typename F>
+inline void with_packs(int64_t packs, F f) {
+  if constexpr (N <= kNarrowPacks) {
+    if (packs == N) {
+      f(std::integral_constant<int64_t, N>());
+    } else {
+      with_packs<N + 1>(packs, f);
+    }
+  }
+}
+
 // How many whole rows of `m` are taken as one, so that few features fill the registers.
 template <typename C>
 int64_t group_of(const Matrix& m, int64_t features) {
   const bool dense = m.feature_stride == 1 && m.row_stride == features;
   return dense && 0 < features && features < kLanes<C> ? kLanes<C> / features : 1;
+}
+
+// The first n of some values, over and over.
+template <typename T>
+void repeat(T* values, int64_t n, int64_t times) {
+  for (int64_t done = 1; done < times;) {
+    const int64_t more = std::min(done, times - done);
+    std::copy_n(values, more * n, values + done * n);
+    done += more;
+  }
 }
 
 template <typename T>
@@ -307,30 +332,17 @@ void sum_rows(const Rows<const T>& x, int64_t rows, const bool* mask, int64_t la
         sum_lane<C, kLooks>(at + j * x.lane_stride, x.row_stride, n, m,
                             static_cast<C>(shift[j]), totals + j);
       }
-    } else if (lanes > kLanes<C>) {
+    } else if (lanes > kNarrowPacks * kPack<C>) {
       sum_wide<C, kLooks>(at, x.row_stride, n, m, lanes, shift, totals);
     } else {
-      C s[kLanes<C>];
+      C s[kNarrowPacks * kPack<C>];
       for (int64_t j = 0; j < lanes; ++j) {
         s[j] = static_cast<C>(shift[j]);
       }
-      const auto sum = [&](auto packs) {
+      with_packs(ceil_div(lanes, kPack<C>), [&](auto packs) {
         sum_narrow<C, kLooks, decltype(packs)::value>(at, x.row_stride, n, m, lanes, s,
                                                       totals);
-      };
-      switch (ceil_div(lanes, kPack<C>)) {
-        case 1:
-          sum(std::integral_constant<int64_t, 1>());
-          break;
-        case 2:
-          sum(std::integral_constant<int64_t, 2>());
-          break;
-        case 3:
-          sum(std::integral_constant<int64_t, 3>());
-          break;
-        default:
-          sum(std::integral_constant<int64_t, kPacks>());
-      }
+      });
     }
   }
 }
@@ -342,9 +354,8 @@ void sum_grouped(const Rows<const T>& x, int64_t rows, int64_t group, int64_t fe
   const int64_t lanes = group * features;
   double lane_shift[kLanes<C>];
   double sums[3][kLanes<C>] = {};
-  for (int64_t j = 0; j < lanes; j += features) {
-    std::copy(shift, shift + features, lane_shift + j);
-  }
+  std::copy_n(shift, features, lane_shift);
+  repeat(lane_shift, features, group);
   const Totals lane_totals{sums[0], sums[1], sums[2]};
   const int64_t whole = rows / group;
   sum_rows<C, kLooks>(Rows<const T>{x.data, lanes, 1}, whole, nullptr, lanes,

@@ -16,6 +16,8 @@ namespace {
 
 // Larger outputs are written around the caches, which could not keep them.
 constexpr int64_t kStreamBytes = 48 << 20;
+// Of larger ones a line is read before a part of it is written.
+constexpr int64_t kWholeLineBytes = 16 << 20;
 
 // The coefficients of a map, as arrays over lanes.
 template <typename C>
@@ -143,35 +145,28 @@ void map_wide(const In* x, int64_t x_stride, Out* y, int64_t y_stride, int64_t l
 
 template <typename M, typename C, bool kStream, typename In, typename Out>
 void map_packs(const In* x, int64_t x_stride, Out* y, int64_t y_stride, int64_t rows,
-               int64_t lanes, const Coefficients<C>& k) {
-  const auto narrow = [&](auto packs) {
-    map_narrow<M, C, decltype(packs)::value, kStream>(x, x_stride, y, y_stride, rows,
-                                                      lanes, k);
-  };
-  switch (ceil_div(lanes, kPack<C>)) {
-    case 1:
-      return narrow(std::integral_constant<int64_t, 1>());
-    case 2:
-      return narrow(std::integral_constant<int64_t, 2>());
-    case 3:
-      return narrow(std::integral_constant<int64_t, 3>());
-    case kPacks:
-      return narrow(std::integral_constant<int64_t, kPacks>());
+               int64_t lanes, int64_t fresh_bytes, const Coefficients<C>& k) {
+  const int64_t packs = ceil_div(lanes, kPack<C>);
+  if (packs <= kNarrowPacks) {
+    return with_packs(packs, [&](auto n) {
+      map_narrow<M, C, decltype(n)::value, kStream>(x, x_stride, y, y_stride, rows,
+                                                    lanes, k);
+    });
   }
   constexpr int64_t bytes = kPack<C> * sizeof(Out);
   const auto to_line = [](const Out* at) {
     const int64_t beyond = reinterpret_cast<uintptr_t>(at) % bytes;
     return (bytes - beyond) / static_cast<int64_t>(sizeof(Out));
   };
-  // Packs as long as a cache line cross from one to the next at every store where rows
-  // differ in where a line begins: such rows are taken one by one. Of shorter packs
-  // fewer do, which costs less than to read coefficients for each row.
+  // Where rows begin anywhere in a line, stores that cross from one to the next cost
+  // less than to read coefficients for each row. Beyond the caches it pays to write
+  // whole lines, if packs are as long.
+  const bool one_by_one =
+      bytes == 64 && y_stride % kPack<C> != 0 && fresh_bytes >= kWholeLineBytes;
   int64_t r = 0;
-  if (bytes < 64 || y_stride % kPack<C> == 0) {
-    for (; r + kWideRows <= rows; r += kWideRows) {
-      map_wide<M, C, kWideRows, kStream>(x + r * x_stride, x_stride, y + r * y_stride,
-                                         y_stride, lanes, to_line(y + r * y_stride), k);
-    }
+  for (; !one_by_one && r + kWideRows <= rows; r += kWideRows) {
+    map_wide<M, C, kWideRows, kStream>(x + r * x_stride, x_stride, y + r * y_stride,
+                                       y_stride, lanes, to_line(y + r * y_stride), k);
   }
   for (; r < rows; ++r) {
     Out* const row = y + r * y_stride;
@@ -182,7 +177,7 @@ void map_packs(const In* x, int64_t x_stride, Out* y, int64_t y_stride, int64_t 
 
 template <typename M, typename C, typename In, typename Out>
 void map_rows(const Rows<const In>& x, const Rows<Out>& y, int64_t rows, int64_t lanes,
-              bool may_stream, const Coefficients<C>& k) {
+              int64_t fresh_bytes, const Coefficients<C>& k) {
   if (x.lane_stride != 1 || y.lane_stride != 1 || lanes < kPack<C>) {
     for (int64_t r = 0; r < rows; ++r) {
       const In* in = x.data + r * x.row_stride;
@@ -198,43 +193,45 @@ void map_rows(const Rows<const In>& x, const Rows<Out>& y, int64_t rows, int64_t
   if constexpr (std::is_same_v<Out, C>) {
     const bool aligned = reinterpret_cast<uintptr_t>(y.data) % kPackBytes == 0 &&
                          y.row_stride % kPack<C> == 0 && lanes % kPack<C> == 0;
-    if (may_stream && aligned) {
-      map_packs<M, C, true>(x.data, x.row_stride, y.data, y.row_stride, rows, lanes, k);
+    if (fresh_bytes >= kStreamBytes && aligned) {
+      map_packs<M, C, true>(x.data, x.row_stride, y.data, y.row_stride, rows, lanes,
+                            fresh_bytes, k);
       return flush_stream();
     }
   }
-  map_packs<M, C, false>(x.data, x.row_stride, y.data, y.row_stride, rows, lanes, k);
+  map_packs<M, C, false>(x.data, x.row_stride, y.data, y.row_stride, rows, lanes,
+                         fresh_bytes, k);
 }
 
 // All rows of a piece, `group` of them taken as one.
 template <typename M, typename C, typename In, typename Out>
 void map_groups(Rows<const In> x, Rows<Out> y, int64_t rows, int64_t group,
-                int64_t features, bool may_stream, const Coefficients<C>& k) {
+                int64_t features, int64_t fresh_bytes, const Coefficients<C>& k) {
   const int64_t whole = rows / group;
   const int64_t tail = rows - whole * group;
   x.row_stride *= group;
   y.row_stride *= group;
-  map_rows<M, C>(x, y, whole, group * features, may_stream, k);
+  map_rows<M, C>(x, y, whole, group * features, fresh_bytes, k);
   if (tail > 0) {
     x.data += whole * x.row_stride;
     y.data += whole * y.row_stride;
-    map_rows<M, C>(x, y, 1, tail * features, false, k);
+    map_rows<M, C>(x, y, 1, tail * features, 0, k);
   }
 }
 
 template <template <typename> class Map, typename C, typename In, typename Out>
 void map_piece(Rows<const In> x, Rows<Out> y, int64_t rows, int64_t group,
-               int64_t features, bool may_stream, const Coefficients<C>& k) {
+               int64_t features, int64_t fresh_bytes, const Coefficients<C>& k) {
   // Integers are rarely many, but for pixels: a loop more of each would take long to
   // compile.
   constexpr bool pixels = std::is_same_v<In, uint8_t> && std::is_same_v<Out, float>;
   if constexpr (std::is_same_v<In, Out> || pixels) {
     if (!std::isfinite(k.limit)) {
-      return map_groups<PackMap<Map, C, false>>(x, y, rows, group, features, may_stream,
-                                                k);
+      return map_groups<PackMap<Map, C, false>>(x, y, rows, group, features,
+                                                fresh_bytes, k);
     }
   }
-  map_groups<PackMap<Map, C, true>>(x, y, rows, group, features, may_stream, k);
+  map_groups<PackMap<Map, C, true>>(x, y, rows, group, features, fresh_bytes, k);
 }
 
 }  // namespace

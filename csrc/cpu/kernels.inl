@@ -47,7 +47,7 @@ struct Work {
   int64_t first = 0;             // the feature that the arrays begin with
   int64_t group = 1;             // rows taken as one by apply
   bool in_double = false;        // apply's arithmetic
-  bool may_stream = false;       // y may be written around the caches
+  int64_t fresh_bytes = 0;       // that are written and not read
   double* shift = nullptr;       // [features]
   double* anchors = nullptr;     // for every strip: 1 where all are (moments.h)
   double* partials = nullptr;    // [row_chunks][3][features]: n, d1, d2
@@ -123,8 +123,9 @@ std::vector<Work> make_work(const std::vector<Key>& keys, bool sums) {
                                      group_of<double>(key.y, key.features))
                           : std::min(group_of<float>(key.x, key.features),
                                      group_of<float>(key.y, key.features));
-    w.may_stream = key.x.data != key.y.data &&
-                   key.samples * key.features * value_size(key.y.dtype) >= kStreamBytes;
+    w.fresh_bytes = key.x.data != key.y.data
+                        ? key.samples * key.features * value_size(key.y.dtype)
+                        : 0;
     if (w.plan.by_strips) {
       doubles += 1;
       continue;
@@ -521,11 +522,8 @@ class Call {
       k.b[i] = static_cast<C>(map.b);
       k.c[i] = static_cast<C>(map.c);
     }
-    for (int64_t row = 1; row < work.group; ++row) {
-      const int64_t at = row * work.plan.features;
-      std::copy_n(k.a, state.size, k.a + at);
-      std::copy_n(k.b, state.size, k.b + at);
-      std::copy_n(k.c, state.size, k.c + at);
+    for (C* values : {k.a, k.b, k.c}) {
+      repeat(values, work.plan.features, work.group);
     }
   }
 
@@ -563,7 +561,7 @@ class Call {
     k.limit = rule_.limit<C>();
     map_piece<Map, C>(rows_at<const In>(key.x, rows, features),
                       rows_at<Out>(key.y, rows, features), rows.size(), work.group,
-                      features.size(), work.may_stream,
+                      features.size(), work.fresh_bytes,
                       k + (features.begin - work.first));
   }
 
