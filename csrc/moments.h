@@ -86,8 +86,11 @@ struct Moments {
   // To a rounding, without a division.
   VECNORM_HD double near_loc() const { return sum * per_value; }
 
+  // The same with what it left over: as a division has it, where products and sums are
+  // rounded once (Markstein 1990), and to one unit of the last place elsewhere.
   VECNORM_HD double loc() const {
-    const double mean = sum / (used > 0 ? used : 1.);
+    const double near = near_loc();
+    const double mean = near + (sum - near * used) * per_value;
     return used > 0 ? mean : 0.;
   }
 
