@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 from fractions import Fraction
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
@@ -320,6 +320,19 @@ def test_instruction_sets(capability):
         text=True,
     )
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("samples", [1, 9, 300])
+@pytest.mark.parametrize("decay", [1e-6, 0.5, 0.9999, 1.0])
+def test_values_are_normalised_by_what_the_state_says(samples, decay):
+    """To the bit, wherever the batch before this one was: by the variance that is read."""
+    places = [(0.0, 1.0), (1e6, 1.0), (1e-3, 1e-9), (1e6, 1e3), (0.0, 1e9), (5.0, 0.0)]
+    for (loc, scale), (then_loc, then_scale) in product(places, places):
+        state = Moments.zeros([300])
+        F.update_(data((50,), (300,), torch.float64, loc, scale), state)
+        x = data((samples,), (300,), torch.float64, then_loc, then_scale)
+        y = F.update_(x, state, decay=decay)
+        assert torch.equal(y, F.normalize(x, state)), (loc, scale, then_loc, then_scale)
 
 
 # ---------------------------------------------------------------------- accuracy
@@ -1331,7 +1344,8 @@ def _stacked(n: int, features=(3,)) -> Moments:
 
 
 @pytest.mark.parametrize(
-    "compiled", [False, pytest.param(True, marks=pytest.mark.slow)]
+    "compiled",
+    [False, pytest.param(True, marks=pytest.mark.slow, id="inductor")],
 )
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("x_dim", [None, 0, 1])

@@ -259,7 +259,6 @@ template <typename T>
 bool sum_few(const Rows<const T>& x, int64_t rows, const bool* mask, int64_t lanes,
              int64_t counted, const double* shift, Totals totals) {
   constexpr int64_t k = kPack<double>;
-  const Pack<double> all = static_cast<double>(counted) - Pack<double>{};
   bool complete = true;
   for (int64_t begin = 0; begin < lanes; begin += 2 * k) {
     const int64_t at = std::min(begin, lanes - 2 * k);
@@ -274,7 +273,6 @@ bool sum_few(const Rows<const T>& x, int64_t rows, const bool* mask, int64_t lan
         }
       }
     };
-    Pack<double> n[2] = {all, all};
     Pack<double> d1[2] = {};
     Pack<double> d2[2] = {};
     for_values([&](int64_t p, Pack<double> value) {
@@ -284,17 +282,19 @@ bool sum_few(const Rows<const T>& x, int64_t rows, const bool* mask, int64_t lan
     });
     // all_usable() of moments.h
     if (!all_within(d2[0] + s[0] * s[0] + (d2[1] + s[1] * s[1]), 1e289)) {
+      if (complete) {
+        std::fill_n(totals.n, lanes, static_cast<double>(counted));
+        complete = false;
+      }
       Sums<Pack<double>, true> sums[2];
       for_values([&](int64_t p, Pack<double> value) { sums[p].add(value, s[p]); });
       for (int64_t p = 0; p < 2; ++p) {
-        n[p] = sums[p].n.value;
+        store_pack<double>(totals.n + at + p * k, sums[p].n.value);
         d1[p] = sums[p].d1;
         d2[p] = sums[p].d2;
       }
-      complete = false;
     }
     for (int64_t p = 0; p < 2; ++p) {
-      store_pack<double>(totals.n + at + p * k, n[p]);
       store_pack<double>(totals.d1 + at + p * k, d1[p]);
       store_pack<double>(totals.d2 + at + p * k, d2[p]);
     }
@@ -365,15 +365,17 @@ void sum_grouped(const Rows<const T>& x, int64_t rows, int64_t group, int64_t fe
                       nullptr, tail, lane_shift, lane_totals);
   for (int64_t j = 0; j < lanes; j += features) {
     for (int64_t f = 0; f < features; ++f) {
-      totals.n[f] += sums[0][j + f];
+      if constexpr (kLooks) {
+        totals.n[f] += sums[0][j + f];
+      }
       totals.d1[f] += sums[1][j + f];
       totals.d2[f] += sums[2][j + f];
     }
   }
 }
 
-// n, Σd and Σd² of some rows, of which the mask leaves `counted`. Returns whether all
-// values of theirs are known to count.
+// Σd and Σd² of some rows, of which the mask leaves `counted`. Returns whether all
+// values of theirs are known to count; n is written where they are not.
 template <typename T>
 bool sum_piece(const Matrix& x, Range rows, Range features, const bool* mask,
                int64_t counted, const double* shift, bool is_anchored, Totals totals) {
@@ -386,9 +388,11 @@ bool sum_piece(const Matrix& x, Range rows, Range features, const bool* mask,
   const auto sum = [&](auto arithmetic, auto looks) {
     using A = typename decltype(arithmetic)::type;
     constexpr bool kLooks = decltype(looks)::value;
-    std::fill(totals.n, totals.n + width, 0.);
-    std::fill(totals.d1, totals.d1 + width, 0.);
-    std::fill(totals.d2, totals.d2 + width, 0.);
+    if constexpr (kLooks) {
+      std::fill_n(totals.n, width, 0.);
+    }
+    std::fill_n(totals.d1, width, 0.);
+    std::fill_n(totals.d2, width, 0.);
     const int64_t group = mask == nullptr ? group_of<A>(x, width) : 1;
     if (group > 1) {
       sum_grouped<A, kLooks>(at, rows.size(), group, width, shift, totals);
@@ -401,7 +405,6 @@ bool sum_piece(const Matrix& x, Range rows, Range features, const bool* mask,
     const double n = static_cast<double>(counted);
     bool good = true;
     for (int64_t f = 0; f < width; ++f) {
-      totals.n[f] = n;
       if constexpr (std::is_same_v<C, double>) {
         good &= all_usable(totals.d2[f], shift[f]);
       } else {

@@ -387,6 +387,10 @@ class Call {
       complete = sum_piece<T>(key.x, rows, features, mask, counted, work.shift + at,
                               is_anchored, work.totals(chunk) + at);
     });
+    if (complete && !work.plan.by_strips) {  // finish() adds them
+      std::fill_n(work.totals(chunk).n + at, features.size(),
+                  static_cast<double>(counted));
+    }
     return complete;
   }
 
@@ -406,7 +410,7 @@ class Call {
     fold_and_project(key, work, features, Plain(key.state, features), false);
   }
 
-  // `complete`: all values are known to count.
+  // `complete`: all values are known to count, and `sums.n` need not say so.
   void fold_and_project(const Key& key, const Work& work, Range features, Plain plain,
                         bool complete) const {
     const int64_t at = features.begin - work.first;
@@ -418,9 +422,11 @@ class Call {
     }
     if (samples > 0 && plain.is_there &&
         (complete || std::count(sums.n, sums.n + size, samples) == size)) {
-      double var[kStrip];
-      plain.fold(sums, samples, work.shift + at, weights_, var);
-      return project(key, work, at, plain, var);
+      plain.fold(sums, samples, work.shift + at, weights_);
+      return project(key, work, at, plain, plain.var);
+    }
+    if (complete) {
+      std::fill_n(sums.n, size, samples);
     }
     Some state;
     read_some(key.state, features, state);

@@ -74,10 +74,11 @@ struct Plain {
     }
   }
 
-  // Takes in a batch that has `samples` values of every feature. `settled` gets the new
-  // variances. `count` in the state stays: others read it.
+  // Takes in a batch that has `samples` values of every feature. `count` in the state
+  // stays: others read it. The variances are settled then: they were before, and the
+  // sums have taken in the same.
   void fold(const Totals& sums, double samples, const double* __restrict shift,
-            Weights w, double* __restrict settled) {
+            Weights w) {
     const double* __restrict d1 = sums.d1;
     const double* __restrict d2 = sums.d2;
     const double per_sample = inverse(samples);
@@ -92,9 +93,6 @@ struct Plain {
       sum[i] = m.sum;
       ssq[i] = m.ssq;
       var[i] = m.var;
-      m.used = now.used;
-      m.per_value = now.per_value;
-      settled[i] = kept_var(m.var, m, rounding);
     }
     *this = now;
   }
