@@ -4,8 +4,20 @@
 # LICENSE file in the root directory of this source tree.
 """Measures the project against others; `make bench` and `make gpu-check` start it."""
 
+import platform
 import re
 from pathlib import Path
+
+import torch
+
+
+def machine() -> str:
+    """The processor and its instructions: hypervisors call different ones the same."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    found = re.search(r"model name\s*:\s*(.+)", text)
+    name = found.group(1) if found else platform.processor() or platform.machine()
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def results_folder(device_name: str) -> Path:

@@ -14,12 +14,9 @@ import contextlib
 import importlib.metadata
 import io
 import json
-import platform
-import re
 import sys
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -28,7 +25,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from stable_baselines3.common.vec_env import VecEnv
 
-from bench import measure, results_folder
+from bench import machine, measure, results_folder
 from torchrl_vecnorm import functional as F
 from torchrl_vecnorm.interop import gymnasium as our_gymnasium
 from torchrl_vecnorm.interop import rl_games as our_rl_games
@@ -292,14 +289,6 @@ def medians(calls: dict[str, Call], threads: int) -> dict[str, float]:
     """Microseconds of a call: the median of rounds in which all take their turn."""
     times = measure.eager(calls, ROUNDS, SECONDS, threads)
     return {name: float(np.median(each)) for name, each in times.items()}
-
-
-def machine() -> str:
-    """The name of the processor."""
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text() if cpuinfo.exists() else ""
-    found = re.search(r"model name\s*:\s*(.+)", text)
-    return found.group(1) if found else platform.machine()
 
 
 def main() -> int:

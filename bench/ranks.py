@@ -30,8 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing as mp
 
-from bench import results_folder
-from bench.interop import machine
+from bench import machine, results_folder
 from torchrl_vecnorm import RunningNorm
 
 SHAPES = [(64, 32), (4096, 64)]

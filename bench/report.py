@@ -31,7 +31,7 @@ from rich.table import Table as RichTable
 from tabulate import tabulate
 
 import torchrl_vecnorm
-from bench import conditions, env, goals, measure, peers, shapes
+from bench import conditions, env, goals, machine, measure, peers, shapes
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -80,12 +80,7 @@ def device_name(device: str) -> str:
     """The name of the GPU, or of the processor."""
     if device == "cuda":
         return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())
-        if found:
-            return found.group(1)
-    return platform.processor() or platform.machine()
+    return machine()
 
 
 def output_of(*command: str) -> str | None:
