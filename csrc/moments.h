@@ -86,9 +86,15 @@ struct Moments {
   // To a rounding, without a division.
   VECNORM_HD double near_loc() const { return sum * per_value; }
 
-  // The same with what it left over: as a division has it, where products and sums are
-  // rounded once (Markstein 1990), and to one unit of the last place elsewhere.
   VECNORM_HD double loc() const {
+    const double mean = sum / (used > 0 ? used : 1.);
+    return used > 0 ? mean : 0.;
+  }
+
+  // The same without a division, which is what packs of features wait for: as it has
+  // it, where a product and a sum are rounded once (Markstein 1990), and to one unit of
+  // the last place elsewhere. On a GPU it takes registers that kernels do not have.
+  VECNORM_HD double corrected_loc() const {
     const double near = near_loc();
     const double mean = near + (sum - near * used) * per_value;
     return used > 0 ? mean : 0.;
@@ -322,9 +328,8 @@ VECNORM_HD Moments impute(Moments batch, const Moments& state) {
 }
 
 // loc and scale of a feature; `root` is that of its variance, widened.
-VECNORM_HD Statistic statistic(const Moments& m, double root, const Scaling& s,
-                               Rounding rounding) {
-  const double loc = m.loc();
+VECNORM_HD Statistic statistic(const Moments& m, double loc, double root,
+                               const Scaling& s, Rounding rounding) {
   const double least = std::fabs(loc) * rounding.scale;
   const double bound = least > s.least_std ? least : s.least_std;
   const double scale = (root < bound ? bound : root) + s.add_std;  // a NaN stays one
@@ -332,7 +337,7 @@ VECNORM_HD Statistic statistic(const Moments& m, double root, const Scaling& s,
 }
 
 VECNORM_HD Statistic statistic(const Moments& m, const Scaling& s, Rounding rounding) {
-  return statistic(m, std::sqrt(s.widened(m.var)), s, rounding);
+  return statistic(m, m.loc(), std::sqrt(s.widened(m.var)), s, rounding);
 }
 
 // A normalised value within its limits; a NaN stays one.

@@ -521,8 +521,9 @@ class Call {
     const Rounding rounding = key.state.rounding();
     const Scaling scaling = rule_.scaling;
     for (int64_t i = 0; i < state.size; ++i) {
-      const Statistic s =
-          statistic(state[i], std::sqrt(scaling.widened(var[i])), scaling, rounding);
+      const Moments m = state[i];
+      const double root = std::sqrt(scaling.widened(var[i]));
+      const Statistic s = statistic(m, m.corrected_loc(), root, scaling, rounding);
       const MapNumbers map = Map::wide(s);
       k.a[i] = static_cast<C>(map.a);
       k.b[i] = static_cast<C>(map.b);
