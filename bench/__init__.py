@@ -8,11 +8,11 @@ import platform
 import re
 from pathlib import Path
 
-import torch
-
 
 def machine() -> str:
     """The processor and its instructions: hypervisors call different ones the same."""
+    import torch  # `make matrix` starts without it
+
     cpuinfo = Path("/proc/cpuinfo")
     text = cpuinfo.read_text() if cpuinfo.exists() else ""
     found = re.search(r"model name\s*:\s*(.+)", text)
