@@ -83,8 +83,6 @@ struct Plain {
     const double* __restrict d2 = sums.d2;
     const double per_sample = inverse(samples);
     const double per_both = inverse(w.keep * used + w.weight * samples);
-    Plain now = *this;
-    now.set_count(w.keep * count + w.weight * samples);
     for (int64_t i = 0; i < size; ++i) {
       Moments m = (*this)[i];
       m.var = kept_var(m.var, m, rounding);
@@ -94,7 +92,7 @@ struct Plain {
       ssq[i] = m.ssq;
       var[i] = m.var;
     }
-    *this = now;
+    set_count(w.keep * count + w.weight * samples);
   }
 
  private:
